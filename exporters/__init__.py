@@ -1,0 +1,1 @@
+"""Exporters, one target a file; imported as `fxprune.exporters`."""

@@ -1,0 +1,1 @@
+"""fxprune: a compiler that makes transformers physically smaller."""

@@ -1,0 +1,266 @@
+"""Channel ids and what is known about them: the ledger that channel tracing writes and plans are read from.
+
+An id names one channel: one index of one parameter axis, one element of a graph input, or something computed from
+several of them. Two relations hold between ids. *Merge*: both go or both stay. *Needs*: as long as a stays, b stays
+(a is one of several users of a shared b). Edges are collected as arrays; `ChannelMap` condenses them with scipy's
+connected components, so that no Python loop runs over channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+__all__ = [
+    "ActivationSite",
+    "AttentionSite",
+    "ChannelLedger",
+    "ChannelMap",
+    "IdArray",
+    "NormSite",
+    "ParameterAxis",
+    "Pin",
+]
+
+IdArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ParameterAxis:
+    """One axis of one parameter, with the id of its first element; the others follow.
+
+    Attributes:
+        parameter: qualified name.
+        axis: which axis.
+        first: id of index 0.
+        size: length of the axis.
+        linear: whether a Linear (or grouped Linear) uses the parameter as its weight.
+    """
+
+    parameter: str
+    axis: int
+    first: int
+    size: int
+    linear: bool = False
+
+    def ids(self) -> IdArray:
+        """The ids of the axis, in order."""
+        return np.arange(self.first, self.first + self.size, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A reduction over channels: removing some of `ids` but not all changes what it computes.
+
+    Attributes:
+        node: name of the graph node.
+        module: qualified name of the module it belongs to.
+        kind: operator name, such as `mean` or `layer_norm`.
+        ids: the channels reduced together.
+        width: how many there were when the graph was traced.
+    """
+
+    node: str
+    module: str
+    kind: str
+    ids: IdArray
+    width: int
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """A nonlinear function applied to channels one by one."""
+
+    op: str
+    module: str
+    ids: IdArray
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A place where scores meet values.
+
+    Attributes:
+        node: name of the graph node.
+        module: qualified name of the module it belongs to.
+        heads: id of each query head's scores, in head order.
+        outputs: ids of the head outputs, (query heads, value dim), flattened in head order.
+    """
+
+    node: str
+    module: str
+    heads: IdArray
+    outputs: IdArray
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Channels that must stay, and why.
+
+    Attributes:
+        ids: the channels.
+        op: operator that pins them.
+        module: qualified name of the module where it happens.
+        reason: what keeps them.
+    """
+
+    ids: IdArray
+    op: str
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.op}{where}: {self.reason}"
+
+
+@dataclass
+class ChannelLedger:
+    """Everything that the rules write down while the graph is walked. Ids start at 1; 0 means no channel."""
+
+    next_id: int = 1
+    axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
+    merges: list[tuple[IdArray, IdArray]] = field(default_factory=list)
+    needs: list[tuple[IdArray, IdArray]] = field(default_factory=list)
+    consumed: list[IdArray] = field(default_factory=list)
+    scores: list[IdArray] = field(default_factory=list)
+    states: list[IdArray] = field(default_factory=list)
+    inputs: list[Pin] = field(default_factory=list)
+    outputs: list[Pin] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
+    norms: list[NormSite] = field(default_factory=list)
+    attentions: list[AttentionSite] = field(default_factory=list)
+    activations: list[ActivationSite] = field(default_factory=list)
+
+    def fresh(self, count: int) -> IdArray:
+        """Hand out `count` new ids."""
+        first, self.next_id = self.next_id, self.next_id + count
+        return np.arange(first, self.next_id, dtype=np.int64)
+
+    def axis(self, parameter: str, axis: int, size: int, *, linear: bool = False) -> ParameterAxis:
+        """The ids of a parameter axis, made at first use."""
+        key = (parameter, axis)
+        if key not in self.axes:
+            self.axes[key] = ParameterAxis(parameter, axis, int(self.fresh(size)[0]), size, linear)
+        elif linear and not self.axes[key].linear:
+            known = self.axes[key]
+            self.axes[key] = ParameterAxis(parameter, axis, known.first, known.size, linear=True)
+        return self.axes[key]
+
+    def merge(self, a: IdArray, b: IdArray) -> None:
+        """Record that a[i] and b[i] go or stay together."""
+        if len(a):
+            self.merges.append((a, b))
+
+    def need(self, a: IdArray, b: IdArray) -> None:
+        """Record that b[i] stays as long as a[i] does."""
+        if len(a):
+            self.needs.append((a, b))
+
+    def is_score(self, ids: IdArray) -> NDArray[np.bool_]:
+        """Which of `ids` are attention scores."""
+        return np.isin(ids, np.concatenate(self.scores)) if self.scores else np.zeros(ids.shape, dtype=bool)
+
+
+def _edges(pairs: list[tuple[IdArray, IdArray]]) -> tuple[IdArray, IdArray]:
+    if not pairs:
+        empty = np.zeros(0, dtype=np.int64)
+        return empty, empty
+    return np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
+
+
+class ChannelMap:
+    """The condensed ledger: classes of channels, who needs whom, and what may go.
+
+    Attributes:
+        class_of: class of each id, (ids,); index 0 is unused.
+        count: number of classes.
+        axes: the parameter axes, in the order they were met.
+        pinned: whether a class must stay, (classes,).
+        source: whether a class may be removed by choice: it is not pinned, and it is not merely shared by others.
+        norms, attentions, activations, pins: what the walk met, in graph order.
+    """
+
+    def __init__(self, ledger: ChannelLedger) -> None:
+        size = ledger.next_id
+        a, b = _edges(ledger.merges)
+        _, merged = connected_components(csr_matrix((np.ones(len(a), np.int8), (a, b)), (size, size)), directed=False)
+        a, b = _edges(ledger.needs)
+        a, b = merged[a].astype(np.int64), merged[b].astype(np.int64)
+        # Classes that need each other are one class.
+        graph = csr_matrix((np.ones(len(a), np.int8), (a, b)), (size, size))
+        self.count, strong_of = connected_components(graph, directed=True, connection="strong")
+        strong = strong_of.astype(np.int64)
+        self.class_of: IdArray = strong[merged]
+        a, b = strong[a], strong[b]
+        other = a != b
+        edges = np.unique(np.stack([a[other], b[other]], 1), axis=0) if other.any() else np.zeros((0, 2), np.int64)
+        self.needs = csr_matrix((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), (self.count, self.count))
+        self.axes = tuple(ledger.axes.values())
+        self.norms = tuple(ledger.norms)
+        self.attentions = tuple(ledger.attentions)
+        self.activations = tuple(ledger.activations)
+
+        state = self._flag(ledger.states)
+        self.pins: list[Pin] = list(ledger.pins)
+        for pin in (*ledger.inputs, *ledger.outputs):
+            # What a model hands out only to get it back (a cache) may shrink; other inputs and outputs may not.
+            ids = pin.ids[~state[self.class_of[pin.ids]]]
+            if len(ids):
+                self.pins.append(Pin(ids, pin.op, pin.module, pin.reason))
+        self.pinned = self._flag([pin.ids for pin in self.pins])
+        needed = np.asarray(self.needs.sum(axis=0)).ravel() > 0
+        self.base = self._flag(ledger.consumed) | self.pinned | ~needed
+        self.source = self.base & ~self.pinned
+
+    def _flag(self, groups: list[IdArray]) -> NDArray[np.bool_]:
+        flag = np.zeros(self.count, dtype=bool)
+        for ids in groups:
+            flag[self.class_of[ids]] = True
+        return flag
+
+    def keep(self, removed: IdArray) -> NDArray[np.bool_]:
+        """Which ids stay when the classes `removed` go.
+
+        A shared class stays exactly as long as one of its users does.
+
+        Args:
+            removed: classes to remove; each must be a source.
+
+        Returns:
+            One boolean per id; index 0 (no channel) is True.
+        """
+        keep = self.base.copy()
+        keep[removed] = False
+        gone = np.zeros(self.count, dtype=bool)
+        gone[removed] = True
+        frontier = keep
+        while frontier.any():
+            reached = np.asarray(frontier.astype(np.int32) @ self.needs.astype(np.int32)).ravel() > 0
+            frontier = reached & ~keep & ~gone
+            keep |= frontier
+        result: NDArray[np.bool_] = keep[self.class_of]
+        result[0] = True
+        return result
+
+    def users(self, classes: IdArray) -> IdArray:
+        """The classes that need any of `classes`."""
+        return np.unique(self.needs.tocsc()[:, classes].nonzero()[0]).astype(np.int64)
+
+    def pin_reasons(self, classes: IdArray) -> list[Pin]:
+        """The pins that hold any of `classes`."""
+        wanted = np.zeros(self.count, dtype=bool)
+        wanted[classes] = True
+        return [pin for pin in self.pins if wanted[self.class_of[pin.ids]].any()]
+
+    def axes_by_parameter(self) -> dict[str, list[ParameterAxis]]:
+        """Parameter axes by qualified parameter name."""
+        table: dict[str, list[ParameterAxis]] = defaultdict(list)
+        for axis in self.axes:
+            table[axis.parameter].append(axis)
+        return dict(table)

@@ -1,0 +1,487 @@
+"""The rule table of channel tracing: one rule per family of operators.
+
+Beside each activation runs an integer tensor of the same shape, its *ids*: for every element the channel it carries,
+0 for none. A rule gets an operator's arguments with their ids and returns the ids of its result; what it learns about
+channels on the way it writes to the ledger. `None` stands for a tensor of zeros.
+
+    movement      view, transpose, split, cat, expand, ...   the very same op on the ids
+    elementwise   add, mul, where, silu, ...                 ids that meet are one channel, or one shares the other
+    linear        call_module Linear                         rows come out, columns meet what comes in
+    contraction   matmul, bmm, attention                     contracted channels form one block: a head
+    reduction     mean, sum, layer_norm, ...                 a norm over the channels it reduces
+    pin           everything else                            what it touches must stay
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.channel_ids import ActivationSite, AttentionSite, IdArray, NormSite, Pin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fxprune.channels import Call
+
+    Rule = Callable[["Call"], "Ids"]
+
+__all__ = ["CASTS", "MOVEMENT", "Ids", "combine", "contract", "find_rule", "meet_columns", "reduce_last"]
+
+Ids = Tensor | None | list[Tensor | None]
+aten = torch.ops.aten
+
+MOVEMENT: frozenset[Any] = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
+    aten.t.default, aten.numpy_T.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.expand.default, aten.expand_as.default,
+    aten.repeat.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.flatten.using_ints, aten.unflatten.int, aten.narrow.default, aten.index_select.default, aten.roll.default,
+    aten.flip.default, aten.movedim.int, aten.movedim.intlist, aten.repeat_interleave.self_int, aten.cat.default,
+    aten.stack.default, aten.swapaxes.default, aten.swapdims.default, aten.tile.default, aten.view_as.default,
+    aten.reshape_as.default, aten.broadcast_to.default,
+})  # fmt: skip
+
+COPYING: frozenset[Any] = frozenset({
+    aten.expand.default, aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int,
+    aten.broadcast_to.default,
+})  # fmt: skip
+
+CASTS: frozenset[Any] = frozenset({
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default,
+    aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.dropout.default, aten.native_dropout.default,
+})  # fmt: skip
+
+CREATION: frozenset[Any] = frozenset({
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.zeros.default,
+    aten.ones.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.new_ones.default,
+    aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.zeros_like.default,
+    aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.sym_size.int, aten.sym_size.default,
+    aten.sym_numel.default, aten.eye.default, aten.linspace.default,
+})  # fmt: skip
+
+MATMUL: frozenset[Any] = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
+ADD_MATMUL: frozenset[Any] = frozenset({aten.baddbmm.default, aten.addmm.default, aten.addbmm.default})
+
+REDUCTIONS: frozenset[Any] = frozenset({
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.any.dim,
+    aten.all.dim, aten.linalg_vector_norm.default, aten.std.correction, aten.logsumexp.default, aten.prod.dim_int,
+})  # fmt: skip
+
+ALONG_AXIS: dict[Any, int] = {
+    aten.softmax.int: 1, aten._softmax.default: 1, aten.log_softmax.int: 1, aten._log_softmax.default: 1,
+    aten.cumsum.default: 1, aten.triu.default: -1, aten.tril.default: -1,
+}  # fmt: skip
+
+ACTIVATIONS: frozenset[str] = frozenset({
+    "silu", "gelu", "relu", "relu6", "tanh", "sigmoid", "elu", "selu", "celu", "mish", "softplus", "leaky_relu",
+    "hardswish", "hardsigmoid", "hardtanh", "log_sigmoid",
+})  # fmt: skip
+
+NORMS: frozenset[Any] = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default})
+
+
+# --- relations between ids ------------------------------------------------------------------------------------------
+
+
+def _counts(keys: IdArray) -> IdArray:
+    """For each element, how often its value occurs."""
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Ids of an elementwise result, and the relations that follow.
+
+    Where only one operand carries a channel, the result carries it. Where both do, a pair that meets nobody else is
+    merged; if b meets many a, b is shared (each a needs b) and the result carries a; if both meet many, the result is
+    a new channel that needs both.
+    """
+    if a is None or b is None or a is b:
+        return a if b is None else b
+    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    result = torch.where(a > 0, a, b)
+    both = (a > 0) & (b > 0) & (a != b)
+    if not both.any():
+        return result
+    ledger = call.ledger
+    scale = ledger.next_id
+    keys, inverse = np.unique(a[both].numpy() * scale + b[both].numpy(), return_inverse=True)
+    ua, ub = keys // scale, keys % scale
+    many_b, many_a = _counts(ua) > 1, _counts(ub) > 1  # this a meets many b; this b meets many a
+    merged, shared_b, shared_a, tangled = ~many_a & ~many_b, many_a & ~many_b, ~many_a & many_b, many_a & many_b
+    choice = ua.copy()
+    ledger.merge(ua[merged], ub[merged])
+    ledger.need(ua[shared_b], ub[shared_b])
+    ledger.need(ub[shared_a], ua[shared_a])
+    choice[shared_a] = ub[shared_a]
+    if tangled.any():
+        new = ledger.fresh(int(tangled.sum()))
+        ledger.need(new, ua[tangled])
+        ledger.need(new, ub[tangled])
+        choice[tangled] = new
+    result = result.clone()
+    result[both] = torch.from_numpy(choice[inverse])
+    return result
+
+
+def _rows(ids: Tensor) -> tuple[IdArray, IdArray]:
+    """Distinct rows along the last axis, and for each leading position which row it has."""
+    flat = ids.reshape(-1, ids.shape[-1])
+    if len(flat) and bool((flat == flat[:1]).all()):
+        return flat[:1].numpy(), np.zeros(len(flat), dtype=np.int64)
+    rows, inverse = np.unique(flat.numpy(), axis=0, return_inverse=True)
+    return rows, inverse.reshape(-1)
+
+
+def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None = None) -> Tensor | None:
+    """Ids after the last axis was reduced away.
+
+    A row that carries one channel throughout keeps it. A row of several becomes a new channel, which stays as long as
+    one of them does (`merge=False`) or is one block with all of them (`merge=True`).
+
+    Args:
+        call: the operator call.
+        ids: (..., n).
+        merge: whether the reduced channels form one block.
+        norm: record the reduction as a norm of this kind.
+
+    Returns:
+        (...,).
+    """
+    if ids is None:
+        return None
+    ledger = call.ledger
+    rows, inverse = _rows(ids)
+    out = np.zeros(len(rows), dtype=np.int64)
+    for index, row in enumerate(rows):  # distinct rows: at most one per head, never one per channel
+        members = np.unique(row[row > 0])
+        if len(members) == 0:
+            continue
+        if len(members) == 1:
+            out[index] = members[0]
+            continue
+        new = ledger.fresh(1)
+        out[index] = new[0]
+        (ledger.merge if merge else ledger.need)(members, np.repeat(new, len(members)))
+        if norm is not None:
+            ledger.norms.append(NormSite(call.node.name, call.module, norm, members, len(row)))
+    return torch.from_numpy(out[inverse]).reshape(ids.shape[:-1])
+
+
+def meet_columns(call: Call, ids: Tensor | None, columns: IdArray) -> None:
+    """Relate what comes into a Linear to its weight's columns.
+
+    A column that sees one channel is merged with it; a column that sees several (weights shared by heads) is needed
+    by each. A column that sees an element without a channel must stay.
+    """
+    ledger = call.ledger
+    if ids is None:
+        ledger.pins.append(Pin(columns, call.op, call.module, "reads values that carry no traced channels"))
+        return
+    rows, _ = _rows(ids)
+    ledger.consumed.append(np.unique(rows[rows > 0]))
+    if len(rows) == 1:
+        x, c = rows[0], columns
+        ledger.merge(x[x > 0], c[x > 0])
+        bare = c[x == 0]
+    else:
+        pairs = np.unique(np.stack([rows.ravel(), np.tile(columns, len(rows))], 1), axis=0)
+        bare = pairs[pairs[:, 0] == 0, 1]
+        pairs = pairs[pairs[:, 0] > 0]
+        shared = _counts(pairs[:, 1]) > 1
+        ledger.merge(pairs[~shared, 0], pairs[~shared, 1])
+        ledger.need(pairs[shared, 0], pairs[shared, 1])
+    if len(bare):
+        ledger.pins.append(Pin(bare, call.op, call.module, "reads values that carry no traced channels"))
+
+
+def contract(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Ids of a matrix product of activations, (..., m, k) by (..., k, n).
+
+    Where channels run along k on both sides they meet, and each side's row becomes one block (a head's query and key
+    channels); the product is marked as scores. Where scores meet values, each head's outputs join the head's block.
+    """
+    if a is None and b is None:
+        return None
+    varies_a = a is not None and bool((a != a[..., :1]).any())
+    varies_b = b is not None and bool((b != b[..., :1, :]).any())
+    scores = varies_a and varies_b
+    ra = reduce_last(call, a, merge=scores, norm=None if scores or not varies_a else "matmul")
+    rb = reduce_last(call, b.transpose(-1, -2) if b is not None else None, merge=scores)
+    if scores:
+        assert a is not None
+        assert b is not None
+        combine(call, a[..., :1, :], b[..., :, :1].transpose(-1, -2))
+    left = None if ra is None else ra.unsqueeze(-1)
+    right = None if rb is None else rb.unsqueeze(-2)
+    out = combine(call, left, right)
+    if out is not None and left is not None and right is not None:
+        out = out.expand(np.broadcast_shapes(left.shape, right.shape))
+    ledger = call.ledger
+    if scores and out is not None:
+        ledger.scores.append(np.unique(out[out > 0].numpy()))
+    elif out is not None:
+        _join_scores(call, left, right, out)
+    return out
+
+
+def _join_scores(call: Call, left: Tensor | None, right: Tensor | None, out: Tensor) -> None:
+    """Merge head outputs with the scores they came from, and note the attention."""
+    for side, axis in ((left, -2), (right, -1)):
+        if side is None:
+            continue
+        spread = side.expand(out.shape)
+        flags = torch.from_numpy(call.ledger.is_score(spread.numpy()))
+        if not flags.any():
+            continue
+        pairs = np.unique(np.stack([out[flags].numpy(), spread[flags].numpy()], 1), axis=0)
+        call.ledger.merge(pairs[:, 0], pairs[:, 1])
+        # One position of one sequence holds every head: heads stand on the axes before the matrices.
+        heads = spread.select(axis, 0)[..., 0].reshape(-1).numpy()
+        outputs = out.select(axis, 0).reshape(len(heads), -1).numpy()
+        order = np.sort(np.unique(heads, return_index=True)[1])
+        call.ledger.attentions.append(
+            AttentionSite(call.node.name, call.module, heads[order], outputs[order].reshape(-1))
+        )
+        return
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _movement(call: Call) -> Ids:
+    if not call.any_ids():
+        return None
+    if call.node.target in {aten.cat.default, aten.stack.default}:
+        _align_state(call)
+    ids = call.apply_to_ids()
+    return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids
+
+
+def _copies(call: Call, ids: Tensor) -> Tensor:
+    """Give each copy along a static axis channels of its own that need the original.
+
+    `repeat_kv` copies a KV head for each of its query heads: a copy goes with its query head, the original with the
+    last of them.
+    """
+    source = call.tensor_nodes()[0]
+    before = call.value_of(source).shape
+    copy = torch.zeros((), dtype=torch.int64)
+    for axis, count, stride in _copied_axes(call, list(before), list(ids.shape)):
+        index = torch.arange(ids.shape[axis]) // stride % count
+        shape = [1] * ids.dim()
+        shape[axis] = -1
+        copy = copy * count + index.reshape(shape)
+    if not copy.any():
+        return ids
+    scale = int(copy.max()) + 1
+    key = torch.where(ids > 0, ids * scale + copy, 0)
+    unique, inverse = np.unique(key.numpy(), return_inverse=True)
+    new = call.ledger.fresh(int((unique > 0).sum()))
+    call.ledger.need(new, unique[unique > 0] // scale)
+    named = np.zeros(len(unique), dtype=np.int64)
+    named[unique > 0] = new
+    return torch.from_numpy(named[inverse]).reshape(ids.shape)
+
+
+def _copied_axes(call: Call, before: list[int], after: list[int]) -> list[tuple[int, int, int]]:
+    """Result axes along which a copying operator repeats by a literal count: (axis, copies, run length)."""
+    args = call.node.args
+    if call.node.target is aten.repeat_interleave.self_int:
+        count, dim = args[1], call.int_argument(2, "dim", 0) % len(after)
+        return [(dim, count, 1)] if isinstance(count, int) and count > 1 else []
+    sizes = args[1]
+    assert isinstance(sizes, (list, tuple))
+    padded = [1] * (len(after) - len(before)) + before
+    literal = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and after[axis] > padded[axis]]
+    return [(axis, after[axis] // padded[axis], padded[axis]) for axis in literal]
+
+
+def _align_state(call: Call) -> None:
+    """Give a cache, or a padding without channels, the channels of what it is concatenated with.
+
+    A graph input that is extended along an axis over which ids do not vary holds earlier values of the same channels.
+    """
+    tensors = call.operand_nodes(0)
+    dim = call.int_argument(1, "dim", 0)
+    ids = [call.ids_of(node) for node in tensors]
+    steady = [t is not None and bool((t == t.narrow(dim, 0, 1)).all()) for t in ids]
+    if call.node.target is aten.stack.default or not any(steady):
+        return
+    is_input = [t is not None and call.only_inputs(t) for t in ids]
+    partner = next((t for t, ok, inp in zip(ids, steady, is_input, strict=True) if ok and not inp), None)
+    if partner is None:
+        return
+    assert isinstance(partner, Tensor)
+    first = partner.narrow(dim, 0, 1)
+    for node, t, ok, inp in zip(tensors, ids, steady, is_input, strict=True):
+        if inp and ok:
+            assert t is not None
+            mine = t.narrow(dim, 0, 1)
+            both = ((mine > 0) & (first > 0)).numpy()
+            call.ledger.merge(mine.numpy()[both], first.numpy()[both])
+            call.ledger.states.append(np.unique(mine.numpy()[both]))
+        if t is None or (inp and ok):
+            call.override(node, first.expand(call.value_of(node).shape).contiguous())
+
+
+def _cast(call: Call) -> Ids:
+    ids = call.ids_of(call.tensor_nodes()[0])
+    return [ids, None] if call.node.target is aten.native_dropout.default else ids
+
+
+def _elementwise(call: Call) -> Ids:
+    out: Tensor | None = None
+    for node in call.tensor_nodes():
+        out = combine(call, out, call.ids_of(node))
+    if out is not None and call.op in ACTIVATIONS:
+        call.ledger.activations.append(ActivationSite(call.op, call.module, np.unique(out[out > 0].numpy())))
+    return None if out is None else out.expand(call.output.shape)
+
+
+def _linear(call: Call) -> Ids:
+    weight = call.weight
+    rows = call.ledger.axis(weight.name, 0, weight.shape[0], linear=True).ids()
+    columns = call.ledger.axis(weight.name, 1, weight.shape[1], linear=True).ids()
+    ids = call.ids_of(call.tensor_nodes()[0])
+    meet_columns(call, ids, columns)
+    if weight.bias is not None:
+        call.ledger.merge(rows, call.ledger.axis(weight.bias, 0, weight.shape[0]).ids())
+    out: Tensor | None = torch.from_numpy(rows)
+    if ids is not None and len(_rows(ids)[0]) > 1:
+        reduced = reduce_last(call, ids, merge=False)
+        out = combine(call, None if reduced is None else reduced.unsqueeze(-1), out)
+    assert out is not None
+    return out.expand(call.output.shape)
+
+
+def _embedding(call: Call) -> Ids:
+    weight = call.parameter(0)
+    if weight is None:
+        return _pin(call)
+    rows = call.ledger.axis(weight.name, 0, weight.shape[0])
+    call.ledger.pins.append(Pin(rows.ids(), call.op, call.module, "rows are looked up by index"))
+    columns = call.ledger.axis(weight.name, 1, weight.shape[1]).ids()
+    return torch.from_numpy(columns).expand(call.output.shape)
+
+
+def _matmul(call: Call) -> Ids:
+    a, b = (call.ids_of(node) for node in call.tensor_nodes()[:2])
+    out = contract(call, _as_matrix(a, 0), _as_matrix(b, 1))
+    if out is None:
+        return None
+    shape = call.output.shape
+    return out.expand(shape) if out.dim() == len(shape) else out.reshape(shape)
+
+
+def _as_matrix(ids: Tensor | None, side: int) -> Tensor | None:
+    if ids is None or ids.dim() > 1:
+        return ids
+    return ids.unsqueeze(0) if side == 0 else ids.unsqueeze(-1)
+
+
+def _add_matmul(call: Call) -> Ids:
+    bias, a, b = call.tensor_nodes()[:3]
+    out = combine(call, contract(call, call.ids_of(a), call.ids_of(b)), call.ids_of(bias))
+    return None if out is None else out.expand(call.output.shape)
+
+
+def _attention(call: Call) -> Ids:
+    nodes = call.tensor_nodes()
+    query, key, value = (call.ids_of(node) for node in nodes[:3])
+    if call.node.kwargs.get("enable_gqa") and query is not None:
+        groups = query.shape[-3] // call.value_of(nodes[1]).shape[-3]
+        key = None if key is None else key.repeat_interleave(groups, -3)
+        value = None if value is None else value.repeat_interleave(groups, -3)
+    scores = contract(call, query, None if key is None else key.transpose(-1, -2))
+    for mask in nodes[3:]:
+        mask_ids = call.ids_of(mask)
+        scores = combine(call, scores, mask_ids) if mask_ids is not None else scores
+    out = contract(call, scores, value)
+    return None if out is None else out.expand(call.output.shape)
+
+
+def _reduction(call: Call) -> Ids:
+    node = call.tensor_nodes()[0]
+    ids = call.ids_of(node)
+    if ids is None:
+        return None
+    dims = call.int_list_argument(1, "dim") or list(range(ids.dim()))
+    dims = sorted(dim % ids.dim() for dim in dims)
+    rest = [dim for dim in range(ids.dim()) if dim not in dims]
+    moved = ids.permute(*rest, *dims).reshape(*(ids.shape[dim] for dim in rest), -1)
+    out = reduce_last(call, moved, merge=False, norm=call.op)
+    return None if out is None else out.reshape(call.output.shape)
+
+
+def _along_axis(call: Call) -> Ids:
+    ids = call.ids_of(call.tensor_nodes()[0])
+    if ids is None:
+        return None
+    position = ALONG_AXIS[call.node.target]
+    axes = [-1, -2] if position < 0 else [call.int_argument(position, "dim", -1)]
+    for axis in axes:
+        if bool((ids != ids.narrow(axis, 0, 1)).any()):
+            return _pin(call, "mixes channels along an axis")
+    return ids
+
+
+def _norm(call: Call) -> Ids:
+    ids = call.ids_of(call.tensor_nodes()[0])
+    if ids is None:
+        return None
+    rows, _ = _rows(ids)
+    for row in rows:
+        members = np.unique(row[row > 0])
+        if len(members) > 1:
+            call.ledger.norms.append(NormSite(call.node.name, call.module, call.op, members, len(row)))
+    out: Tensor | None = ids
+    for node in call.tensor_nodes()[1:]:
+        out = combine(call, out, call.ids_of(node))
+    return [out, None] if isinstance(call.output, (tuple, list)) else out
+
+
+def _pin(call: Call, reason: str = "no rule for this operator") -> Ids:
+    touched = [call.ids_of(node) for node in call.tensor_nodes()]
+    ids = [np.unique(t[t > 0].numpy()) for t in touched if t is not None]
+    if ids:
+        call.ledger.pins.append(Pin(np.concatenate(ids), call.op, call.module, reason))
+    return [None] * len(call.output) if isinstance(call.output, (tuple, list)) else None
+
+
+def _nothing(call: Call) -> Ids:
+    return [None] * len(call.output) if isinstance(call.output, (tuple, list)) else None
+
+
+_TABLE: list[tuple[frozenset[Any], Rule]] = [
+    (MOVEMENT, _movement),
+    (CASTS, _cast),
+    (CREATION, _nothing),
+    (MATMUL, _matmul),
+    (ADD_MATMUL, _add_matmul),
+    (REDUCTIONS, _reduction),
+    (frozenset(ALONG_AXIS), _along_axis),
+    (NORMS, _norm),
+    (frozenset({aten.scaled_dot_product_attention.default}), _attention),
+    (frozenset({aten.embedding.default}), _embedding),
+]
+_RULES: dict[Any, Rule] = {target: rule for targets, rule in _TABLE for target in targets}
+
+
+def find_rule(call: Call) -> Rule:
+    """The rule for a call: Linear modules, the table, then whatever torch tags as pointwise; the rest pins."""
+    if call.is_linear:
+        return _linear
+    target = call.node.target
+    if target in _RULES:
+        return _RULES[target]
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return _elementwise
+    if call.is_elementwise_module:
+        return _elementwise
+    return _pin

@@ -1,0 +1,41 @@
+"""Small helpers on FX graphs that several passes share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxprune.channels import get_attribute
+
+__all__ = ["copy_graph_module", "linear_calls", "source_of_logits"]
+
+
+def copy_graph_module(graph_module: GraphModule) -> GraphModule:
+    """A copy with a graph of its own that shares every module, parameter and buffer."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph.set_codegen(graph_module.graph._codegen)
+    return GraphModule(graph_module, graph)
+
+
+def linear_calls(graph_module: GraphModule) -> dict[str, list[Node]]:
+    """The calls of each Linear, by its qualified name, in graph order."""
+    calls: dict[str, list[Node]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(get_attribute(graph_module, str(node.target)), nn.Linear):
+            calls.setdefault(str(node.target), []).append(node)
+    return calls
+
+
+def source_of_logits(graph_module: GraphModule, outputs: tuple[str, ...]) -> Node | None:
+    """The value that the last Linear before the output `logits` reads; None when there is no such output."""
+    output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    values = dict(zip(outputs, output.args[0], strict=False))
+    node = values.get("logits")
+    while isinstance(node, Node):
+        if node.op == "call_module" and isinstance(get_attribute(graph_module, str(node.target)), nn.Linear):
+            source = node.args[0]
+            return source if isinstance(source, Node) else None
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return None

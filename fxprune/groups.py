@@ -1,0 +1,235 @@
+"""Groups: what can be pruned, as records that print themselves.
+
+A group is a set of like units (query heads of one attention, channels of one MLP). A unit is what can be removed: for
+each parameter that it touches, the indices along one axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os.path import commonpath
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fxprune.channel_ids import ChannelMap, IdArray
+
+__all__ = ["AttentionGroup", "Group", "MlpGroup", "UnitSlice", "collect_slices", "common_owner", "signatures"]
+
+
+@dataclass(frozen=True)
+class UnitSlice:
+    """What every unit of a group owns along one axis of one parameter.
+
+    Attributes:
+        parameter: qualified name.
+        axis: which axis; for the weight of a Linear, 0 are the rows it produces and 1 the columns it consumes.
+        indices: (units, per unit) indices along the axis.
+        elements: parameter elements behind one index.
+        linear: whether the parameter belongs to a Linear.
+    """
+
+    parameter: str
+    axis: int
+    indices: IdArray
+    elements: int
+    linear: bool
+
+    @property
+    def per_unit(self) -> int:
+        """Indices that one unit owns."""
+        return int(self.indices.shape[1])
+
+    @property
+    def produces(self) -> bool:
+        """Whether these are rows of a Linear's weight."""
+        return self.linear and self.axis == 0
+
+    @property
+    def consumes(self) -> bool:
+        """Whether these are columns of a Linear's weight."""
+        return self.linear and self.axis == 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Like units that can be removed independently of each other.
+
+    Attributes:
+        name: qualified name of the module the units live in; a label, never a key to behaviour.
+        layer: position among the groups of its kind, in graph order.
+        slices: what each unit owns, one entry per parameter axis.
+        shared: what several units own together (key and value rows of a KV group), indexed by sharing set.
+        sharing: (units,) which sharing set each unit uses; None when nothing is shared.
+    """
+
+    kind: ClassVar[str] = "group"
+    unit: ClassVar[str] = "unit"
+
+    name: str
+    layer: int
+    slices: tuple[UnitSlice, ...]
+    shared: tuple[UnitSlice, ...] = ()
+    sharing: IdArray | None = None
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return int(self.slices[0].indices.shape[0])
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Linears whose rows the units are."""
+        return tuple(s.parameter.removesuffix(".weight") for s in (*self.slices, *self.shared) if s.produces)
+
+    @property
+    def consumers(self) -> tuple[UnitSlice, ...]:
+        """The slices of Linears whose columns read the units; masks stand on their inputs."""
+        return tuple(s for s in self.slices if s.consumes)
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters that go with one unit, without what it shares."""
+        return sum(s.per_unit * s.elements for s in self.slices)
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters that go with one sharing set, once none of its units is left."""
+        return sum(s.per_unit * s.elements for s in self.shared)
+
+    def parameters_removed(self, kept: Sequence[int] | IdArray) -> int:
+        """Parameters that go when only the units `kept` stay."""
+        kept = np.asarray(kept, dtype=np.int64)
+        removed = (self.units - len(kept)) * self.unit_parameters
+        if self.sharing is not None:
+            sets = len(np.unique(self.sharing)) - len(np.unique(self.sharing[kept]))
+            removed += sets * self.shared_parameters
+        return removed
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"{self.units} {self.unit}s"
+
+    def __str__(self) -> str:
+        return f"{self.name} [{self.kind}]: {self.describe()}"
+
+
+@dataclass(frozen=True)
+class AttentionGroup(Group):
+    """The heads of one attention. The unit is the query head; KV heads are what query heads share.
+
+    Attributes:
+        head_dim: value channels of one head.
+        node: graph node where scores meet values.
+    """
+
+    kind: ClassVar[str] = "attention"
+    unit: ClassVar[str] = "query head"
+
+    head_dim: int = 0
+    node: str = ""
+
+    @property
+    def kv_heads(self) -> int:
+        """How many key/value heads there are."""
+        return self.units if self.sharing is None else int(self.sharing.max()) + 1
+
+    def kv_kept(self, kept: Sequence[int] | IdArray) -> list[int]:
+        """The KV heads that stay when the query heads `kept` do."""
+        if self.sharing is None:
+            return [int(head) for head in kept]
+        return [int(head) for head in np.unique(self.sharing[np.asarray(kept, dtype=np.int64)])]
+
+    def heads_of(self, kv_head: int) -> list[int]:
+        """The query heads that use a KV head."""
+        if self.sharing is None:
+            return [kv_head]
+        return [int(head) for head in np.flatnonzero(self.sharing == kv_head)]
+
+    def describe(self) -> str:
+        """Head counts and where they are read."""
+        readers = ", ".join(s.parameter.removesuffix(".weight").rpartition(".")[2] for s in self.consumers)
+        return f"{self.units} query heads on {self.kv_heads} KV heads of {self.head_dim}, read by {readers}"
+
+
+@dataclass(frozen=True)
+class MlpGroup(Group):
+    """The intermediate channels of one MLP.
+
+    Attributes:
+        activation: name of the nonlinear operator between producers and consumer.
+        gated: whether two producers meet in a product.
+    """
+
+    kind: ClassVar[str] = "mlp"
+    unit: ClassVar[str] = "channel"
+
+    activation: str = ""
+    gated: bool = False
+
+    def describe(self) -> str:
+        """Width, form, and where the channels come from and go to."""
+        writers = ", ".join(name.rpartition(".")[2] for name in self.producers)
+        readers = ", ".join(s.parameter.removesuffix(".weight").rpartition(".")[2] for s in self.consumers)
+        form = f"gated {self.activation}" if self.gated else self.activation
+        return f"{self.units} channels, {form}, {writers} -> {readers}"
+
+
+def signatures(channels: ChannelMap) -> IdArray:
+    """A number per class that says which parameter axes it touches and how often; like units share it, (classes,)."""
+    random = np.random.default_rng(0)
+    total = np.zeros(channels.count, dtype=np.uint64)
+    for axis in channels.axes:
+        weight = random.integers(1, 2**63, dtype=np.uint64)
+        np.add.at(total, channels.class_of[axis.ids()], weight)
+    return total.view(np.int64)
+
+
+def collect_slices(
+    channels: ChannelMap, groups: Sequence[IdArray], elements: Mapping[str, Mapping[int, int]]
+) -> list[tuple[UnitSlice, ...] | None]:
+    """What each unit of each group owns.
+
+    Args:
+        channels: the channel map.
+        groups: for each group the classes of its units, in unit order; no class is in two groups.
+        elements: for each parameter and axis, how many elements stand behind one index.
+
+    Returns:
+        The slices of each group, or None for a group whose units own different numbers of indices of one axis.
+    """
+    group_of = np.full(channels.count, -1, dtype=np.int64)
+    unit_of = np.zeros(channels.count, dtype=np.int64)
+    for index, classes in enumerate(groups):
+        group_of[classes], unit_of[classes] = index, np.arange(len(classes))
+    slices: list[list[UnitSlice]] = [[] for _ in groups]
+    uneven: set[int] = set()
+    for axis in channels.axes:
+        classes = channels.class_of[axis.ids()]
+        owners = group_of[classes]
+        for index in np.unique(owners[owners >= 0]):
+            positions = np.flatnonzero(owners == index)
+            units = unit_of[classes[positions]]
+            count = np.bincount(units, minlength=len(groups[index]))
+            if (count != count[0]).any():
+                uneven.add(int(index))
+                continue
+            order = np.argsort(units, kind="stable")
+            indices = positions[order].reshape(len(count), int(count[0]))
+            size = elements[axis.parameter][axis.axis]
+            slices[index].append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.linear))
+    return [None if index in uneven else tuple(found) for index, found in enumerate(slices)]
+
+
+def common_owner(names: Sequence[str]) -> str:
+    """The module that holds all of `names` (qualified parameter names)."""
+    parts = [name.split(".")[:-2] for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)

@@ -1,0 +1,88 @@
+"""What a pass is: `requires`, `call`, `ensures`, and an honest `modified`.
+
+A pass gets a Program and returns a `PassResult`. Calling the pass object runs the three steps in order and appends
+an `Event` to the history. Subclasses implement `call` and, where there is something to check, the other two.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fxprune.errors import PostconditionError
+from fxprune.program import Event, Program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Pass", "PassResult"]
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        program: the new program; the same object as the input when `modified` is False.
+        modified: whether the pass changed anything.
+        details: JSON-able figures about what was done, for the history and the report.
+    """
+
+    program: Program
+    modified: bool
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pass(ABC):
+    """Base class of all passes.
+
+    A subclass sets `name` (how pipelines call it), takes its options as keyword arguments of the constructor, keeps
+    each option as an attribute of the same name, and implements `call`. Its docstring draws the graph before and
+    after, and numbers what it refuses.
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
+        """Check what the pass needs; raise `PreconditionError` with what to do when it is missing."""
+
+    @abstractmethod
+    def call(self, program: Program) -> PassResult:
+        """Do the work; leave the given program as it is."""
+
+    def ensures(self, before: Program, after: Program) -> None:  # noqa: B027 - optional as well
+        """Check what the pass promises; raise `PostconditionError` when it does not hold."""
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's options with their values, for the history."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in {"self", "kwargs"}]
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def __call__(self, program: Program) -> PassResult:
+        """Run `requires`, `call` and `ensures`, and append what happened to the history.
+
+        Raises:
+            PreconditionError: the program lacks what the pass needs.
+            PostconditionError: the result breaks a promise of the pass, or `modified` does not tell the truth.
+        """
+        self.requires(program)
+        start = time.perf_counter()
+        result = self.call(program)
+        seconds = time.perf_counter() - start
+        if result.modified == (result.program is program):
+            raise PostconditionError(
+                f"pass {self.name!r} reports modified={result.modified} but returned "
+                f"{'the same' if result.program is program else 'another'} program; a pass that changes nothing "
+                "returns its input and modified=False"
+            )
+        self.ensures(program, result.program)
+        event = Event(self.name, self.options(), result.modified, seconds, result.details)
+        program = result.program.replace(history=(*result.program.history, event))
+        return PassResult(program, result.modified, result.details)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        return f"{type(self).__name__}({options})"

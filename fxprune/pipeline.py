@@ -1,0 +1,164 @@
+"""Pipelines: lists of passes that are passes themselves, written in Python or in YAML.
+
+    passes:
+      - lift_linears
+      - locate_mlp
+      - channel: {ratio: 0.2, calibration: text.jsonl}
+      - slim
+      - verify
+
+A YAML pipeline is validated as a whole (pass names, option names, option types) before anything runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, ValidationError, create_model
+
+from fxprune.errors import UsageError
+from fxprune.pass_base import Pass, PassResult
+from fxprune.registry import get_pass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from fxprune.program import Program
+
+__all__ = ["Pipeline", "build_pass", "load_pipeline"]
+
+
+class Pipeline(Pass):
+    """Runs passes one after the other; modified if any of them modified something.
+
+    Args:
+        passes: the passes, in order.
+        on_pass: called with each pass before it runs, for progress.
+    """
+
+    name: ClassVar[str] = "pipeline"
+
+    def __init__(self, passes: Sequence[Pass], *, on_pass: Callable[[Pass], None] | None = None) -> None:
+        self.passes = tuple(passes)
+        self._on_pass = on_pass
+
+    def options(self) -> dict[str, Any]:
+        """The names of the passes."""
+        return {"passes": [step.name for step in self.passes]}
+
+    def call(self, program: Program) -> PassResult:
+        """Run the passes."""
+        modified = False
+        for step in self.passes:
+            if self._on_pass is not None:
+                self._on_pass(step)
+            result = step(program)
+            program, modified = result.program, modified or result.modified
+        return PassResult(program, modified)
+
+    def __call__(self, program: Program) -> PassResult:
+        """Run the passes; each writes its own entry of the history, the pipeline adds none."""
+        self.requires(program)
+        return self.call(program)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Pipeline:
+        """Read and validate a YAML pipeline.
+
+        Raises:
+            UsageError: the file is not YAML of the right form, or an option is wrong.
+            RegistryError: a pass is unknown.
+        """
+        return cls(load_pipeline(_read(path), where=str(path)))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {error}") from error
+
+
+def load_pipeline(data: Any, *, where: str = "pipeline") -> list[Pass]:
+    """Turn parsed YAML into passes; everything is validated before the first pass is built.
+
+    Args:
+        data: a mapping with the key `passes`, or the list itself. Each entry is a name or `{name: {option: value}}`.
+        where: how messages call the source.
+
+    Returns:
+        The passes.
+
+    Raises:
+        UsageError: the form is wrong or an option is.
+        RegistryError: a pass is unknown.
+    """
+    steps = data.get("passes") if isinstance(data, dict) else data
+    if not isinstance(steps, list) or not steps:
+        raise UsageError(f"{where}: expected a list of passes under the key 'passes'")
+    parsed: list[tuple[str, dict[str, Any]]] = []
+    for index, step in enumerate(steps):
+        if isinstance(step, str):
+            parsed.append((step, {}))
+        elif isinstance(step, dict) and len(step) == 1:
+            name, options = next(iter(step.items()))
+            if options is not None and not isinstance(options, dict):
+                raise UsageError(f"{where}: options of pass {name!r} (entry {index + 1}) must be a mapping")
+            parsed.append((str(name), dict(options or {})))
+        else:
+            raise UsageError(f"{where}: entry {index + 1} must be a pass name or a mapping with one pass name")
+    checked = [(get_pass(name), _validated(get_pass(name), options, f"{where}: {name}")) for name, options in parsed]
+    return [cls(**options) for cls, options in checked]
+
+
+def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
+    """Build one pass by name with validated options.
+
+    Raises:
+        UsageError: an option is wrong.
+        RegistryError: the pass is unknown.
+    """
+    cls = get_pass(name)
+    return cls(**_validated(cls, dict(options), name))
+
+
+def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check options against the constructor's signature; return them with pydantic's conversions."""
+    signature = inspect.signature(cls.__init__)
+    parameters = {name: p for name, p in signature.parameters.items() if name != "self"}
+    for option in options:
+        if option not in parameters:
+            near = difflib.get_close_matches(option, parameters, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(parameters) or 'no options'}"
+            raise UsageError(f"{where}: unknown option {option!r}{hint}")
+    hints = get_type_hints(cls.__init__, {**_TYPE_NAMES, **vars(sys.modules[cls.__module__])})
+    fields: dict[str, Any] = {
+        name: (hints.get(name, Any), ... if p.default is inspect.Parameter.empty else p.default)
+        for name, p in parameters.items()
+    }
+    model = create_model(
+        f"{cls.__name__}Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields
+    )
+    try:
+        values = model(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{where}: option {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return {name: getattr(values, name) for name in options}
+
+
+def _type_names() -> dict[str, Any]:
+    from collections.abc import Mapping, Sequence  # noqa: PLC0415 - names for annotations that are strings
+    from pathlib import Path  # noqa: PLC0415
+
+    import torch  # noqa: PLC0415
+
+    return {"Path": Path, "Any": Any, "Sequence": Sequence, "Mapping": Mapping, "torch": torch, "Tensor": torch.Tensor}
+
+
+_TYPE_NAMES = _type_names()

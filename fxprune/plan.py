@@ -1,0 +1,77 @@
+"""Plans: which units of each group stay, and which plans are legal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fxprune.errors import PlanError
+from fxprune.groups import AttentionGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fxprune.groups import Group
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept units of each group, ascending. A group that is not named keeps everything."""
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Sequence[int]]) -> Plan:
+        """Build a plan from any sequences of unit indices."""
+        return cls({name: tuple(sorted(int(unit) for unit in units)) for name, units in kept.items()})
+
+    def kept_units(self, group: Group) -> tuple[int, ...]:
+        """The kept units of a group."""
+        return self.kept.get(group.name, tuple(range(group.units)))
+
+    def removed_units(self, group: Group) -> list[int]:
+        """The removed units of a group."""
+        return sorted(set(range(group.units)) - set(self.kept_units(group)))
+
+    def validate(self, groups: Sequence[Group]) -> None:
+        """Check that the plan is legal for these groups.
+
+        Raises:
+            PlanError: a group is unknown, a unit does not exist or is named twice, a group would be empty, or the
+                kept KV heads of an attention would have different numbers of query heads.
+        """
+        known = {group.name: group for group in groups}
+        for name, units in self.kept.items():
+            if name not in known:
+                raise PlanError(f"the plan names group {name!r}, which does not exist; groups: {sorted(known)}")
+            group = known[name]
+            wrong = [unit for unit in units if not 0 <= unit < group.units]
+            if wrong:
+                raise PlanError(f"{name}: {group.unit} {wrong[0]} does not exist; it has {group.units}")
+            if len(set(units)) != len(units):
+                raise PlanError(f"{name}: the plan names a {group.unit} twice")
+            if not units:
+                raise PlanError(f"{name}: no {group.unit} would be left; keep at least one")
+            if isinstance(group, AttentionGroup) and group.sharing is not None:
+                counts = Counter(int(kv) for kv in group.sharing[np.asarray(units)])
+                if len(set(counts.values())) > 1:
+                    raise PlanError(
+                        f"{name}: kept KV heads would have different numbers of query heads "
+                        f"({dict(sorted(counts.items()))}); keep the same number in every kept KV head"
+                    )
+
+    def is_uniform(self, groups: Sequence[Group]) -> bool:
+        """Whether all groups of one kind keep the same number of units."""
+        widths: dict[str, set[int]] = {}
+        for group in groups:
+            widths.setdefault(group.kind, set()).add(len(self.kept_units(group)))
+        return all(len(found) == 1 for found in widths.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data."""
+        return {"kept": {name: list(units) for name, units in self.kept.items()}}

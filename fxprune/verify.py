@@ -1,0 +1,290 @@
+"""The verification ladder: every form of a model must compute what the form before it does.
+
+    eager = traced = lifted;  masked = eager with zeroed consumer columns;  slim = masked;  re-exported = slim;
+    reloaded checkpoint = slim;  ONNX Runtime = slim;  greedy text of the deployed forms = greedy text of slim
+
+Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
+Logits at padding positions mean nothing and are left out.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxprune.channels import get_attribute, module_of
+from fxprune.errors import VerificationError
+from fxprune.masks import ChannelMask
+from fxprune.runners import EagerRunner, greedy, position_ids_from_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fxprune.program import Form, Interface, Program
+    from fxprune.runners import Runner
+
+__all__ = [
+    "Rung",
+    "compare_modules",
+    "compare_runners",
+    "compare_text",
+    "first_difference",
+    "reexported",
+    "tolerance_for",
+    "zeroed_eager",
+]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One comparison of the ladder.
+
+    Attributes:
+        rung: what was compared, such as `slim = masked`.
+        max_abs_error: largest absolute difference of a logit over all cases.
+        tolerance: what is allowed.
+        passed: whether it holds.
+        cases: how many comparisons were made.
+        first_difference: qualified name of the first module whose output differs; empty when passed or unknown.
+    """
+
+    rung: str
+    max_abs_error: float
+    tolerance: float
+    passed: bool
+    cases: int
+    first_difference: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The rung as JSON data."""
+        return asdict(self)
+
+    def require(self) -> Rung:
+        """Return the rung if it holds.
+
+        Raises:
+            VerificationError: it does not.
+        """
+        if self.passed:
+            return self
+        where = f"; the first module that differs is {self.first_difference}" if self.first_difference else ""
+        raise VerificationError(
+            f"{self.rung} does not hold: max abs error {self.max_abs_error:.3g} > {self.tolerance:.3g}{where}. "
+            "Nothing was deleted; run `fxprune verify` on the two forms to see every case."
+        )
+
+
+def tolerance_for(dtype: torch.dtype, *, runtime: bool = False) -> float:
+    """Allowed absolute difference of logits.
+
+    Args:
+        dtype: precision of the compared forms.
+        runtime: whether one of them runs in another runtime, with its own kernels.
+
+    Returns:
+        1e-4 in float32 (1e-3 across runtimes); two hundred units of roundoff in lower precision.
+    """
+    if dtype in {torch.float32, torch.float64}:
+        return 1e-3 if runtime else 1e-4
+    return 200 * torch.finfo(dtype).eps
+
+
+def _script(batch: int, padding: int, vocabulary: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Tokens of three steps (prefill 6, continue with 3, then 1) and the mask over all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = [torch.randint(0, vocabulary, (batch, length), generator=generator) for length in (6, 3, 1)]
+    mask = torch.ones(batch, 10, dtype=torch.long)
+    mask[0, :padding] = 0
+    return steps, mask
+
+
+def compare_runners(
+    rung: str, reference: Runner, candidate: Runner, *, vocabulary: int, tolerance: float, device: torch.device
+) -> Rung:
+    """Compare the logits of two forms over all cases.
+
+    Args:
+        rung: name of the comparison.
+        reference: the form that is right by definition.
+        candidate: the form to be checked.
+        vocabulary: tokens are drawn below this.
+        tolerance: allowed absolute difference.
+        device: where the tokens go.
+
+    Returns:
+        The rung; `passed` is False also for NaN.
+    """
+    worst, cases = 0.0, 0
+    for seed, (batch, padding) in enumerate([(1, 0), (2, 0), (1, 2), (2, 2)]):
+        steps, mask = _script(batch, padding, vocabulary, seed)
+        pasts: list[Any] = [None, None]
+        seen = 0
+        for tokens in steps:
+            new = tokens.shape[1]
+            seen += new
+            so_far = mask[:, :seen].to(device)
+            positions = position_ids_from_mask(so_far, new)
+            logits = []
+            for index, runner in enumerate((reference, candidate)):
+                out, pasts[index] = runner.step(tokens.to(device), so_far, positions, pasts[index])
+                logits.append(out.float())
+            real = so_far[:, -new:].bool()
+            error = (logits[0] - logits[1])[real].abs().max().item()
+            worst = max(worst, error if error == error else float("inf"))  # noqa: PLR0124 - NaN is unequal to itself
+            cases += 1
+    return Rung(rung, worst, tolerance, worst <= tolerance, cases)
+
+
+def compare_modules(rung: str, reference: Any, candidate: Any, inputs: tuple[Any, ...], tolerance: float) -> Rung:
+    """Compare two callables that return flat tuples of tensors, for models that are no causal language models."""
+    with torch.no_grad():
+        expected, given = _tensors(reference(*inputs)), _tensors(candidate(*inputs))
+    errors = [(a.float() - b.float()).abs().max().item() for a, b in zip(expected, given, strict=True) if a.numel()]
+    worst = max((error if error == error else float("inf") for error in errors), default=0.0)  # noqa: PLR0124 - NaN
+    return Rung(rung, worst, tolerance, worst <= tolerance, 1)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def compare_text(rung: str, reference: Runner, candidate: Runner, prompt: Tensor, new_tokens: int = 12) -> Rung:
+    """Compare greedy continuations; the error is the share of tokens that differ."""
+    a, b = greedy(reference, prompt, new_tokens), greedy(candidate, prompt, new_tokens)
+    error = float((a.cpu() != b.cpu()).float().mean())
+    return Rung(rung, error, 0.0, error == 0, 1)
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs a graph and keeps the output of every projection, under its module's name."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """See `torch.fx.Interpreter.run_node`."""
+        result = super().run_node(n)
+        projection = n.op == "call_module" or n.target in {
+            torch.ops.aten.linear.default,
+            torch.ops.aten.addmm.default,
+        }
+        if projection and isinstance(result, Tensor):
+            self.seen.setdefault(module_of(n), result)
+        return result
+
+
+def first_difference(reference: Form, candidate: Form, tolerance: float) -> str:
+    """The first projection whose output differs between two forms, by qualified name; empty if none does.
+
+    Outputs of different widths (rows that slimming removed) are skipped: the difference shows in the next consumer.
+    """
+    recorded = []
+    for form in (reference, candidate):
+        if isinstance(form.module, GraphModule):
+            recorder = _Recorder(form.module)
+            with torch.no_grad():
+                recorder.run(*_from_nothing(form.interface).values())
+            recorded.append(recorder.seen)
+        else:
+            recorded.append(_record_eager(form.module, _from_nothing(form.interface)))
+    for name, value in recorded[1].items():
+        other = recorded[0].get(name)
+        if other is not None and other.shape == value.shape:
+            error = (other.float() - value.float()).abs().max()
+            if not bool(error <= tolerance):
+                return name
+    return ""
+
+
+def _from_nothing(interface: Interface) -> dict[str, Tensor]:
+    """The example inputs with an empty cache and no padding, so that dense and slim forms see the same past."""
+    cache = {entry.input for entry in interface.cache}
+    examples = dict(interface.example_inputs)
+    if cache:
+        new = examples["input_ids"].shape[1]
+        examples = {name: t[:, :, :0] if name in cache else t for name, t in examples.items()}
+        examples["attention_mask"] = torch.ones_like(examples["attention_mask"][:, :new])
+    return examples
+
+
+def _record_eager(model: nn.Module, examples: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    inputs = {name: tensor for name, tensor in examples.items() if not name.startswith("past_key_values")}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if hasattr(module, "weight") and not list(module.children()):
+
+                def hook(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                    if isinstance(output, Tensor):
+                        seen.setdefault(name, output)
+
+                stack.callback(module.register_forward_hook(hook).remove)
+        with torch.no_grad():
+            model(**inputs)
+    return seen
+
+
+def reexported(graph_module: GraphModule, interface: Interface) -> GraphModule:
+    """Export a flat graph again; shapes and metadata of the result are right by construction."""
+    shapes = tuple(dict.fromkeys(interface.dynamic_axes[name], torch.export.Dim.AUTO) for name in interface.inputs)
+    with torch.no_grad():
+        exported = torch.export.export(
+            graph_module, tuple(interface.example_inputs.values()), dynamic_shapes=shapes, strict=False
+        )
+    return exported.module(check_guards=False)
+
+
+@contextmanager
+def zeroed_eager(program: Program) -> Iterator[EagerRunner | None]:
+    """The original model with the consumer columns that the masks remove set to zero.
+
+    Weights that a pass has changed are used as they are in the masked graph; a bias that a pass has added is added by
+    a hook. Nothing in the original model is modified. Yields None when the graph's Linears are not modules of the
+    original model (fused by lifting), where there is no independent form to compare with.
+    """
+    eager, masked = program.references["eager"].module, program.references["masked"].module
+    assert isinstance(masked, GraphModule)
+    modules = dict(eager.named_modules())
+    state: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    known = True
+    for node in masked.graph.nodes:
+        if node.op != "call_module":
+            continue
+        linear = get_attribute(masked, str(node.target))
+        if not isinstance(linear, nn.Linear):
+            continue
+        name = str(node.target)
+        if name not in modules or getattr(modules[name], "weight", None) is None:
+            known = False
+            continue
+        source = node.args[0]
+        mask = get_attribute(masked, str(source.target)) if source.op == "call_module" else None
+        weight = linear.weight.detach()
+        if isinstance(mask, ChannelMask):
+            weight = weight * mask.per_channel()
+        elif weight is modules[name].weight:
+            continue
+        turned = tuple(modules[name].weight.shape) != tuple(weight.shape) or not isinstance(modules[name], nn.Linear)
+        state[f"{name}.weight"] = weight.t() if turned else weight
+        if linear.bias is not None:
+            own = getattr(modules[name], "bias", None)
+            (biases if own is None else state)[name if own is None else f"{name}.bias"] = linear.bias.detach()
+    if not known:
+        yield None
+        return
+
+    def forward(**kwargs: Any) -> Any:
+        return torch.func.functional_call(eager, state, (), kwargs)
+
+    with ExitStack() as stack:
+        for name, bias in biases.items():
+            hook = modules[name].register_forward_hook(lambda _, __, output, bias=bias: output + bias)
+            stack.callback(hook.remove)
+        yield EagerRunner(forward, "eager, columns zeroed")  # type: ignore[arg-type]

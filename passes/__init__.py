@@ -1,0 +1,1 @@
+"""Pruning and rewriting passes, one topic a file; imported as `fxprune.passes`."""

@@ -1,0 +1,180 @@
+"""Lifting: every projection becomes a call of a real `nn.Linear` under its original qualified name.
+
+Before, as torch.export writes them, and after:
+
+    aten.linear(x, W, b)                          call_module[model.layers.0.mlp.up_proj](x)
+    aten.addmm(b, x, W)           (Conv1D)        call_module[transformer.h.0.mlp.c_fc](x)
+    aten.matmul(x, aten.t(W))     (mm, numpy_T)   call_module[...](x)
+
+Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view.
+
+Refused, and left as it is:
+ 1. a weight that is not read straight from a parameter (computed weights);
+ 2. a bias that is not a parameter, or is not one-dimensional;
+ 3. a weight that is not two-dimensional.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxprune.errors import PostconditionError
+from fxprune.graphs import copy_graph_module
+from fxprune.pass_base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+__all__ = ["LiftLinears", "lift_graph"]
+
+aten = torch.ops.aten
+_TRANSPOSE = {aten.t.default, aten.numpy_T.default}
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """What a projection node computes: `x @ weight.T + bias`."""
+
+    x: Node
+    weight: str
+    transposed: bool  # the parameter is stored (in, out)
+    bias: str | None
+
+
+def _parameter(node: Any) -> str | None:
+    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def _weight(node: Any) -> tuple[str, bool] | None:
+    """The parameter behind a weight operand, and whether it is seen through a transpose."""
+    if (name := _parameter(node)) is not None:
+        return name, False
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    swaps = node.target in _TRANSPOSE
+    swaps |= node.target is aten.transpose.int and {axis % 2 for axis in node.args[1:3]} == {0, 1}  # type: ignore[operator]
+    swaps |= node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    name = _parameter(node.args[0]) if swaps else None
+    return None if name is None else (name, True)
+
+
+def _match(node: Node) -> _Projection | None:
+    """See a node as a projection, or None with refusal 1 or 2."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten.linear.default:
+        x, w, *rest = node.args
+        weight, bias = _weight(w), (rest[0] if rest else node.kwargs.get("bias"))
+        turned = False
+    elif node.target is aten.addmm.default and not node.kwargs:
+        bias, x, w = node.args
+        weight, turned = _weight(w), True
+    elif node.target in {aten.matmul.default, aten.mm.default}:
+        x, w = node.args
+        weight, bias, turned = _weight(w), None, True
+    else:
+        return None
+    name = None if bias is None else _parameter(bias)
+    if weight is None or not isinstance(x, Node) or (bias is not None and name is None):
+        return None
+    return _Projection(x, weight[0], turned != weight[1], name)
+
+
+def _module_name(root: nn.Module, parameter: str) -> str:
+    """Where the Linear goes: the owner's own name, or a name beside the parameter if the owner holds more."""
+    owner, _, leaf = parameter.rpartition(".")
+    module = root.get_submodule(owner)
+    others = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    if leaf == "weight" and owner and not others and not list(module.children()):
+        return owner
+    return f"{parameter}_linear"
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, weight.requires_grad)
+    if bias is not None:
+        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
+    return linear
+
+
+def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
+    """Lift every projection of a graph.
+
+    Args:
+        graph_module: a graph of aten operators; it is left as it is.
+
+    Returns:
+        A new graph module that shares the parameters, and the names of the Linears it calls, in graph order.
+    """
+    lifted = copy_graph_module(graph_module)
+    graph = lifted.graph
+    made: dict[tuple[str, str | None], str] = {}
+    names: list[str] = []
+    for node in list(graph.nodes):
+        match = _match(node)
+        if match is None:
+            continue
+        weight = operator.attrgetter(match.weight)(lifted)
+        bias = None if match.bias is None else operator.attrgetter(match.bias)(lifted)
+        if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+            continue
+        key = (match.weight, match.bias)
+        if key not in made:
+            made[key] = _install(lifted, match, weight, bias)
+        with graph.inserting_before(node):
+            call = graph.call_module(made[key], (match.x,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        names.append(made[key])
+    graph.eliminate_dead_code()
+    lifted.recompile()
+    return lifted, list(dict.fromkeys(names))
+
+
+def _install(lifted: GraphModule, match: _Projection, weight: Tensor, bias: Tensor | None) -> str:
+    name = _module_name(lifted, match.weight)
+    taken = name in dict(lifted.named_modules()) and isinstance(lifted.get_submodule(name), nn.Linear)
+    if taken:  # one weight, two biases
+        name = f"{name}_{match.bias.replace('.', '_') if match.bias else 'plain'}"
+    lifted.add_submodule(name, _linear(weight.t() if match.transposed else weight, bias))
+    return name
+
+
+class LiftLinears(Pass):
+    """Turn every projection into a call of an `nn.Linear` (see the module's docstring for the graph)."""
+
+    name = "lift_linears"
+
+    def call(self, program: Program) -> PassResult:
+        """Lift; a graph without projections to lift is returned as it is."""
+        lifted, names = lift_graph(program.graph_module)
+        if not names:
+            return PassResult(program, modified=False, details={"linears": 0})
+        program = program.with_reference("traced", program.graph_module)
+        program = program.replace(graph_module=lifted, channels=None, groups=()).with_reference("lifted", lifted)
+        return PassResult(program, modified=True, details={"linears": len(names)})
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No projection that could be lifted is left.
+
+        Raises:
+            PostconditionError: one is left.
+        """
+        del before
+        left = [
+            node.name
+            for node in after.graph_module.graph.nodes
+            if (match := _match(node)) is not None
+            and operator.attrgetter(match.weight)(after.graph_module).dim() == 2  # refusal 3
+        ]
+        if left:
+            raise PostconditionError(f"lift_linears left {left[0]} ({len(left)} in all) unlifted")

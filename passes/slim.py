@@ -1,0 +1,70 @@
+"""Slimming: the removed units disappear from the graph.
+
+    x ─ up_proj (1536) ─ act ─ mask ─ down_proj (1536)      =>      x ─ up_proj (1024) ─ act ─ down_proj (1024)
+    k ─ expand (…, 3, 3, …) ─ reshape (…, 9, …)             =>      k ─ expand (…, 2, 3, …) ─ reshape (…, 6, …)
+
+Linears, parameters and cache inputs become narrower, baked-in constants are rewritten, masks vanish (soft gates are
+folded into the consumer). Parameters that no unit was removed from are shared with the old graph.
+
+Refused:
+ 1. a program without a plan;
+ 2. a plan that removes part of what is normalised together;
+ 3. an operator whose constants cannot express what stays (`UnsupportedOpError` names node and module).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.masks import ChannelMask
+from fxprune.pass_base import Pass, PassResult
+from fxprune.slimming import slim_graph
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+__all__ = ["Slim"]
+
+
+class Slim(Pass):
+    """Write the graph without the removed units (see the module's docstring)."""
+
+    name = "slim"
+
+    def requires(self, program: Program) -> None:
+        """There is a plan.
+
+        Raises:
+            PreconditionError: there is none.
+        """
+        if program.plan is None:
+            raise PreconditionError("slim needs a plan: run a pruning pass first, or set Program.plan yourself")
+
+    def call(self, program: Program) -> PassResult:
+        """Slim; a plan that removes nothing leaves a program without masks as it is."""
+        assert program.plan is not None
+        before = _linear_parameters(program)
+        nothing = all(not program.plan.removed_units(group) for group in program.groups)
+        if nothing and not any(isinstance(module, ChannelMask) for module in program.graph_module.modules()):
+            return PassResult(program, modified=False, details={"linear_parameters": [before, before]})
+        graph_module, interface = slim_graph(program.graph_module, program.interface, program.groups, program.plan)
+        slim = program.with_reference("unslimmed", program.graph_module)
+        slim = slim.replace(graph_module=graph_module, interface=interface, channels=None)
+        return PassResult(slim, modified=True, details={"linear_parameters": [before, _linear_parameters(slim)]})
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No mask is left.
+
+        Raises:
+            PostconditionError: one is.
+        """
+        del before
+        if any(isinstance(module, ChannelMask) for module in after.graph_module.modules()):
+            raise PostconditionError("slim left a mask in the graph")
+
+
+def _linear_parameters(program: Program) -> int:
+    called = {str(node.target) for node in program.graph_module.graph.nodes if node.op == "call_module"}
+    modules = (program.graph_module.get_submodule(name) for name in called)
+    return sum(p.numel() for module in modules for p in module.parameters())

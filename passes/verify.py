@@ -1,0 +1,188 @@
+"""Verification as a pass: climbs the ladder, fails the pipeline at the first rung that does not hold.
+
+    eager ── traced ── lifted ── masked ── slim ── re-exported
+                                            ├───── reloaded checkpoint
+                                            └───── ONNX Runtime
+
+A rung that fails names the first module whose output differs. Nothing is deleted and nothing is repaired.
+
+Refused:
+ 1. a program without the original model (nothing to compare with).
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxprune.errors import PreconditionError
+from fxprune.pass_base import Pass, PassResult
+from fxprune.program import Form
+from fxprune.registry import resolve
+from fxprune.runners import EagerRunner, GraphRunner
+from fxprune.verify import (
+    Rung,
+    compare_modules,
+    compare_runners,
+    compare_text,
+    first_difference,
+    reexported,
+    tolerance_for,
+    zeroed_eager,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fxprune.program import Program
+    from fxprune.runners import Runner
+
+__all__ = ["Verify"]
+
+
+class Verify(Pass):
+    """Climb the ladder over every form of the model there is (see the module's docstring).
+
+    Args:
+        checkpoint: directory of a saved checkpoint to reload and compare.
+        onnx: an exported ONNX file to run and compare.
+        reexport: whether to export the slim graph again with torch.export and compare.
+        graph: whether to compare the graph forms (eager to slim); switch off to check files only.
+    """
+
+    name = "verify"
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Path | str | None = None,
+        onnx: Path | str | None = None,
+        reexport: bool = True,
+        graph: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.onnx = onnx
+        self.reexport = reexport
+        self.graph = graph
+
+    def requires(self, program: Program) -> None:
+        """The original model is at hand.
+
+        Raises:
+            PreconditionError: it is not.
+        """
+        if "eager" not in program.references:
+            raise PreconditionError("verify compares with the original model: start from fxprune.trace(model)")
+
+    def call(self, program: Program) -> PassResult:
+        """Compare, rung by rung; the certificate is left in `results["verify"]`.
+
+        Raises:
+            VerificationError: a rung does not hold.
+        """
+        if program.interface.cache:
+            rungs = _LanguageModelLadder(program).climb(self)
+        else:
+            rungs = _plain_ladder(program, reexport=self.reexport) if self.graph else []
+        certificate = [rung.to_json() for rung in rungs]
+        changed = program.with_results(verify=[*program.results.get("verify", []), *certificate])
+        return PassResult(changed, modified=True, details={"rungs": len(rungs)})
+
+
+class _LanguageModelLadder:
+    """The ladder of a causal language model with a cache."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        example = program.interface.example_inputs["input_ids"]
+        floating = next(t for t in program.interface.example_inputs.values() if t.is_floating_point())
+        self.device, self.dtype = example.device, floating.dtype
+        source = program.source
+        self.vocabulary = int(source.config.get_text_config().vocab_size) if source else int(example.max()) + 1
+        self.slim = GraphRunner(program.graph_module, program.interface, "slim")
+
+    def _runner(self, form: Form, name: str) -> Runner:
+        if isinstance(form.module, GraphModule):
+            return GraphRunner(form.module, form.interface, name)
+        return EagerRunner(form.module, name)
+
+    def _rung(self, name: str, reference: Runner, candidate: Runner, forms: tuple[Form, Form] | None = None) -> Rung:
+        tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
+        rung = compare_runners(
+            name, reference, candidate, vocabulary=self.vocabulary, tolerance=tolerance, device=self.device
+        )
+        if not rung.passed and forms is not None:
+            rung = replace(rung, first_difference=first_difference(*forms, tolerance))
+        return rung.require()
+
+    def climb(self, options: Verify) -> list[Rung]:
+        rungs = self._graph_rungs(reexport=options.reexport) if options.graph else []
+        if options.checkpoint is not None:
+            load: Any = resolve("fxprune.checkpoint:load")
+            model = load(options.checkpoint, device=str(self.device))
+            rungs += self._deployed("reloaded checkpoint", EagerRunner(model, "reloaded"))
+            del model
+            gc.collect()
+        if options.onnx is not None:
+            runner: Any = resolve("fxprune.exporters.ort:OrtRunner")
+            rungs += self._deployed("ONNX Runtime", runner(options.onnx, name="onnxruntime"))
+        return rungs
+
+    def _graph_rungs(self, *, reexport: bool) -> list[Rung]:
+        forms = dict(self.program.references)
+        current = Form(self.program.graph_module, self.program.interface)
+        pairs = [("traced = eager", "eager", "traced"), ("lifted = traced", "traced", "lifted")]
+        rungs = [
+            self._rung(name, self._runner(forms[a], a), self._runner(forms[b], b), (forms[a], forms[b]))
+            for name, a, b in pairs
+            if a in forms and b in forms
+        ]
+        if "masked" in forms:
+            masked = self._runner(forms["masked"], "masked")
+            with zeroed_eager(self.program) as eager:
+                if eager is not None:
+                    rungs.append(self._rung("masked = eager with zeroed columns", eager, masked))
+            if current.module is not forms["masked"].module:
+                rungs.append(self._rung("slim = masked", masked, self.slim, (forms["masked"], current)))
+        if reexport:
+            again = Form(reexported(current.module, current.interface), current.interface)  # type: ignore[arg-type]
+            rungs.append(self._rung("re-exported = slim", self.slim, self._runner(again, "re-exported")))
+        return rungs
+
+    def _deployed(self, name: str, runner: Runner) -> list[Rung]:
+        prompt = torch.arange(5, 13, device=self.device).unsqueeze(0) % self.vocabulary
+        return [
+            self._rung(f"{name} = slim", self.slim, runner),
+            compare_text(f"greedy text of {name} = slim", self.slim, runner, prompt).require(),
+        ]
+
+
+def _plain_ladder(program: Program, *, reexport: bool) -> list[Rung]:
+    """The ladder of a model without a cache: flat outputs on the example inputs."""
+    inputs = tuple(program.interface.example_inputs.values())
+    tolerance = tolerance_for(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
+    forms = dict(program.references)
+    eager = forms["eager"].module
+
+    def run_eager(*args: Any) -> Any:
+        return eager(**dict(zip(program.interface.inputs, args, strict=True)))
+
+    chain = [("traced", run_eager, forms.get("traced"))]
+    if "lifted" in forms and "traced" in forms:
+        chain.append(("lifted", forms["traced"].module, forms["lifted"]))
+    rungs = [
+        compare_modules(f"{name} = former", before, form.module, inputs, tolerance).require()
+        for name, before, form in chain
+        if form is not None
+    ]
+    if "masked" in forms and program.graph_module is not forms["masked"].module:
+        rung = compare_modules("slim = masked", forms["masked"].module, program.graph_module, inputs, tolerance)
+        rungs.append(rung.require())
+    if reexport:
+        again = reexported(program.graph_module, program.interface)
+        rungs.append(compare_modules("re-exported = slim", program.graph_module, again, inputs, tolerance).require())
+    return rungs
