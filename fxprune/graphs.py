@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channels import get_attribute
 
-__all__ = ["copy_graph_module", "linear_calls", "source_of_logits"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["copy_graph_module", "linear_calls", "source_of_logits", "state_tensors"]
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
@@ -39,3 +44,16 @@ def source_of_logits(graph_module: GraphModule, outputs: tuple[str, ...]) -> Nod
             return source if isinstance(source, Node) else None
         node = node.all_input_nodes[0] if node.all_input_nodes else None
     return None
+
+
+def state_tensors(graph_module: GraphModule) -> dict[str, Tensor]:
+    """The parameters and buffers of a lifted graph under their original names, in their original layout.
+
+    Constants that rewriting added (selections) are left out; a weight that lifting transposed is turned back.
+    """
+    tensors = {}
+    for name, tensor in graph_module.state_dict(keep_vars=True).items():
+        leaf = name.rpartition(".")[2]
+        if not leaf.startswith("_kept_"):
+            tensors[name] = tensor.detach()
+    return tensors

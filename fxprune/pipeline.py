@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Program
 
-__all__ = ["Pipeline", "build_pass", "load_pipeline"]
+__all__ = ["Pipeline", "build_pass", "load_pipeline", "read_yaml"]
 
 
 class Pipeline(Pass):
@@ -74,10 +74,11 @@ class Pipeline(Pass):
             UsageError: the file is not YAML of the right form, or an option is wrong.
             RegistryError: a pass is unknown.
         """
-        return cls(load_pipeline(_read(path), where=str(path)))
+        return cls(load_pipeline(read_yaml(path), where=str(path)))
 
 
-def _read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file; raises `UsageError` when it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -8,6 +8,7 @@ no pass has changed, so holding the dense and the slim form costs little more th
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,11 @@ class Event:
     modified: bool
     seconds: float
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as JSON data; options that JSON lacks become text."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return data
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,314 @@
+"""Charts of the report: matplotlib figures turned into SVG that lives inside an HTML page.
+
+The SVG takes its colours and its font from the page's CSS variables, so it follows the light or dark scheme, and it is
+drawn once for wide screens and once for phones, so that its text has the size of the page's text on both.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree as ET
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+
+__all__ = ["TIMES", "Chart", "quality_chart", "speed_chart", "widths_chart"]
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+"""How a ratio ends, as in 1.25 times."""
+
+WIDE, NARROW = 720, 340
+"""Widths of the two drawings in CSS pixels."""
+
+_INK, _MUTED, _LINE, _SLIM, _DENSE, _BOUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    _SLIM: "var(--accent)",
+    _DENSE: "var(--dense)",
+    _BOUND: "var(--bound)",
+}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fxprune",
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": _LINE,
+    "grid.linewidth": 1,
+    "patch.linewidth": 1,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page.
+
+    Attributes:
+        wide: SVG for wide screens; trusted markup.
+        narrow: SVG for phones; trusted markup.
+        alt: what it shows, in words.
+    """
+
+    wide: str
+    narrow: str
+    alt: str
+
+
+def _chart(name: str, alt: str, draw: Callable[[int], Figure]) -> Chart:
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+        # Names may have glyphs that the measuring font lacks; the reader's browser draws the text with its own.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        wide, narrow = (_svg(draw(width), f"{name}-{width}", alt) for width in (WIDE, NARROW))
+    return Chart(wide, narrow, alt)
+
+
+def _figure(width: int, height: float) -> Figure:
+    """An empty figure measured in CSS pixels: the SVG backend writes one unit per 1/72 inch."""
+    figure = Figure(figsize=(width / 72, height / 72), facecolor="none", layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure
+
+
+def _svg(figure: Figure, prefix: str, alt: str) -> str:
+    """Render a figure as one `<svg>` element: no document parts, no namespaces, page colours, ids of its own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ET.fromstring(buffer.getvalue())  # noqa: S314 - it was written two lines above
+    drawn = ET.Element("svg", {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": alt})
+    for element in list(root.iter()):
+        element.tag = element.tag.rpartition("}")[2]
+        for key, value in list(element.attrib.items()):
+            del element.attrib[key]
+            element.set(key.rpartition("}")[2], _attribute(key.rpartition("}")[2], value, prefix))
+    # `defs/style` would set line joins for the whole page; the page's own style sheet does it for figures.
+    drawn.extend(child for child in root if child.tag not in {"metadata", "defs"})
+    return ET.tostring(drawn, encoding="unicode")
+
+
+def _attribute(name: str, value: str, prefix: str) -> str:
+    if name == "id":
+        return f"{prefix}-{value}"
+    if name == "href":
+        return value.replace("#", f"#{prefix}-", 1)
+    value = value.replace("url(#", f"url(#{prefix}-")
+    value = re.sub(r"font: ((?:\w+ )*)([\d.]+px) [^;]*", r"font: \1\2 var(--font)", value)
+    for sentinel, variable in _VARIABLES.items():
+        value = value.replace(sentinel, variable)
+    return value
+
+
+def _bare(axes: Axes, *, grid: Literal["x", "y"]) -> None:
+    axes.set_facecolor("none")
+    axes.grid(visible=True, axis=grid)
+    axes.spines["left"].set_visible(False)
+    if grid == "x":
+        axes.spines["bottom"].set_visible(False)
+
+
+def _title(axes: Axes, text: str, width: int) -> None:
+    axes.set_title(_short(text, width // 8), loc="left", fontsize=12, color=_INK, parse_math=False)
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: max(1, length - 1)] + "…"
+
+
+# ---- layer widths --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    layers: list[int]
+    dense: list[int]
+    kept: list[int]
+
+
+def widths_chart(groups: Sequence[Mapping[str, Any]]) -> Chart:
+    """Widths per layer before (outline) and after (filled), one panel per kind of group."""
+    panels = _panels(groups)
+    alt = "; ".join(
+        f"{panel.title}: {sum(panel.kept):,} of {sum(panel.dense):,} kept over {len(panel.layers)} layers, "
+        f"per layer {min(panel.kept):,} to {max(panel.kept):,} of {max(panel.dense):,}"
+        for panel in panels
+    )
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 165 * len(panels) + 10)
+        for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            axes.bar(panel.layers, panel.kept, width=0.8, color=_SLIM, linewidth=0)
+            axes.bar(panel.layers, panel.dense, width=0.8, facecolor="none", edgecolor=_DENSE)
+            axes.set_xlim(min(panel.layers) - 0.7, max(panel.layers) + 0.7)
+            axes.set_ylim(0, max(1, *panel.dense) * 1.05)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 45, integer=True, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=2))
+            axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+            _bare(axes, grid="y")
+            _title(axes, panel.title, width)
+        axes.set_xlabel("layer")
+        return figure
+
+    return _chart("widths", f"Widths per layer before and after pruning. {alt}", draw)
+
+
+def _panels(groups: Sequence[Mapping[str, Any]]) -> list[_Panel]:
+    """One panel per kind; groups of one kind in one layer (experts) add up; without layers, groups are counted."""
+    kinds: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for group in groups:
+        kinds[group["kind"]].append(group)
+    panels = []
+    for kind, members in kinds.items():
+        # KV groups tell the story when query heads left only together with their whole KV group.
+        whole = all(
+            "kv_dense" in group and group.get("kv_kept", 0) * group["dense"] == group["kept"] * group["kv_dense"]
+            for group in members
+        )
+        prefix = "kv_" if whole else ""
+        unit = "KV groups" if whole else members[0].get("unit") or {"attention": "query heads"}.get(kind, "units")
+        layers: dict[int, list[int]] = {}
+        for index, group in enumerate(members):
+            widths = layers.setdefault(group.get("layer", index), [0, 0])
+            widths[0] += group[f"{prefix}dense"]
+            widths[1] += group[f"{prefix}kept"]
+        numbers = sorted(layers)
+        name = {"mlp": "MLP width"}.get(kind, kind.capitalize())
+        panels.append(
+            _Panel(f"{name} ({unit})", numbers, [layers[i][0] for i in numbers], [layers[i][1] for i in numbers])
+        )
+    return sorted(panels, key=lambda panel: not panel.title.startswith("MLP"))
+
+
+# ---- quality -------------------------------------------------------------------------------------------------------
+
+
+def quality_chart(entries: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Dense and slim figures as bars with their standard errors, one panel per metric; None when none is finite."""
+    metrics: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        if any(_finite(entry.get(form)) for form in ("dense", "slim")):
+            metrics[entry["metric"]].append(entry)
+    if not metrics:
+        return None
+    alt = "; ".join(
+        f"{entry['metric']} on {entry['text']}: "
+        + ", ".join(f"{form} {entry[form]:.4g}" for form in ("dense", "slim") if _finite(entry.get(form)))
+        for members in metrics.values()
+        for entry in members
+    )
+
+    def draw(width: int) -> Figure:
+        counts = [len(members) for members in metrics.values()]
+        figure = _figure(width, 62 * sum(counts) + 40 * len(counts))
+        panels = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
+        for axes, (metric, members) in zip(panels, metrics.items(), strict=True):
+            _quality_panel(axes, members, width)
+            direction = next((entry["better"] for entry in members if "better" in entry), None)
+            _title(axes, metric + (f" ({direction} is better)" if direction else ""), width)
+        return figure
+
+    return _chart("quality", f"Quality of the dense and the slim model. {alt}", draw)
+
+
+def _quality_panel(axes: Axes, members: Sequence[Mapping[str, Any]], width: int) -> None:
+    reach = max(
+        entry[form] + _error(entry, form) for entry in members for form in ("dense", "slim") if _finite(entry.get(form))
+    )
+    room = 0.15 if width == WIDE else 0.3
+    axes.set_xlim(0, max(reach, 1e-9) * (1 + room))
+    for row, entry in enumerate(members):
+        axes.text(0, row - 0.36, _short(entry["text"], width // 8), color=_MUTED, va="center", parse_math=False)
+        for place, form, face, edge in ((-0.08, "dense", "none", _DENSE), (0.22, "slim", _SLIM, _SLIM)):
+            if not _finite(entry.get(form)):
+                continue
+            value, error = float(entry[form]), _error(entry, form)
+            axes.barh(row + place, value, height=0.24, facecolor=face, edgecolor=edge)
+            if error:
+                axes.errorbar(value, row + place, xerr=error, color=_INK, elinewidth=1.2, capsize=3)
+            axes.text(
+                value + error + max(reach, 1e-9) * 0.015, row + place, f"{value:.4g}", va="center", parse_math=False
+            )
+    axes.set_ylim(len(members) - 0.55, -0.55)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
+    _bare(axes, grid="x")
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _error(entry: Mapping[str, Any], form: str) -> float:
+    error = entry.get(f"{form}_stderr")
+    return float(error) if error is not None and math.isfinite(error) else 0.0
+
+
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+
+def speed_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
+    """Speed-up of every case with its 95% interval, and what counting predicts as a diamond."""
+    alt = "; ".join(
+        f"{entry['case']} on {entry['runtime']}: {entry['speedup']:.2f} times"
+        + (f", 95% interval {entry['ci'][0]:.2f} to {entry['ci'][1]:.2f}" if "ci" in entry else "")
+        + (f", bound {entry['bound']:.2f}" if "bound" in entry else "")
+        for entry in entries
+    )
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 48 * len(entries) + 46)
+        axes = figure.subplots()
+        marks = [1.0, *(mark for entry in entries for mark in _marks(entry))]
+        low, high = min(marks), max(marks)
+        margin = max(high - low, 0.1) * 0.08
+        axes.set_xlim(low - margin, high + margin * (2 if width == WIDE else 3.5))
+        axes.axvline(1.0, color=_MUTED, linewidth=1.2)
+        for row, entry in enumerate(entries):
+            name = f"{entry['case']}  ·  {entry['runtime']}"
+            if "threads" in entry:
+                name += f"  ·  {entry['threads']} thread" + "s" * (entry["threads"] != 1)
+            axes.text(low - margin, row - 0.3, _short(name, width // 8), color=_MUTED, va="center", parse_math=False)
+            value = entry["speedup"]
+            if "ci" in entry:
+                axes.plot(entry["ci"], [row + 0.1] * 2, color=_SLIM, linewidth=3, alpha=0.45, solid_capstyle="butt")
+            axes.plot([value], [row + 0.1], marker="o", markersize=8, color=_SLIM, linewidth=0)
+            if "bound" in entry:
+                axes.plot([entry["bound"]], [row + 0.1], marker="D", markersize=7, color=_BOUND, mfc="none", mew=1.6)
+            right = max(_marks(entry)) + margin * 0.4
+            axes.text(right, row + 0.1, f"{value:.2f}{TIMES}", va="center", weight="bold", parse_math=False)
+        axes.set_ylim(len(entries) - 0.5, -0.6)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 80))
+        axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.2g}{TIMES}")
+        _bare(axes, grid="x")
+        return figure
+
+    return _chart("speed", f"Speed-up, dense time over slim time. {alt}", draw)
+
+
+def _marks(entry: Mapping[str, Any]) -> list[float]:
+    return [entry["speedup"], *entry.get("ci", ()), *([entry["bound"]] if "bound" in entry else [])]

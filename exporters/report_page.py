@@ -1,0 +1,338 @@
+"""The report as a page: figures become words and tables, and the template lays them out.
+
+Input is a validated report; what is absent from it makes no section.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fxprune.exporters.charts import TIMES, Chart, quality_chart, speed_chart, widths_chart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = ["Fact", "headline", "page", "percent", "si", "spread", "times"]
+
+_PRIMARY_METRICS = ("perplexity", "ppl")
+
+
+# ---- figures as text -----------------------------------------------------------------------------------------------
+
+
+def si(value: float) -> str:
+    """A count with a unit prefix and four digits: `134.5 M`."""
+    for limit, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            scaled = value / limit
+            return f"{scaled:.{max(0, 3 - int(math.log10(abs(scaled))))}f} {prefix}"
+    return f"{value:,.0f}"
+
+
+def binary(value: float) -> str:
+    """Bytes with a binary prefix: `513.1 MiB`."""
+    for limit, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= limit:
+            return f"{value / limit:.4g} {prefix}"
+    return f"{value:.0f} B"
+
+
+def percent(share: float | None) -> str:
+    """A share as `20.0%`; nothing for None."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def times(ratio: float) -> str:
+    """A ratio as `1.25` and a multiplication sign."""
+    return f"{ratio:.2f}{TIMES}"
+
+
+def number(value: float | None) -> str:
+    """A measured figure with four digits, as it is when not finite; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "-∞"}.get(value, "undefined")
+
+
+def scientific(value: float | None) -> str:
+    """An error as `2.1e-07`; nothing for None."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `0.42 s`, `12.3 s` or `3 min 05 s`."""
+    if seconds >= 60:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s"
+    return f"{seconds:.3g} s"
+
+
+def spread(entry: Mapping[str, Any], form: str) -> str:
+    """A quality figure with its standard error where known: `35.2 ± 0.4`."""
+    error = entry.get(f"{form}_stderr")
+    return number(entry.get(form)) + (f" ± {error:.2g}" if error is not None and form in entry else "")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One clause of the headline.
+
+    Attributes:
+        value: the figure.
+        label: what it is of.
+        text: the clause as it reads in a sentence.
+        tone: `"bad"` for what must not be overlooked, else empty.
+    """
+
+    value: str
+    label: str
+    text: str
+    tone: str = ""
+
+
+def headline(report: Mapping[str, Any]) -> list[Fact]:
+    """What happened, in a few clauses: size, share, quality, speed, and whether it was verified."""
+    facts = []
+    params = report.get("params", {})
+    if {"dense", "slim"} <= params.keys():
+        value = f"{si(params['dense'])} → {si(params['slim'])}"
+        if si(params["dense"])[-1] == si(params["slim"])[-1] and " " in value.split(" → ", maxsplit=1)[0]:
+            value = f"{si(params['dense'])[:-2]} → {si(params['slim'])}"
+        facts.append(Fact(value, "parameters", f"{si(params['dense'])} → {si(params['slim'])} parameters"))
+    if "removed_share_blocks" in params:
+        value = percent(params["removed_share_blocks"])
+        facts.append(Fact(value, "of block Linears removed", f"{value} of block Linears removed"))
+    if params.get("mask_sparsity"):
+        value = percent(params["mask_sparsity"])
+        facts.append(Fact(value, "zeros in block Linears", f"{value} zeros in block Linears"))
+    facts += _quality_fact(report.get("quality", []))
+    speed = report.get("speed", [])
+    if speed:
+        entry = next((entry for entry in speed if entry["case"].startswith("prefill")), speed[0])
+        facts.append(Fact(times(entry["speedup"]), entry["case"], f"{entry['case']} {times(entry['speedup'])}"))
+    return facts + _verify_fact(report.get("verify", []))
+
+
+def _quality_fact(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    both = [entry for entry in entries if {"dense", "slim"} <= entry.keys()]
+    if not both:
+        return []
+    primary = [entry for entry in both if entry["metric"].lower() in _PRIMARY_METRICS]
+    entry = (primary or both)[0]
+    value = f"{number(entry['dense'])} → {number(entry['slim'])}"
+    return [Fact(value, entry["metric"], f"{entry['metric']} {value}")]
+
+
+def _verify_fact(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    if not entries:
+        return []
+    failed = [entry["rung"] for entry in entries if not entry["passed"]]
+    if failed:
+        return [Fact("failed", "verification", f"verification FAILED at {failed[0]}", "bad")]
+    count = len(entries)
+    return [Fact(f"{count}/{count}", "checks passed", f"{count} of {count} checks passed")]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings; numeric columns are set flush right.
+
+    Attributes:
+        header: column titles.
+        rows: as many cells each.
+        numeric: indices of the numeric columns.
+    """
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    numeric: frozenset[int] = frozenset()
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> Table | None:
+    """Make a table without the columns that are empty in every row; None when nothing is left."""
+    cells = [tuple(row) for row in rows]
+    kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
+    if not kept:
+        return None
+    right = frozenset(place for place, i in enumerate(kept) if i in set(numeric))
+    return Table(tuple(header[i] for i in kept), [tuple(row[i] for i in kept) for row in cells], right)
+
+
+def _size_table(report: Mapping[str, Any]) -> Table | None:
+    params, macs, files = (report.get(name, {}) for name in ("params", "macs", "file_bytes"))
+    rows = []
+    if {"dense", "slim"} <= params.keys():
+        share = params.get("removed_share_all")
+        rows.append(("Parameters, all", si(params["dense"]), si(params["slim"]), percent(share)))
+    if "removed_share_blocks" in params:
+        rows.append(("Parameters of block Linears", "", "", percent(params["removed_share_blocks"])))
+    for label, dense, slim in (
+        ("MACs per token", "dense", "slim"),
+        ("of these, lm_head", "lm_head_dense", "lm_head_slim"),
+    ):
+        if {dense, slim} <= macs.keys():
+            share = 1 - macs[slim] / macs[dense] if macs[dense] else None
+            rows.append((label, si(macs[dense]), si(macs[slim]), percent(share)))
+    if {"dense", "slim"} <= files.keys():
+        share = 1 - files["slim"] / files["dense"] if files["dense"] else None
+        rows.append(("Files", binary(files["dense"]), binary(files["slim"]), percent(share)))
+    if "mask_sparsity" in params:
+        rows.append(("Mask sparsity: zeros that are stored", "", percent(params["mask_sparsity"]), ""))
+    return _table(("", "Dense", "Slim", "Removed"), rows, (1, 2, 3))
+
+
+def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = []
+    for group in groups:
+        kv = f"{group['kv_kept']:,} of {group['kv_dense']:,}" if {"kv_dense", "kv_kept"} <= group.keys() else ""
+        layer = str(group.get("layer", ""))
+        rows.append(
+            (
+                group["name"],
+                group["kind"],
+                layer,
+                f"{group['dense']:,}",
+                f"{group['kept']:,}",
+                group.get("unit", ""),
+                kv,
+            )
+        )
+    return _table(("Group", "Kind", "Layer", "Dense", "Kept", "Unit", "KV groups kept"), rows, (2, 3, 4, 6))
+
+
+def _speed_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
+    header = ("Case", "Runtime", "Threads", "Repeats", "Dense", "Slim", "Speed-up", "95% interval", "Bound")
+    rows = []
+    for entry in entries:
+        interval = " to ".join(f"{end:.2f}" for end in entry.get("ci", ()))
+        bound = " ".join((times(entry["bound"]), entry.get("bound_kind", ""))).strip() if "bound" in entry else ""
+        dense, slim = f"{number(entry['dense_ms'])} ms", f"{number(entry['slim_ms'])} ms"
+        threads, repeats = (str(entry.get(key, "")) for key in ("threads", "repeats"))
+        rows.append(
+            (entry["case"], entry["runtime"], threads, repeats, dense, slim, times(entry["speedup"]), interval, bound)
+        )
+    return _table(header, rows, range(2, 9))
+
+
+def _quality_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = [(entry["text"], entry["metric"], spread(entry, "dense"), spread(entry, "slim")) for entry in entries]
+    return _table(("Text or task", "Metric", "Dense", "Slim"), rows, (2, 3))
+
+
+def _history_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = [
+        (
+            entry["name"],
+            ", ".join(f"{key}={_value(value)}" for key, value in entry.get("options", {}).items()),
+            ("no", "yes")[entry["modified"]] if "modified" in entry else "",
+            duration(entry["seconds"]) if "seconds" in entry else "",
+        )
+        for entry in entries
+    ]
+    return _table(("Pass", "Options", "Changed", "Time"), rows, (3,))
+
+
+def _facts_table(facts: Mapping[str, Any] | str) -> Table | None:
+    if isinstance(facts, str):
+        return _table(("", ""), [("Description", facts)]) if facts else None
+    return _table(("", ""), [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items()])
+
+
+def _fact(key: str, value: Any) -> str:  # noqa: ANN401 - any JSON value
+    if key.endswith("_bytes") and isinstance(value, int | float) and not isinstance(value, bool):
+        return binary(value)
+    return _value(value)
+
+
+def _value(value: Any) -> str:  # noqa: ANN401 - any JSON value
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+def _stages(seconds: Mapping[str, float]) -> list[dict[str, str]]:
+    longest = max(seconds.values(), default=0.0)
+    return [
+        {"name": name, "time": duration(value), "width": f"{100 * value / longest if longest else 0:.1f}"}
+        for name, value in seconds.items()
+    ]
+
+
+def _rungs(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "rung": entry["rung"],
+            "error": scientific(entry.get("max_abs_error")),
+            "tolerance": scientific(entry.get("tolerance")),
+            "passed": entry["passed"],
+            "detail": entry.get("detail", ""),
+        }
+        for entry in entries
+    ]
+
+
+def _trusted(chart: Chart | None) -> dict[str, Markup] | None:
+    if chart is None:
+        return None
+    # ElementTree wrote this SVG: every name in it is escaped.
+    return {"wide": Markup(chart.wide), "narrow": Markup(chart.narrow)}  # noqa: S704 - see above
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Render a validated report as one self-contained HTML document.
+
+    Args:
+        report: sections as `fxprune.exporters.report.Report` dumps them, absent ones left out.
+    """
+    facts = headline(report)
+    groups, quality, speed = (report.get(name, []) for name in ("groups", "quality", "speed"))
+    subtitle = [report[key] for key in ("method",) if key in report]
+    if "seed" in report:
+        subtitle.append(f"seed {report['seed']}")
+    if version := report.get("versions", {}).get("fxprune"):
+        subtitle.append(f"fxprune {version}")
+    environment = Environment(
+        loader=PackageLoader("fxprune.exporters"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=report.get("model", "Model"),
+        subtitle=subtitle,
+        facts=facts,
+        sentence="; ".join(fact.text for fact in facts),
+        size=_size_table(report),
+        widths=_trusted(widths_chart(groups)) if groups else None,
+        groups=_groups_table(groups),
+        group_count=len(groups),
+        quality_chart=_trusted(quality_chart(quality)) if quality else None,
+        quality=_quality_table(quality),
+        definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),
+        speed_chart=_trusted(speed_chart(speed)) if speed else None,
+        has_bound=any("bound" in entry for entry in speed),
+        speed=_speed_table(speed),
+        rungs=_rungs(report.get("verify", [])),
+        has_detail=any("detail" in entry for entry in report.get("verify", [])),
+        calibration=_facts_table(report.get("calibration", {})),
+        history=_history_table(report.get("history", [])),
+        stages=_stages(report.get("seconds", {})),
+        total=duration(sum(report["seconds"].values())) if report.get("seconds") else "",
+        peak=binary(report["peak_rss_bytes"]) if "peak_rss_bytes" in report else "",
+        machine=_facts_table(report.get("machine", {})),
+        versions=_facts_table(report.get("versions", {})),
+        details=json.dumps(report["details"], indent=2, ensure_ascii=False) if report.get("details") else "",
+    )

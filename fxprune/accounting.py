@@ -1,0 +1,378 @@
+"""Accounting: parameters, multiply-accumulates (MACs) and bytes of a model, and the shares that pruning removed.
+
+Three figures are never mixed: *mask sparsity* (zeros that are still stored), the *removed share of parameters* (of
+the block Linears, and of all) and the *removed MACs*. Everything is computed from the module and, for a
+`torch.fx.GraphModule`, from its data flow; module names only label what is returned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxprune.attention_shapes import (
+    MOVEMENT,
+    POINTWISE,
+    AttentionShape,
+    attention_shapes,
+    attribute_of,
+    only_operand,
+    op_name,
+    parameter_products,
+)
+from fxprune.errors import PreconditionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+__all__ = [
+    "AttentionShape",
+    "MacCount",
+    "MacsChange",
+    "ParameterChange",
+    "attention_shapes",
+    "block_linear_parameters",
+    "bytes_of_weights",
+    "bytes_read_per_step",
+    "compare_macs",
+    "compare_parameters",
+    "count_parameters",
+    "linear_parameters_by_name",
+    "lm_heads",
+    "macs_per_token",
+    "mask_sparsity",
+    "removed_share",
+]
+
+_SHAPE_READERS = ("sym_", "_assert", "size")
+
+# ---- parameters and bytes ------------------------------------------------------------------------------------------
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for two names of one tensor, also when they are two `Parameter` objects on one storage."""
+    if tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    seen: set[tuple[Any, ...]] = set()
+    for tensor in tensors:
+        key = _identity(tensor)
+        if key not in seen:
+            seen.add(key)
+            yield tensor
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameter elements; tensors that share storage (tied embeddings) count once. Buffers do not count."""
+    return sum(parameter.numel() for parameter in _unique(module.parameters()))
+
+
+def bytes_of_weights(module: nn.Module) -> int:
+    """Bytes that the parameters take in memory, in their own dtypes; shared tensors count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in _unique(module.parameters()))
+
+
+def bytes_read_per_step(module: nn.Module) -> int:
+    """Bytes of weights that one forward step reads whole, whatever the number of tokens.
+
+    This is `bytes_of_weights` less the tables from which only single rows are looked up (embeddings that are not tied
+    to an output projection). It is what bounds decoding at batch 1.
+    """
+    tables = {_identity(weight) for weight in _lookup_tables(module)}
+    read = (parameter for parameter in _unique(module.parameters()) if _identity(parameter) not in tables)
+    return sum(parameter.numel() * parameter.element_size() for parameter in read)
+
+
+def _lookup_tables(module: nn.Module) -> list[Tensor]:
+    if not isinstance(module, GraphModule):
+        embeddings = [child.weight for child in module.modules() if isinstance(child, nn.Embedding)]
+        owners = (child for child in module.modules() if not isinstance(child, nn.Embedding))
+        others = {_identity(tensor) for child in owners for tensor in child.parameters(recurse=False)}
+        return [weight for weight in embeddings if _identity(weight) not in others]
+    lookups: list[Tensor] = []
+    others = set()
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            child = module.get_submodule(str(node.target))
+            if isinstance(child, nn.Embedding):
+                lookups.append(child.weight)
+            else:
+                others |= {_identity(tensor) for tensor in child.parameters()}
+        elif node.op == "get_attr" and isinstance(value := attribute_of(module, str(node.target)), nn.Parameter):
+            if all(op_name(user) == "embedding" for user in node.users):
+                lookups.append(value)
+            else:
+                others.add(_identity(value))
+    return [weight for weight in lookups if _identity(weight) not in others]
+
+
+def linear_parameters_by_name(module: nn.Module) -> dict[str, int]:
+    """Elements of weight and bias of every `nn.Linear`, by qualified name.
+
+    The output projection (`lm_heads`) is included. A weight that two Linears share is listed under both names.
+    """
+    return {
+        name: sum(parameter.numel() for parameter in child.parameters(recurse=False))
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+    }
+
+
+def block_linear_parameters(module: nn.Module, *, outputs: Sequence[str] | None = None) -> int:
+    """Elements of weight and bias of all `nn.Linear`s except the output projection; shared tensors count once.
+
+    Args:
+        module: any module.
+        outputs: see `lm_heads`.
+    """
+    return sum(tensor.numel() for tensor in _unique(_block_linear_tensors(module, outputs)))
+
+
+def _block_linear_tensors(module: nn.Module, outputs: Sequence[str] | None) -> list[Tensor]:
+    heads = set(lm_heads(module, outputs=outputs))
+    return [
+        tensor
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and name not in heads
+        for tensor in child.parameters(recurse=False)
+    ]
+
+
+def mask_sparsity(module: nn.Module, *, outputs: Sequence[str] | None = None) -> float:
+    """Share of exact zeros in the weights (not the biases) of the block Linears, 0 to 1.
+
+    Zeros that are stored: neither parameters nor MACs are saved by them in a dense kernel.
+
+    Args:
+        module: any module with at least one block Linear.
+        outputs: see `lm_heads`.
+
+    Raises:
+        PreconditionError: the module has no block Linear, or its weights are on the meta device.
+    """
+    weights = [tensor for tensor in _unique(_block_linear_tensors(module, outputs)) if tensor.ndim == 2]
+    total = sum(weight.numel() for weight in weights)
+    if not total:
+        raise PreconditionError(
+            f"mask sparsity of {type(module).__name__} is undefined: it has no nn.Linear besides its output "
+            "projection; lift the graph's projections first"
+        )
+    if any(weight.is_meta for weight in weights):
+        raise PreconditionError(
+            f"mask sparsity of {type(module).__name__} needs weights, but they are on the meta device; load the model"
+        )
+    return 1.0 - sum(int(torch.count_nonzero(weight.detach())) for weight in weights) / total
+
+
+def removed_share(dense: float, slim: float) -> float | None:
+    """The share of `dense` that is gone in `slim`, or None when there was nothing to remove (`dense` is 0)."""
+    return 1.0 - slim / dense if dense else None
+
+
+# ---- the output projection -----------------------------------------------------------------------------------------
+
+
+def lm_heads(module: nn.Module, *, outputs: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Qualified names of the Linears that make the module's output: for a language model, its `lm_head`.
+
+    In a graph module it is the `call_module` Linear from which an output follows by movement and pointwise ops alone;
+    with output names given, that output is `"logits"`, without them any output counts, as long as the Linear feeds
+    nothing else (a value projection whose result is also returned as cache is not a head). In another module it is
+    what `get_output_embeddings()` returns, or else the Linears that share their weight with an embedding.
+
+    Args:
+        module: any module.
+        outputs: names of the graph's outputs in order (`Interface.outputs`).
+    """
+    if isinstance(module, GraphModule):
+        found = dict.fromkeys(_graph_heads(module, outputs))
+        return tuple(found)
+    getter = getattr(module, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    if head is not None:
+        return tuple(name for name, child in linears if child is head)
+    tables = {_identity(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    return tuple(name for name, child in linears if _identity(child.weight) in tables)
+
+
+def _graph_heads(module: GraphModule, outputs: Sequence[str] | None) -> Iterator[str]:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
+    if outputs is not None and "logits" in outputs:
+        named = dict(zip(outputs, values, strict=True))
+        roots, named_logits = [named["logits"]], True
+    else:
+        roots, named_logits = list(output.all_input_nodes), False
+    for root in roots:
+        node = root if isinstance(root, Node) else None
+        while node is not None and not _is_linear(module, node):
+            node = only_operand(node)
+        if node is not None and (named_logits or _feeds_only_outputs(node)):
+            yield str(node.target)
+
+
+def _feeds_only_outputs(node: Node) -> bool:
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output" or user in seen or op_name(user).startswith(_SHAPE_READERS):
+                continue
+            if op_name(user) not in MOVEMENT | POINTWISE:
+                return False
+            seen.add(user)
+            pending.append(user)
+    return True
+
+
+# ---- MACs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-accumulates of a model; one MAC is two floating-point operations.
+
+    Attributes:
+        blocks: MACs per token of the block Linears.
+        lm_head: MACs per token of the output projection.
+        attention: the attentions; None when they are not known (no example inputs were given).
+        uncounted: labels of products with a parameter that are no Linear; their MACs are in no figure here.
+    """
+
+    blocks: int
+    lm_head: int
+    attention: tuple[AttentionShape, ...] | None = None
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def linear(self) -> int:
+        """MACs per token of all Linears, the output projection included."""
+        return self.blocks + self.lm_head
+
+    def attention_scores(self, new: int, total: int) -> int:
+        """MACs of all attentions for `new` tokens of one sequence that is `total` long after them.
+
+        Raises:
+            PreconditionError: the attentions are not known.
+        """
+        if self.attention is None:
+            raise PreconditionError("attention MACs are unknown: pass example_inputs to macs_per_token")
+        return sum(shape.macs(new, total) for shape in self.attention)
+
+    def of_step(self, new: int, past: int = 0, batch: int = 1, logits: int | None = None) -> int:
+        """MACs of one forward step, with attention where it is known.
+
+        Args:
+            new: new tokens per sequence.
+            past: tokens already in the cache.
+            batch: number of sequences.
+            logits: positions per sequence for which the output projection is computed; all `new` when None.
+        """
+        attention = 0 if self.attention is None else self.attention_scores(new, past + new)
+        return batch * (self.blocks * new + self.lm_head * (new if logits is None else logits) + attention)
+
+
+def macs_per_token(
+    module: nn.Module,
+    *,
+    outputs: Sequence[str] | None = None,
+    example_inputs: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
+) -> MacCount:
+    """Count the MACs of a model: in_features * out_features for every call of an `nn.Linear`.
+
+    In a graph module a Linear that is called twice counts twice; in another module calls are not visible and each
+    Linear counts once.
+
+    Args:
+        module: any module; a lifted graph module for an exact count.
+        outputs: see `lm_heads`.
+        example_inputs: inputs of the graph, by name or in order; when given, the attentions are measured under fake
+            tensors (no arithmetic is done). Ignored for a module without a graph.
+    """
+    heads = set(lm_heads(module, outputs=outputs))
+    blocks = head = 0
+    for name, calls in _linear_calls(module).items():
+        linear = module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        macs = calls * linear.in_features * linear.out_features
+        blocks, head = (blocks, head + macs) if name in heads else (blocks + macs, head)
+    if not isinstance(module, GraphModule):
+        return MacCount(blocks, head)
+    attention = None if example_inputs is None else attention_shapes(module, example_inputs)
+    return MacCount(blocks, head, attention, tuple(parameter_products(module)))
+
+
+def _linear_calls(module: nn.Module, prefix: str = "") -> Counter[str]:
+    if isinstance(module, nn.Linear):
+        return Counter({prefix: 1})
+    calls: Counter[str] = Counter()
+    if isinstance(module, GraphModule):
+        children = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    else:
+        children = [name for name, _ in module.named_children()]
+    for name in children:
+        calls.update(_linear_calls(module.get_submodule(name), f"{prefix}.{name}" if prefix else name))
+    return calls
+
+
+# ---- comparing two forms -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterChange:
+    """Parameters of the dense and the slim form, all and those of the block Linears; shared tensors count once."""
+
+    dense: int
+    slim: int
+    dense_blocks: int
+    slim_blocks: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The `params` section of `report.json`; a share of nothing is absent."""
+        shares = {
+            "removed_share_blocks": removed_share(self.dense_blocks, self.slim_blocks),
+            "removed_share_all": removed_share(self.dense, self.slim),
+        }
+        return {"dense": self.dense, "slim": self.slim} | {k: v for k, v in shares.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class MacsChange:
+    """MACs per token of all Linears (output projection included) of the dense and the slim form."""
+
+    dense: MacCount
+    slim: MacCount
+
+    def to_json(self) -> dict[str, Any]:
+        """The `macs` section of `report.json`, MACs per token without the attention scores."""
+        section: dict[str, Any] = {"dense": self.dense.linear, "slim": self.slim.linear}
+        section |= {"lm_head_dense": self.dense.lm_head, "lm_head_slim": self.slim.lm_head}
+        share = removed_share(self.dense.linear, self.slim.linear)
+        return section if share is None else section | {"removed_share": share}
+
+
+def compare_parameters(dense: nn.Module, slim: nn.Module, *, outputs: Sequence[str] | None = None) -> ParameterChange:
+    """Count the parameters of two forms of one model; `outputs` as for `lm_heads`."""
+    return ParameterChange(
+        count_parameters(dense),
+        count_parameters(slim),
+        block_linear_parameters(dense, outputs=outputs),
+        block_linear_parameters(slim, outputs=outputs),
+    )
+
+
+def compare_macs(dense: nn.Module, slim: nn.Module, *, outputs: Sequence[str] | None = None) -> MacsChange:
+    """Count the MACs per token of two forms of one model; `outputs` as for `lm_heads`."""
+    return MacsChange(macs_per_token(dense, outputs=outputs), macs_per_token(slim, outputs=outputs))
+
+
+def _is_linear(module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear)

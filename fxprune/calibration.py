@@ -1,0 +1,351 @@
+"""Calibration samples: text from the model itself, a local file or a data set, cut into windows of tokens.
+
+Calibration text shapes what pruning keeps, so what was used is described down to the hash of the tokens, and the same
+options give the same samples. Text that a model samples from itself needs nothing at hand (Williams et al. 2024,
+"Self-calibration for Language Model Quantization and Pruning").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fxprune.errors import CalibrationError, UsageError
+from fxprune.evaluate import hash_tokens, read_text
+from fxprune.loading import expand_user, max_positions
+from fxprune.runners import position_ids_from_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from fxprune.runners import Runner
+
+__all__ = ["CalibrationSet", "CalibrationSpec", "calibration_set", "sample_from_model"]
+
+_FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".raw", ".text", ".md", ".csv", ".parquet"}
+_POOL = 4
+"""Documents are read, in random order, until there are this many times the tokens asked for to choose windows from."""
+_SHUFFLE_BUFFER = 1000
+_DOCUMENTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which calibration samples are wanted.
+
+    Attributes:
+        source: `"self"` for text sampled from the model; a `.jsonl` file (one JSON object a line, field `text` or else
+            the first field that is a string); any other file as plain UTF-8 text; or a data set on the hub or in a
+            directory, `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` (split `train` unless named).
+        samples: how many sequences.
+        seq_len: tokens of each.
+        seed: of every random choice.
+        batch_size: sequences sampled at once with `"self"`; it does not change which tokens are asked for.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    source: str = "self"
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("the calibration source is empty; use self, a file or a data set")
+        for name, least in (("samples", 1), ("seq_len", 2), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"calibration needs {name} >= {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration samples and what they are.
+
+    Attributes:
+        tokens: (samples, seq_len) int64, on the CPU, in random order.
+        description: for the report, JSON-able: source, kind, samples, seq_len, tokens, seed, sha256 of the tokens, and
+            how the text was made or read.
+    """
+
+    tokens: Tensor
+    description: Mapping[str, Any]
+
+
+def calibration_set(
+    spec: CalibrationSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runner: Runner | None = None,
+    config: PreTrainedConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> CalibrationSet:
+    """Make calibration samples. The global random state is neither used nor changed.
+
+    Text is tokenised without special tokens, documents are joined with the end-of-text token between them and cut into
+    windows without overlap, and windows are drawn at random without replacement.
+
+    Args:
+        spec: what is wanted.
+        tokenizer: the model's own; needed for text, and tells `"self"` the token to start from.
+        runner: the model; needed for `"self"`.
+        config: the model's configuration: its limits are checked, and it stands in for a missing tokenizer.
+        device: where the runner wants its inputs.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable, empty or too short, does not fit the model's vocabulary, or
+            the model returned numbers that are not finite.
+        UsageError: `seq_len` is longer than the model's positions, or what the source needs was not given.
+    """
+    limit = None if config is None else max_positions(config)
+    if limit is not None and spec.seq_len > limit:
+        raise UsageError(f"calibration seq_len {spec.seq_len} is longer than the model's {limit} positions")
+    if spec.source == "self":
+        if runner is None:
+            raise UsageError("calibration text from the model itself needs the model; give a runner, or name a file")
+        generator = torch.Generator().manual_seed(spec.seed)
+        start, kind = _start_tokens(spec, tokenizer, config, generator)
+        tokens = sample_from_model(
+            runner, start, spec.seq_len, generator=generator, batch_size=spec.batch_size, device=device
+        )
+        details = {"kind": "sampled from the model", "start": kind, "temperature": 1.0}
+    else:
+        if tokenizer is None:
+            raise UsageError(f"calibration text from {spec.source} needs the model's tokenizer; the model has none")
+        tokens, details = _windows_of_text(spec, tokenizer)
+    vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is not None and int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"calibration token {int(tokens.max())} is outside the model's vocabulary of {vocabulary}; use the model's "
+            f"own tokenizer"
+        )
+    description = {"source": spec.source, "samples": spec.samples, "seq_len": spec.seq_len, "tokens": tokens.numel()}
+    return CalibrationSet(tokens, {**description, "seed": spec.seed, "sha256": hash_tokens(tokens), **details})
+
+
+def sample_from_model(
+    runner: Runner,
+    start: Tensor,
+    seq_len: int,
+    *,
+    generator: torch.Generator,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Sample sequences from a model at temperature 1, over its whole vocabulary.
+
+    The end-of-text token is a token like any other: the model goes on to the next document. Each token is drawn by
+    inverting the cumulative distribution at a uniform number; all of these are drawn beforehand, so the batch size and
+    the device change the outcome only where rounding does.
+
+    Args:
+        runner: the model.
+        start: (samples,) int64, the first token of each sequence.
+        seq_len: tokens of each sequence, the first one included.
+        generator: on the CPU.
+        batch_size: sequences sampled at once.
+        device: where the runner wants its inputs.
+
+    Returns:
+        (samples, seq_len) int64 on the CPU.
+
+    Raises:
+        CalibrationError: the model's logits are not finite.
+    """
+    uniform = torch.rand(len(start), seq_len, generator=generator, dtype=torch.float64)
+    sampled = torch.empty(len(start), seq_len, dtype=torch.int64)
+    sampled[:, 0] = start
+    batches = [slice(first, first + batch_size) for first in range(0, len(start), batch_size)]
+    with _progress() as progress:
+        task = progress.add_task("sampling calibration text", total=len(batches) * (seq_len - 1))
+        for batch in batches:
+            mask = torch.ones_like(sampled[batch], device=device)
+            past = None
+            for length in range(1, seq_len):
+                seen = mask[:, :length]
+                new = sampled[batch, length - 1 : length].to(device)
+                logits, past = runner.step(new, seen, position_ids_from_mask(seen, 1), past)
+                sampled[batch, length] = _draw(logits[:, -1], uniform[batch, length], runner.name)
+                progress.advance(task)
+    return sampled
+
+
+def _draw(logits: Tensor, uniform: Tensor, name: str) -> Tensor:
+    """Draw one token a row: logits (batch, vocabulary), uniform (batch,) float64 in [0, 1) -> (batch,) int64."""
+    cumulative = logits.float().cpu().softmax(-1).double().cumsum(-1)
+    if not bool(torch.isfinite(cumulative[:, -1]).all()):
+        raise CalibrationError(f"{name} returned logits that are not finite while sampling text; try float32")
+    # right=True: a token of probability 0 is never drawn, not even by a uniform number of exactly 0.
+    found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return found.clamp(max=logits.shape[-1] - 1)
+
+
+def _start_tokens(
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PreTrainedConfig | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, str]:
+    """The first token of each sequence: the one that begins a text, or ends one, or random ones if there is neither."""
+    for field in ("bos_token_id", "eos_token_id"):
+        for owner in (tokenizer, None if config is None else config.get_text_config()):
+            token = getattr(owner, field, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return torch.full((spec.samples,), token, dtype=torch.int64), f"{field} {token}"
+    if config is None and tokenizer is None:
+        raise UsageError("calibration text from the model itself needs its tokenizer or its configuration to start")
+    vocabulary = len(tokenizer) if tokenizer is not None else config.get_text_config().vocab_size  # type: ignore[union-attr]
+    return torch.randint(vocabulary, (spec.samples,), generator=generator), "random tokens"
+
+
+def _windows_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
+    """Tokenise a source's documents, cut them and choose windows: (samples, seq_len) int64, and how it was done."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    documents, details = _open(spec, generator)
+    needed = spec.samples * spec.seq_len
+    eos = tokenizer.eos_token_id
+    pool: list[int] = []
+    count = 0
+    with _progress() as progress:
+        task = progress.add_task("reading calibration text", total=_POOL * needed)
+        for batch in _batches(documents):
+            # verbose=False: no warning about texts longer than the model's context, they are cut afterwards.
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                if pool and eos is not None:
+                    pool.append(eos)
+                pool += ids
+                count += 1
+            progress.update(task, completed=len(pool))
+            if len(pool) >= _POOL * needed:
+                break
+    windows = len(pool) // spec.seq_len
+    if windows < spec.samples:
+        raise CalibrationError(
+            f"calibration text {spec.source} has {len(pool)} tokens in {count} documents, which makes {windows} "
+            f"windows; {spec.samples} samples of {spec.seq_len} tokens need {needed}: use a longer text, or fewer or "
+            f"shorter samples"
+        )
+    chosen = torch.randperm(windows, generator=generator)[: spec.samples]
+    tokens = torch.tensor(pool[: windows * spec.seq_len], dtype=torch.int64).reshape(windows, spec.seq_len)[chosen]
+    separator = "nothing (the tokenizer has no end-of-text token)" if eos is None else f"eos_token_id {eos}"
+    return tokens, {**details, "documents_read": count, "tokens_read": len(pool), "separator": separator}
+
+
+def _open(spec: CalibrationSpec, generator: torch.Generator) -> tuple[Iterable[str], dict[str, Any]]:
+    """The documents of a source that is not the model, in random order, and what kind it is."""
+    path = expand_user(spec.source)
+    if path.suffix.lower() == ".json":
+        raise CalibrationError(f"{path}: a .json file is not read; write one object a line to a .jsonl file")
+    if path.is_file() and path.suffix.lower() == ".jsonl":
+        documents, field = _read_jsonl(path)
+        order = torch.randperm(len(documents), generator=generator).tolist()
+        return [documents[index] for index in order], {"kind": "jsonl file", "field": field}
+    if path.is_file():
+        return [read_text(path)], {"kind": "text file"}
+    name, _, rest = spec.source.partition(":")
+    is_directory = expand_user(name).is_dir()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) and Path(name).suffix not in _FILE_SUFFIXES
+    if not (is_directory or is_hub_id):
+        raise CalibrationError(f"calibration text {spec.source} does not exist; use self, a file or a data set id")
+    configuration, _, split = rest.partition(":")
+    return _open_data_set(
+        spec, str(expand_user(name)) if is_directory else name, configuration or None, split or "train"
+    )
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], str]:
+    """The texts of a JSON Lines file, and the name of the field they are in."""
+    documents: list[str] = []
+    field: str | None = None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from error
+        field = field or _text_field(record)
+        text = record.get(field) if isinstance(record, dict) and field is not None else None
+        if not isinstance(text, str):
+            raise CalibrationError(f"{path}, line {number}: no text in field {field or 'text'!r}")
+        if text.strip():
+            documents.append(text)
+    if not documents or field is None:
+        raise CalibrationError(f"{path}: field {field or 'text'!r} is empty in every line")
+    return documents, field
+
+
+def _text_field(record: object) -> str | None:
+    """The field `text`, or else the first one that is a string."""
+    strings = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
+    return "text" if "text" in strings else next(iter(strings), None)
+
+
+def _open_data_set(
+    spec: CalibrationSpec, name: str, configuration: str | None, split: str
+) -> tuple[Iterable[str], dict[str, Any]]:
+    """Stream a data set from the hub or a local directory, in an order shuffled by the seed."""
+    if importlib.util.find_spec("datasets") is None:
+        raise CalibrationError(
+            f"calibration text {spec.source}: there is no such file, and reading data sets needs a package: "
+            f'pip install "fxprune[datasets]"'
+        )
+    import datasets  # noqa: PLC0415 - an optional package, and slow to import
+
+    failures = (OSError, ValueError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError)
+    what = f"calibration data set {name!r} (configuration {configuration or 'default'}, split {split})"
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        rows = rows.shuffle(seed=spec.seed, buffer_size=_SHUFFLE_BUFFER)
+        field = _text_field(next(iter(rows), None))
+    except failures as error:
+        raise CalibrationError(f"{what} cannot be read: {error}") from error
+    if field is None:
+        raise CalibrationError(f"{what} is empty, or has no field that is a string")
+
+    def documents() -> Iterator[str]:
+        try:
+            for number, row in enumerate(rows):
+                if not isinstance(row.get(field), str):
+                    raise CalibrationError(
+                        f"{what}: row {number} of the shuffled stream has no text in field {field!r}"
+                    )
+                if row[field].strip():
+                    yield row[field]
+        except failures as error:
+            raise CalibrationError(f"{what} cannot be read: {error}") from error
+
+    details = {"kind": "data set", "name": name, "configuration": configuration, "split": split, "field": field}
+    return documents(), {key: value for key, value in details.items() if value is not None}
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for document in documents:
+        batch.append(document)
+        if len(batch) == _DOCUMENTS_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _progress() -> Progress:
+    """A progress bar on a terminal, nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

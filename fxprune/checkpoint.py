@@ -1,0 +1,376 @@
+"""Checkpoints: a slim model as a directory that stands alone, written only when it is proved to load back.
+
+A *uniform* checkpoint has a `config.json` that says every shape: plain `from_pretrained` loads it, and so does
+everything built on it. A *mixed* one has layers that differ, or biases the class does not know; its `config.json` keeps
+the dense widths, with the layers' own in `per_layer_config` where the configuration class accepts them, and
+`fxprune.json` says the rest. Reading needs the model class, never the dense weights, pickles or foreign code.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from fxprune.errors import CheckpointError
+from fxprune.layout import Layout, classify, same_bits, without_constants
+from fxprune.manifest import Manifest, ShapeChange, SourceRecord, read_manifest, versions, write_manifest
+from fxprune.output import staged_directory
+from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, write_shards
+from fxprune.skeleton import (
+    BUILD_ERRORS,
+    aliases,
+    build_layered_skeleton,
+    build_skeleton,
+    fill_skeleton,
+    read_config,
+    resize_projections,
+    resolve_model_class,
+    state_shapes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fxprune.program import Source
+    from fxprune.skeleton import Shape
+
+__all__ = ["CheckpointInfo", "Layout", "classify", "load", "save"]
+
+_LOGGER = logging.getLogger(__name__)
+_CONFIG_NAME = "config.json"
+_GENERATION_NAME = "generation_config.json"
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What was written.
+
+    Attributes:
+        directory: where.
+        kind: `"uniform"`: plain `from_pretrained` loads it. `"mixed"`: `fxprune.load` does.
+        reason: why it is not uniform; empty if it is.
+        files: SHA-256 of each weight file.
+        parameters: number of elements in the weight files.
+        bytes: size of the tensors in the weight files.
+        config_overrides: fields of `config.json` that differ from the dense configuration (uniform).
+        layer_overrides: configuration fields of each layer that differs (mixed).
+        added_biases: biases that the dense class does not have.
+    """
+
+    directory: Path
+    kind: Literal["uniform", "mixed"]
+    reason: str
+    files: Mapping[str, str]
+    parameters: int
+    bytes: int
+    config_overrides: Mapping[str, int | bool]
+    layer_overrides: Mapping[int, Mapping[str, int]]
+    added_biases: tuple[str, ...]
+
+
+def save(
+    tensors: Mapping[str, Tensor],
+    directory: str | Path,
+    *,
+    source: Source,
+    plan: Mapping[str, Any],
+    history: Sequence[Any],
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> CheckpointInfo:
+    """Write a slim model as a directory, and prove that it loads back before the directory takes its name.
+
+    The proof: the directory is loaded again, every tensor has the same bits, dtype and shape as the one given, and
+    one forward pass runs; a uniform checkpoint is loaded with plain `from_pretrained` too.
+
+    Args:
+        tensors: as for `classify`; on any device.
+        directory: where to.
+        source: the dense model, with the tokenizer and the generation config to write beside the weights.
+        plan: what stays of each group, JSON-able.
+        history: what was done, JSON-able, oldest first.
+        overwrite: whether an earlier output may be replaced.
+        max_shard_size: largest weight file, in bytes or as `"5GB"`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: as `classify`; or the plan or the history is not JSON, or the checkpoint does not load back.
+            What was at `directory` before is untouched.
+        OutputError: `directory` cannot be used.
+        UsageError: `max_shard_size` is not a size.
+    """
+    with staged_directory(directory, overwrite=overwrite) as staging:
+        layout = classify(tensors, source)
+        # Plain loading refuses other shapes, but leaves out biases it does not know: it must not find the weights.
+        overlooked = layout.kind == "mixed" and not layout.changed
+        files = write_shards(layout.tensors, staging, max_shard_size, "fxprune" if overlooked else "model")
+        _write_config(layout, staging / _CONFIG_NAME)
+        _write_companions(source, staging)
+        write_manifest(staging, _manifest(layout, source, plan, history, files))
+        _prove(staging, layout, source, without_constants(tensors))
+    return CheckpointInfo(
+        directory=Path(directory).expanduser().resolve(),
+        kind=layout.kind,
+        reason=layout.reason,
+        files=files,
+        parameters=sum(tensor.numel() for tensor in layout.tensors.values()),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in layout.tensors.values()),
+        config_overrides=layout.config_overrides,
+        layer_overrides=layout.layer_overrides,
+        added_biases=layout.added_biases,
+    )
+
+
+def _write_config(layout: Layout, path: Path) -> None:
+    """Write `config.json`, with `per_layer_config` beside the dense values if its class accepts that.
+
+    A class may refuse to be constructed with some field differing between layers (llama's validation reads the number
+    of heads globally). Then the record is in `fxprune.json` only: a part of it would describe no model, and what
+    cannot be constructed could not be read by anybody.
+    """
+    config = layout.config
+    if layout.layer_overrides:
+        candidate = copy.deepcopy(config)
+        candidate.per_layer_config = {index: dict(fields) for index, fields in layout.layer_overrides.items()}
+        try:
+            type(config).from_dict(candidate.to_dict())
+            config = candidate
+        except BUILD_ERRORS as error:
+            _LOGGER.info("config.json has no per_layer_config: %s refuses it (%s)", type(config).__name__, error)
+    config.to_json_file(path)
+
+
+def _write_companions(source: Source, directory: Path) -> None:
+    """Write the tokenizer with its chat template, and the generation config as it came."""
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(directory)
+    if source.generation_config is not None:
+        # Not save_pretrained: it refuses the unusual values that many published configurations have.
+        source.generation_config.to_json_file(
+            directory / _GENERATION_NAME, use_diff=True, keys_to_pop=["compile_config"]
+        )
+
+
+def _manifest(
+    layout: Layout, source: Source, plan: Mapping[str, Any], history: Sequence[Any], files: dict[str, str]
+) -> Manifest:
+    try:
+        # Through JSON once: tuples become lists, and what is not JSON is named.
+        return Manifest(
+            kind=layout.kind,
+            reason=layout.reason,
+            source=SourceRecord(name=source.name, sha256=hash_dense_weights(source.path)),
+            versions=versions(),
+            plan=json.loads(json.dumps(dict(plan), allow_nan=False)),
+            history=tuple(json.loads(json.dumps(list(history), allow_nan=False))),
+            config_overrides=dict(layout.config_overrides),
+            layer_overrides={index: dict(fields) for index, fields in layout.layer_overrides.items()},
+            parameters={name: ShapeChange(dense=old, slim=new) for name, (old, new) in layout.changed.items()},
+            added_biases=layout.added_biases,
+            zero_biases=layout.zero_biases,
+            files=files,
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"plan and history must be JSON: {error}") from error
+
+
+def load(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify_hash: bool = True,
+) -> PreTrainedModel:
+    """Load a checkpoint that `save` wrote, uniform or mixed, from its directory alone.
+
+    Args:
+        directory: the checkpoint.
+        dtype: floating dtype to convert to; by default every tensor keeps the one it was saved with.
+        device: where the model shall be. On the CPU, tensors are views of the mapped files.
+        verify_hash: whether to read the weight files once more to compare their SHA-256.
+
+    Returns:
+        The model in evaluation mode. The configuration of a mixed one is heterogeneous: `config.per_layer_config[i]`
+        answers for layer `i`, and reading globally what differs between layers raises.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, changed, or does not fit the others; the message says which.
+    """
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; name one that fxprune wrote")
+    target = torch.device(device)
+    manifest = read_manifest(path)
+    config = read_config(path / _CONFIG_NAME)
+    architecture = (config.architectures or [None])[0]
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path / _CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
+    model_class = resolve_model_class(config, architecture)
+    shapes = read_shapes(path, manifest.files)
+    if verify_hash:
+        verify_hashes(path, manifest.files)
+    try:
+        model = build_skeleton(model_class, config, dtype)
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"{path / _CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
+    model = _fit(model, manifest, shapes, dtype, path)
+    fp32 = _kept_in_float32(model, dtype)
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        if dtype is None or not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if any(f".{part}." in f".{name}." for part in fp32) else dtype
+
+    fill_skeleton(model, read_tensors(path, manifest.files, target, dtype_of), target)
+    if manifest.layer_overrides:
+        model.config.per_layer_config = {index: dict(fields) for index, fields in manifest.layer_overrides.items()}
+    model.config.name_or_path = str(path)
+    if (path / _GENERATION_NAME).exists() and model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, *BUILD_ERRORS) as error:
+            raise CheckpointError(f"{path / _GENERATION_NAME} cannot be read: {error}; correct or remove it") from error
+    return model
+
+
+def _fit(
+    model: PreTrainedModel, manifest: Manifest, shapes: Mapping[str, Shape], dtype: torch.dtype | None, path: Path
+) -> PreTrainedModel:
+    """Give the skeleton of `config.json` the checkpoint's shapes; check that weights, manifest and config agree."""
+    where = f"{path}: config.json, fxprune.json and the weight files do not belong together"
+    again = "restore the file that was changed, or write the checkpoint again"
+    for name, change in manifest.parameters.items():
+        if shapes.get(name) != change.slim:
+            raise CheckpointError(
+                f"{where}: fxprune.json gives {name} the shape {list(change.slim)}, the weight files have "
+                f"{list(shapes[name]) if name in shapes else 'no such tensor'}; {again}"
+            )
+    if manifest.kind == "mixed":
+        dense = state_shapes(model)
+        for name, change in manifest.parameters.items():
+            if dense.get(name) != change.dense:
+                raise CheckpointError(f"{where}: config.json does not give {name} its dense shape; {again}")
+        model = build_layered_skeleton(type(model), model.config, manifest.layer_overrides, dtype)
+        named = {*manifest.parameters, *manifest.added_biases}
+        odd = [name for name in resize_projections(model, shapes) if name not in named]
+        if odd:
+            raise CheckpointError(f"{where}: fxprune.json does not mention the changed {odd[:4]}; {again}")
+    elif manifest.layer_overrides:
+        raise CheckpointError(f"{where}: a uniform checkpoint has no layer overrides; {again}")
+    built = state_shapes(model)
+    if built != shapes:
+        wrong = sorted(name for name in built.keys() | shapes.keys() if built.get(name) != shapes.get(name))
+        details = ", ".join(f"{name} ({built.get(name)} built, {shapes.get(name)} stored)" for name in wrong[:4])
+        raise CheckpointError(f"{where}: {details}; {again}")
+    return model
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[str]:
+    """Parts of names that the class keeps in float32, as `from_pretrained` does."""
+    kept: set[str] = set()
+    if dtype in {torch.float16, torch.bfloat16}:
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return kept
+
+
+def _prove(staging: Path, layout: Layout, source: Source, tensors: Mapping[str, Tensor]) -> None:
+    """Load a staged checkpoint back and compare it with what was given."""
+    model = load(staging, verify_hash=False)
+    _compare(model, layout, source, tensors, "fxprune.load")
+    _run_once(model, layout)
+    if layout.kind == "uniform":
+        del model
+        model_class: Any = source.model_class
+        try:
+            with _no_progress_bars():
+                plain = model_class.from_pretrained(staging, local_files_only=True, use_safetensors=True)
+        except (OSError, *BUILD_ERRORS) as error:
+            raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
+        _compare(plain, layout, source, tensors, "from_pretrained")
+
+
+def _compare(model: PreTrainedModel, layout: Layout, source: Source, tensors: Mapping[str, Tensor], how: str) -> None:
+    """Raise unless a reloaded model has the class and the very tensors that were given, and no others."""
+    classes = (type(model), source.model_class)
+    if classes[0] is not classes[1]:
+        raise CheckpointError(f"{how} gave a {classes[0].__name__}, not a {classes[1].__name__}")
+    state: dict[str, Tensor] = model.state_dict()
+    computed = dict(model.named_non_persistent_buffers())
+    wrong = [name for name, tensor in tensors.items() if not same_bits(state.get(name, computed.get(name)), tensor)]
+    wrong += [name for name in layout.zero_biases if bool(state[name].any())]
+    known = {*layout.tensors, *(name for name, owner in aliases(model).items() if owner in layout.tensors)}
+    wrong += sorted(state.keys() - known)
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint does not load back with {how}: {wrong[:8]} differ from the given tensors; nothing was "
+            f"written ({type(model).__name__}, {layout.kind})"
+        )
+
+
+def _run_once(model: PreTrainedModel, layout: Layout) -> None:
+    """Run one short forward pass, so that a shape the class's code cannot work with is found now, with its block.
+
+    The sequence length is a prime that divides no number in the configuration: code that folds heads it believes in
+    into the sequence axis then fails instead of computing something else. Attention is eager, which uses the block's
+    own group counts where a fused kernel takes them from the shapes.
+    """
+    numbers = [value for value in layout.config.to_dict().values() if type(value) is int and value > 0]
+    length = next((prime for prime in _PRIMES if all(value % prime for value in numbers)), _PRIMES[-1])
+    entered: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: entered.append(name))
+        for name, module in model.named_modules()
+    ]
+    ids = torch.arange(length)[None] % model.get_input_embeddings().num_embeddings
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    except BUILD_ERRORS as error:
+        block, names = _blame(entered, [*layout.changed, *layout.added_biases])
+        raise CheckpointError(
+            f"{block}: {type(model).__name__} cannot run with the slim shapes of {names[:8]} ({str(error).strip()}); "
+            "choose other widths, leave this group unpruned, or export the graph instead"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blame(entered: Sequence[str], changed: Sequence[str]) -> tuple[str, list[str]]:
+    """The innermost module around the one entered last that holds changed parameters, with these parameters."""
+    block = entered[-1] if entered else ""
+    names: list[str] = []
+    while block and not names:
+        block = block.rpartition(".")[0]
+        names = [name for name in changed if name.startswith(f"{block}." if block else "")]
+    return block or "model", names
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,373 @@
+"""The command line: `fxprune demo | inspect | prune | export | verify | bench | eval | run`.
+
+Exit status: 0 when what was asked was done and verified, 2 for a usage error, 1 with the typed error's message
+otherwise, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fxprune.errors import FxpruneError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fxprune.program import Program
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Makes transformers physically smaller: trace, prune, slim, verify, export, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch and ONNX Runtime.", min=1)]
+Calibration = Annotated[
+    str, typer.Option(help="`self` (text sampled from the model), a .txt or .jsonl file, or a hub data set.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration sequences.", min=1)]
+SeqLen = Annotated[int, typer.Option(help="Tokens of each calibration sequence.", min=2)]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Same widths in every layer: loads with plain transformers.")]
+RoundTo = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.", min=1)]
+Device = Annotated[str, typer.Option(help="Where the model runs.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision, such as float32 or bfloat16; as saved by default.")]
+_DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+
+
+def _say(text: str) -> None:
+    _err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_groups(program: Program) -> None:
+    from fxprune.groups import AttentionGroup
+
+    table = Table(title="What can be pruned", title_justify="left")
+    for column in ("group", "kind", "units", "parameters a unit"):
+        table.add_column(column, justify="right" if "param" in column else "left")
+    for group in sorted(program.groups, key=lambda group: (group.layer, group.kind)):
+        cost = f"{group.unit_parameters:,}"
+        if isinstance(group, AttentionGroup) and group.shared_parameters:
+            cost += f" + {group.shared_parameters:,} a KV head"
+        table.add_row(group.name, group.kind, group.describe(), cost)
+    _out.print(table)
+    for event in program.history:
+        for where, why in event.details.get("refused", {}).items():
+            _out.print(f"not prunable by {event.name}: {where}: {why}", highlight=False, markup=False)
+
+
+def _summary(report: dict[str, Any]) -> None:
+    from fxprune.registry import resolve
+
+    _out.print(resolve("fxprune.exporters.report:markdown_summary")(report), highlight=False, markup=False)
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is not None:
+        from fxprune.output import write_json
+
+        write_json(path, data)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for slim/, onnx/, report.json and report.html.")] = Path("demo"),
+    model: Annotated[str | None, typer.Option(help="Any other causal language model: hub id or directory.")] = None,
+    ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove.")] = 0.2,
+    calibration: Calibration = "self",
+    samples: Samples = 32,
+    seq_len: SeqLen = 256,
+    seed: Seed = 0,
+    uniform: Uniform = False,
+    ppl: Annotated[
+        list[str] | None, typer.Option(help="Text file for the perplexity; `python` is Python's language reference.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 12,
+    threads: Threads = _DEFAULT_THREADS,
+    repeats: Annotated[int, typer.Option(help="Timed repeats per benchmark case.", min=2)] = 10,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run the whole way on the embedded default model (or any other)."""
+    from fxprune.budget import check_ratio
+    from fxprune.demo import run_demo
+
+    check_ratio(ratio)
+    options = {"calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "uniform": uniform}
+    report = run_demo(
+        out,
+        model=model,
+        ratio=ratio,
+        options=options,
+        texts=ppl or ["python"],
+        windows=windows,
+        threads=threads,
+        repeats=repeats,
+        overwrite=overwrite,
+        say=_say,
+        show=_show_groups,
+    )
+    _summary(report)
+    _say(f"everything is in {out}/ - open {out / 'report.html'}")
+
+
+@app.command()
+def inspect(model: Model, json: Json = None) -> None:
+    """List what can be pruned and what stands in the way; a config.json is enough."""
+    from fxprune.workflow import Stopwatch, inspect_program
+
+    program = inspect_program(model, Stopwatch())
+    _show_groups(program)
+    assert program.channels is not None
+    pins = [str(pin) for pin in program.channels.pins]
+    for pin in pins:
+        _out.print(f"stays: {pin}", highlight=False, markup=False)
+    from fxprune.reporting import group_entries
+
+    _write_json(json, {"model": model, "groups": group_entries(program), "pins": pins})
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the slim checkpoint and the report.")],
+    ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove, in (0, 1).")],
+    method: Annotated[str, typer.Option(help="Pruning pass.")] = "channel",
+    calibration: Calibration = "self",
+    samples: Samples = 64,
+    seq_len: SeqLen = 256,
+    seed: Seed = 0,
+    uniform: Uniform = False,
+    round_to: RoundTo = 8,
+    min_keep: Annotated[float, typer.Option(help="Share of every group that stays whatever the scores say.")] = 0.1,
+    ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Prune a model, slim it, verify it, and write a checkpoint that loads back."""
+    from fxprune.output import prepare_output
+    from fxprune.pipeline import build_pass
+
+    options = {
+        "ratio": ratio,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "uniform": uniform,
+        "round_to": round_to,
+        "min_keep": min_keep,
+    }
+    build_pass(method, options)  # a wrong option is told before the model is loaded
+    prepare_output(out, overwrite=overwrite)
+    from fxprune.loading import load_model
+    from fxprune.registry import resolve
+    from fxprune.reporting import report_of
+    from fxprune.workflow import Stopwatch, front_end, perplexities, prune_program
+
+    watch = Stopwatch()
+    _say(f"loading {model}")
+    with watch.stage("load"):
+        loaded = load_model(model, dtype=dtype, device=device)
+    _say("tracing and locating")
+    program = front_end(loaded, watch)
+    program = prune_program(program, method, options, out=out, overwrite=overwrite, on_pass=lambda p: _say(p.name))
+    quality = None
+    if ppl:
+        _say("measuring perplexity")
+        with watch.stage("quality"):
+            quality = perplexities(program, ppl, windows=windows)
+    report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality)
+    resolve("fxprune.exporters.report:write_report")(report, out)
+    _write_json(json, report)
+    _summary(report)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for model.onnx.")],
+    to: Annotated[Literal["onnx"], typer.Option(help="Target format.")] = "onnx",
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; the exporter's choice by default.")] = None,
+    fusions: Annotated[Literal["auto", "none", "cpu"], typer.Option(help="ONNX Runtime fusions.")] = "auto",
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Export a checkpoint (slim, mixed, or any other) to one ONNX graph, and verify it in ONNX Runtime."""
+    from fxprune.loading import load_model
+    from fxprune.output import prepare_output
+    from fxprune.pipeline import Pipeline, build_pass
+    from fxprune.workflow import Stopwatch, front_end
+
+    del to
+    prepare_output(out, overwrite=overwrite)
+    loaded = load_model(model)
+    _say("tracing")
+    program = front_end(loaded, Stopwatch())
+    passes = [
+        build_pass("export_onnx", {"out": str(out), "opset": opset, "fusions": fusions, "overwrite": overwrite}),
+        build_pass("verify", {"onnx": str(out / "model.onnx"), "reexport": False}),
+    ]
+    program = Pipeline(passes, on_pass=lambda p: _say(p.name))(program).program
+    _show_rungs(program.results["verify"])
+    _write_json(json, {"onnx": program.results["onnx"], "verify": program.results["verify"]})
+
+
+def _show_rungs(rungs: Sequence[dict[str, Any]]) -> None:
+    table = Table(title="Verification", title_justify="left")
+    for column in ("rung", "max abs error", "tolerance", ""):
+        table.add_column(column)
+    for rung in rungs:
+        passed = "[green]passed[/]" if rung["passed"] else "[red]failed[/]"
+        table.add_row(rung["rung"], f"{rung['max_abs_error']:.2e}", f"{rung['tolerance']:.0e}", passed)
+    _out.print(table)
+
+
+@app.command()
+def verify(
+    model: Model,
+    onnx: Annotated[Path | None, typer.Argument(help="Directory or file of its ONNX export.")] = None,
+    json: Json = None,
+) -> None:
+    """Check that a checkpoint's graph forms, and its ONNX export, all compute the same."""
+    from fxprune.errors import ExportError
+    from fxprune.loading import load_model
+    from fxprune.pipeline import build_pass
+    from fxprune.workflow import Stopwatch, front_end
+
+    graph = None
+    if onnx is not None:
+        graph = onnx if onnx.suffix == ".onnx" else onnx / "model.onnx"
+        if not graph.is_file():
+            raise ExportError(f"{graph} does not exist; name the directory that `fxprune export` wrote")
+    loaded = load_model(model)
+    _say("tracing")
+    program = front_end(loaded, Stopwatch())
+    result = build_pass("verify", {"onnx": str(graph) if graph else None})(program).program.results["verify"]
+    _show_rungs(result)
+    _write_json(json, {"verify": result})
+
+
+@app.command()
+def bench(
+    dense: Annotated[str, typer.Argument(help="The form to compare with: ONNX directory, checkpoint or hub id.")],
+    slim: Annotated[str, typer.Argument(help="The smaller form, for the same runtime.")],
+    prefill: Annotated[list[int] | None, typer.Option(help="Prompt lengths; repeat for several.")] = None,
+    decode: Annotated[int, typer.Option(help="Tokens to decode; 0 for none.", min=0)] = 32,
+    past: Annotated[int, typer.Option(help="Cache length before decoding.", min=1)] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed repeats per case.", min=2)] = 10,
+    threads: Threads = _DEFAULT_THREADS,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Time two forms of a model against each other, interleaved, with confidence intervals."""
+    from fxprune.measure import machine
+    from fxprune.workflow import cases_of, measure_speed, open_form
+
+    forms = [open_form(where, threads=threads, dtype=dtype) for where in (dense, slim)]
+    cases = cases_of(prefill or [128, 512], decode, past)
+    results = [r.to_json() for r in measure_speed(*forms, cases, threads=threads, repeats=repeats)]
+    table = Table(title=f"Speed, {threads} threads, medians of {repeats} interleaved runs", title_justify="left")
+    for column in ("runtime", "case", "dense ms", "slim ms", "speed-up", "95% interval", "bound"):
+        table.add_column(column)
+    for r in results:
+        bound = f"{r['bound']:.2f}x ({r['bound_kind']})" if "bound" in r else "-"
+        low, high = r["ci"]
+        figures = (f"{r['dense_ms']:.1f}", f"{r['slim_ms']:.1f}", f"{r['speedup']:.2f}x", f"{low:.2f}-{high:.2f}")
+        table.add_row(r["runtime"], r["case"], *figures, bound)
+    _out.print(table)
+    _write_json(json, {"speed": results, "machine": machine()})
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint, hub id, or ONNX directory with its tokenizer.")],
+    ppl: Annotated[list[Path], typer.Option(help="Text file; repeat for several.")],
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 1,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Perplexity of any form of a model."""
+    from fxprune.errors import CheckpointError
+    from fxprune.evaluate import file_perplexity, read_text
+    from fxprune.workflow import open_form
+
+    for path in ppl:
+        read_text(path)  # told before the model is loaded
+    form = open_form(model, dtype=dtype)
+    if form.tokenizer is None:
+        raise CheckpointError(f"{model} has no tokenizer; perplexity of a text needs one")
+    results = []
+    for path in ppl:
+        result = file_perplexity(
+            form.runner, path, form.tokenizer, window=window, max_windows=windows, batch_size=batch_size
+        )
+        results.append(result.as_dict())
+        error = f" (standard error of the log {result.standard_error:.3f})" if result.standard_error else ""
+        _out.print(f"{result.text}: perplexity {result.perplexity:.2f}{error}; {result.definition}", highlight=False)
+    _write_json(json, {"model": model, "perplexity": results})
+
+
+@app.command()
+def run(
+    pipeline: Annotated[Path, typer.Argument(help="YAML file with `model` and `passes`.")],
+    model: Annotated[str | None, typer.Option(help="Model to run on, instead of the file's.")] = None,
+    json: Json = None,
+) -> None:
+    """Run a pipeline written in YAML; everything in it is validated before anything runs."""
+    from fxprune.loading import load_model
+    from fxprune.pipeline import Pipeline, load_pipeline, read_yaml
+    from fxprune.reporting import report_of
+    from fxprune.tracing import trace
+
+    data = read_yaml(pipeline)
+    passes = load_pipeline(data, where=str(pipeline))
+    where = model or (data.get("model") if isinstance(data, dict) else None)
+    if not isinstance(where, str):
+        raise UsageError(f"{pipeline}: no model; add `model: ID_OR_DIR` or pass --model")
+    loaded = load_model(where)
+    _say("tracing")
+    program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
+    program = Pipeline(passes, on_pass=lambda p: _say(p.name))(program).program
+    report = report_of(program)
+    _write_json(json, report)
+    _summary(report)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    status: Any = 0
+    try:
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("interrupted; earlier output is whole and nothing half-written is left")
+        status = 130
+    except UsageError as error:
+        _say(f"error: {error}")
+        status = 2
+    except FxpruneError as error:
+        _say(f"error: {error}")
+        status = 1
+    except typer.BadParameter.__mro__[2] as error:  # click's base of all usage errors, which typer does not export
+        error.show()
+        status = error.exit_code
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,129 @@
+"""The demonstration: the whole way on a real model, in one command.
+
+inspect, prune at ratio 0.2, slim, verify, save, reload, export, benchmark, perplexity before and after, report. The
+result appears whole in the output directory, or not at all.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+from fxprune.default_model import default_model_path
+from fxprune.loading import load_model
+from fxprune.output import prepare_output, staged_directory
+from fxprune.pipeline import build_pass
+from fxprune.registry import resolve
+from fxprune.reporting import report_of
+from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed, perplexities, prune_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from fxprune.program import Program
+
+__all__ = ["run_demo"]
+
+
+def run_demo(
+    out: Path,
+    *,
+    model: str | None,
+    ratio: float,
+    options: Mapping[str, Any],
+    texts: Sequence[str],
+    windows: int,
+    threads: int,
+    repeats: int,
+    overwrite: bool,
+    say: Callable[[str], None],
+    show: Callable[[Program], None],
+) -> dict[str, Any]:
+    """Run the demonstration.
+
+    Args:
+        out: directory that will hold `slim/`, `onnx/`, `report.json` and `report.html`.
+        model: hub id or directory; the embedded SmolLM2-135M-Instruct when None.
+        ratio: share of the block Linears' parameters to remove.
+        options: further options of the channel pass (calibration, samples, seq_len, seed, uniform, ...).
+        texts: texts for the perplexity: files, or `python` for Python's own language reference.
+        windows: windows of 512 tokens per text.
+        threads: of ONNX Runtime.
+        repeats: timed repeats per case.
+        overwrite: whether an earlier output may be replaced.
+        say: called with one line before each stage.
+        show: called with the located program.
+
+    Returns:
+        The report's data.
+
+    Raises:
+        FxpruneError: anything went wrong; an earlier output is whole.
+    """
+    prepare_output(out, overwrite=overwrite)
+    watch = Stopwatch()
+    with staged_directory(out, overwrite=overwrite) as staging:
+        say(
+            "loading the model" if model else "loading the embedded SmolLM2-135M-Instruct (converted once, then cached)"
+        )
+        with watch.stage("load"):
+            loaded = load_model(model or str(default_model_path()))
+        say("tracing it to a graph and finding what belongs together")
+        program = front_end(loaded, watch)
+        show(program)
+        say(f"pruning {ratio:.0%} of the block parameters, slimming, verifying, saving, reloading")
+        labels = {"channel": "calibrating and choosing", "insert_masks": "inserting masks", "slim": "slimming"}
+        labels |= {"verify": "verifying", "save": "saving"}
+        program = prune_program(
+            program,
+            "channel",
+            {"ratio": ratio, **options},
+            out=staging / "slim",
+            on_pass=lambda step: say(f"  {labels.get(step.name, step.name)}"),
+        )
+        say("exporting to ONNX and comparing ONNX Runtime with the slim graph")
+        program = build_pass("export_onnx", {"out": str(staging / "onnx")})(program).program
+        graph = staging / "onnx" / "model.onnx"
+        program = build_pass("verify", {"onnx": str(graph), "graph": False})(program).program
+        say("measuring perplexity before and after")
+        with watch.stage("quality"):
+            quality = perplexities(program, texts, windows=windows)
+        say("exporting the dense model the same way, to have something to compare with")
+        with watch.stage("bench"):
+            dense, slim, scratch = export_pair(program, threads, graph)
+            gc.collect()
+            say(f"benchmarking dense against slim in ONNX Runtime, {threads} threads, interleaved")
+            with scratch:
+                results = measure_speed(dense, slim, cases_of((128, 512), 32, 128), threads=threads, repeats=repeats)
+                del dense, slim
+        report = report_of(
+            program,
+            method="channel",
+            seed=int(options.get("seed", 0)),
+            seconds=watch.seconds,
+            speed=[result.to_json() for result in results],
+            quality=quality,
+            file_bytes=_file_bytes(program, staging),
+        )
+        report = _without_staging(report, str(staging), str(out))
+        resolve("fxprune.exporters.report:write_report")(report, staging)
+    return report
+
+
+def _file_bytes(program: Program, staging: Path) -> dict[str, int]:
+    slim = sum(file.stat().st_size for file in (staging / "slim").glob("*.safetensors"))
+    path = program.source.path if program.source else None
+    dense = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path else 0
+    return {"slim": slim} | ({"dense": dense} if dense else {})
+
+
+def _without_staging(value: Any, staging: str, out: str) -> Any:
+    """The report speaks of where things are, not of where they were while it was written."""
+    if isinstance(value, str):
+        return value.replace(staging, out)
+    if isinstance(value, dict):
+        return {key: _without_staging(item, staging, out) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_staging(item, staging, out) for item in value]
+    return value

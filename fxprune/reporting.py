@@ -1,0 +1,119 @@
+"""From a Program to the sections of `report.json`: what was measured, nothing that was not."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from fxprune.accounting import compare_macs, compare_parameters
+from fxprune.groups import AttentionGroup
+from fxprune.measure import machine, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fxprune.program import Program
+
+__all__ = ["group_entries", "report_of", "stage_seconds"]
+
+_STAGES = {
+    "lift_linears": "trace",
+    "locate_attention": "trace",
+    "locate_mlp": "trace",
+    "channel": "prune",
+    "insert_masks": "slim",
+    "slim": "slim",
+    "verify": "verify",
+    "save": "save",
+    "export_onnx": "export",
+}
+_PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
+
+
+def group_entries(program: Program) -> list[dict[str, Any]]:
+    """What every group had and keeps, one entry a group, in layer order."""
+    entries = []
+    for group in sorted(program.groups, key=lambda group: (group.layer, group.kind)):
+        kept = program.plan.kept_units(group) if program.plan else tuple(range(group.units))
+        entry: dict[str, Any] = {
+            "name": group.name,
+            "kind": group.kind,
+            "layer": group.layer,
+            "unit": group.unit,
+            "dense": group.units,
+            "kept": len(kept),
+        }
+        if isinstance(group, AttentionGroup):
+            entry |= {"kv_dense": group.kv_heads, "kv_kept": len(group.kv_kept(kept))}
+        entries.append(entry)
+    return entries
+
+
+def stage_seconds(program: Program) -> dict[str, float]:
+    """Seconds per stage of the history; what a pass timed itself (calibration) is told apart."""
+    seconds: dict[str, float] = {}
+    for event in program.history:
+        stage = _STAGES.get(event.name, event.name)
+        inner = event.details.get("seconds", {}) if event.name == "channel" else {}
+        for name, value in inner.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        seconds[stage] = seconds.get(stage, 0.0) + event.seconds - sum(inner.values())
+    return seconds
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a figure may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("fxprune", *_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an optional package that is not installed has no version to report
+            continue
+    return found
+
+
+def report_of(
+    program: Program,
+    *,
+    method: str | None = None,
+    seed: int | None = None,
+    seconds: Mapping[str, float] | None = None,
+    **sections: Any,
+) -> dict[str, Any]:
+    """Assemble a report.
+
+    Args:
+        program: the program at the end of its way.
+        method: pruning method, if one ran.
+        seed: its seed.
+        seconds: stages that were not passes (trace, bench), added to those of the history.
+        **sections: further sections as they are (`speed`, `quality`, `file_bytes`, ...).
+
+    Returns:
+        Sections for `fxprune.exporters.report.write_report`; absent where nothing was measured.
+    """
+    report: dict[str, Any] = {
+        "model": program.source.name if program.source else "nn.Module",
+        "method": method,
+        "seed": seed,
+        "history": [event.to_json() for event in program.history],
+        "seconds": {**stage_seconds(program), **(seconds or {})},
+        "peak_rss_bytes": peak_rss_bytes(),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    lifted = program.references.get("lifted")
+    if lifted is not None and program.plan is not None:
+        outputs = program.interface.outputs
+        report["params"] = compare_parameters(lifted.module, program.graph_module, outputs=outputs).to_json()
+        report["macs"] = compare_macs(lifted.module, program.graph_module, outputs=outputs).to_json()
+    if program.groups:
+        report["groups"] = group_entries(program)
+    for section in ("verify", "calibration"):
+        if section in program.results:
+            report[section] = program.results[section]
+    details = {name: program.results[name] for name in ("checkpoint", "onnx") if name in program.results}
+    if details:
+        report["details"] = details
+    return {name: value for name, value in {**report, **sections}.items() if value is not None}

@@ -1,0 +1,280 @@
+"""Front end: from a model to a flat FX graph.
+
+Hugging Face models go through `transformers.exporters` in their deployable form (cache, left-padded sample), plain
+`nn.Module`s through `torch.export`. Either way the result is a Program whose placeholders are flat tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import TraceError
+from fxprune.program import CacheEntry, Interface, Program, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+__all__ = ["sample_inputs", "trace"]
+
+_BATCH, _NEW, _PAST = 2, 3, 5
+"""Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
+
+_ASSERTIONS = {
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+}
+
+
+def trace(
+    model: nn.Module,
+    *,
+    tokenizer: Any = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    name: str | None = None,
+    path: Path | None = None,
+) -> Program:
+    """Trace a model to a Program.
+
+    Args:
+        model: a Hugging Face `PreTrainedModel` or any `nn.Module` that `torch.export` accepts. It is put in
+            evaluation mode; its parameters are shared with the Program, not copied. The meta device is fine.
+        tokenizer: kept for checkpoints and calibration; tracing does not use it.
+        example_inputs: forward arguments by name (or, for a plain module, by position). Hugging Face models need
+            none: a small sample of the deployable form is made up. Lengths that may change must be at least 2 in it.
+        name: how reports call the model; by default its path or class name.
+        path: local directory of the checkpoint the model was loaded from.
+
+    Returns:
+        A Program whose graph calls aten operators, with the model itself kept as the reference `eager`.
+
+    Raises:
+        TraceError: torch.export failed, or a plain module came without `example_inputs`.
+    """
+    model.eval()
+    hugging_face = hasattr(model, "config") and hasattr(model, "dummy_inputs")
+    args: tuple[Any, ...] = ()
+    if isinstance(example_inputs, tuple):
+        names = list(inspect.signature(model.forward).parameters)
+        example_inputs = dict(zip(names, example_inputs, strict=False))
+    if example_inputs is None:
+        if not hugging_face:
+            raise TraceError(
+                f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
+            )
+        example_inputs = sample_inputs(model)
+    inputs = dict(example_inputs)
+    try:
+        exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, args, inputs)
+    except Exception as error:  # torch.export raises dozens of types; the cause stays attached
+        raise TraceError(
+            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {error}\n"
+            "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
+        ) from error
+    graph_module, interface = _flatten(exported, inputs)
+    source = None
+    if hugging_face:
+        source = Source(
+            name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            config=model.config,
+            model_class=type(model),
+            tokenizer=tokenizer,
+            generation_config=getattr(model, "generation_config", None),
+            path=path,
+        )
+    return Program(graph_module, interface, source=source).with_reference("eager", model)
+
+
+def sample_inputs(model: nn.Module) -> dict[str, Any]:
+    """Make up a small sample of a Hugging Face model's deployable form.
+
+    Causal language models get tokens, a left-padded mask, positions and a cache; encoders get what their signature
+    asks for among tokens, pixels and decoder tokens.
+
+    Args:
+        model: a `PreTrainedModel`, on any device, meta included.
+
+    Returns:
+        Keyword arguments of `model.forward`.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    first = next(model.parameters())
+    device = first.device
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 2) or 2
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (_BATCH, _NEW), generator=generator).to(device)
+    if getattr(config, "is_encoder_decoder", False):
+        more = torch.randint(0, vocabulary, (_BATCH, _PAST), generator=generator).to(device)
+        return {
+            "input_ids": more,
+            "attention_mask": _left_padded(_BATCH, _PAST, device),
+            "decoder_input_ids": ids,
+            "use_cache": False,
+        }
+    if "pixel_values" in parameters and "input_ids" not in parameters:
+        size: Any = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(_BATCH, config.num_channels, height, width, device=device).to(first.dtype)}
+    generates: Any = getattr(model, "can_generate", lambda: False)
+    if not generates():
+        return {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _NEW, device)}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _PAST + _NEW, device)}
+    if "position_ids" in parameters:
+        inputs["position_ids"] = torch.arange(_PAST, _PAST + _NEW, device=device).repeat(_BATCH, 1)
+    if "past_key_values" in parameters:
+        inputs["past_key_values"] = _cache(model, _BATCH, _PAST)
+    return inputs
+
+
+def _left_padded(batch: int, length: int, device: torch.device) -> Tensor:
+    """A mask with one padded row: an all-ones mask can vanish from the graph."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, :2] = 0
+    return mask.to(device)
+
+
+def _cache(model: nn.Module, batch: int, length: int) -> Any:
+    """A cache filled by the model itself, so that every model's own layout comes out right."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(batch, length, dtype=torch.long, device=device), use_cache=True)
+    return output.past_key_values
+
+
+def _dynamic_axes_of_cache(model: nn.Module, cache: Any) -> list[dict[int, Any]]:
+    """Which axes of each cache tensor follow batch and length: those that change when both change."""
+    from transformers.exporters.exporter_dynamo import (  # noqa: PLC0415 - heavy, Hugging Face path only
+        register_cache_pytrees_for_model,
+    )
+
+    register_cache_pytrees_for_model(model)
+    other = pytree.tree_leaves(_cache(model, _BATCH + 1, _PAST + 2))
+    return [
+        {axis: torch.export.Dim.AUTO for axis in range(mine.dim()) if mine.shape[axis] != yours.shape[axis]}
+        for mine, yours in zip(pytree.tree_leaves(cache), other, strict=True)
+    ]
+
+
+def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Export through transformers' own exporter, which knows the library's untraceable corners."""
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # noqa: PLC0415 - heavy
+
+    shapes: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            floating = value.is_floating_point()
+            axes = [0] if floating else range(value.dim())
+            shapes[key] = dict.fromkeys(axes, torch.export.Dim.AUTO)
+        elif key == "past_key_values":
+            shapes[key] = _dynamic_axes_of_cache(model, value)
+    with _quiet_exporter():
+        config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
+    return exported
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns that it is experimental each time; our verification makes that warning moot."""
+    logger = logging.getLogger("transformers.exporters")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _export_plain(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """Export a plain module: the first axis of every input may change."""
+    shapes = {
+        key: {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.dim() else None
+        for key, value in inputs.items()
+    }
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs=copy.copy(inputs), dynamic_shapes=shapes, strict=False)
+
+
+def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> tuple[torch.fx.GraphModule, Interface]:
+    """Take the graph out of its pytree clothes: flat tensors in, flat tuple out, names from the trees."""
+    graph_module: torch.fx.GraphModule = exported.module(check_guards=False)
+    graph = graph_module.graph
+    graph.set_codegen(CodeGen())
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    for node in [node for node in graph.nodes if node.op == "call_module" and node.target == "_guards_fn"]:
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    names = _output_names(exported)
+    kept = _drop_passed_through(graph, names)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    examples = {node.name: leaf for node, leaf in zip(placeholders, leaves, strict=True)}
+    for node in [node for node in placeholders if not node.users and node.name in names]:
+        del examples[node.name]
+        placeholders.remove(node)
+        graph.erase_node(node)
+    axes = {
+        node.name: {
+            axis: str(size) for axis, size in enumerate(node.meta["val"].shape) if isinstance(size, torch.SymInt)
+        }
+        for node in placeholders
+    }
+    interface = Interface(examples, axes, kept, _pair_cache(examples, kept))
+    # A fresh module: the exported one carries a hook that checks inputs against the original signature.
+    return torch.fx.GraphModule(graph_module, graph), interface
+
+
+def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Name each output after its path in the returned structure: `logits`, `past_key_values_0`, ..."""
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    placeholder = [object() for _ in range(spec.num_leaves)]
+    children = spec.children() if hasattr(spec, "children") else spec.children_specs
+    context = spec.context
+    keys = context if isinstance(context, list) else context[0] if isinstance(context, tuple) and context else None
+    if not isinstance(keys, list) or len(keys) != len(children):
+        keys = [f"output_{index}" for index in range(len(children))] if children else ["output_0"]
+    names: list[str] = []
+    for key, child in zip(keys, children or [spec], strict=True):
+        leaves = child.num_leaves
+        names += [str(key)] if leaves == 1 and child.is_leaf() else [f"{key}_{index}" for index in range(leaves)]
+    assert len(names) == len(placeholder)
+    return tuple(names)
+
+
+def _drop_passed_through(graph: torch.fx.Graph, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Drop outputs that are inputs handed back untouched (token counters of some caches); return the names left."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    values = output.args[0]
+    assert isinstance(values, (list, tuple))
+    kept = [
+        (name, value)
+        for name, value in zip(names, values, strict=True)
+        if not (isinstance(value, torch.fx.Node) and value.op == "placeholder" and list(value.users) == [output])
+    ]
+    output.args = (tuple(value for _, value in kept),)
+    return tuple(name for name, _ in kept)
+
+
+def _pair_cache(examples: dict[str, Tensor], outputs: tuple[str, ...]) -> tuple[CacheEntry, ...]:
+    """Cache tensors are those that come in and go out under one name; keys and values alternate."""
+    both = [name for name, leaf in examples.items() if name in outputs and leaf.dim() == 4]
+    return tuple(
+        CacheEntry(input=name, output=name, layer=index // 2, kind="value" if index % 2 else "key")
+        for index, name in enumerate(both)
+    )

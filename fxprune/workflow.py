@@ -1,0 +1,262 @@
+"""What the commands are made of: load, trace and locate, prune, export, compare, measure.
+
+Each function is one step that the command line, the demo and a Python user share; passes and exporters are reached
+through the registry only.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxprune.errors import CheckpointError, UsageError
+from fxprune.evaluate import file_perplexity, perplexity, tokenise
+from fxprune.loading import LoadedModel, load_config, load_model
+from fxprune.measure import Cost, bench, cost_of, decode, prefill
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.program import Program
+from fxprune.registry import resolve
+from fxprune.runners import EagerRunner, GraphRunner, Runner
+from fxprune.tracing import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from fxprune.evaluate import PerplexityResult
+    from fxprune.measure import SpeedResult
+    from fxprune.pass_base import Pass
+
+__all__ = [
+    "Stopwatch",
+    "front_end",
+    "inspect_program",
+    "measure_speed",
+    "open_form",
+    "prune_program",
+    "quality_entry",
+    "text_of_python",
+]
+
+LOCATE = ("lift_linears", "locate_attention", "locate_mlp")
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def front_end(loaded: LoadedModel, watch: Stopwatch) -> Program:
+    """Trace a loaded model, lift its projections and locate what can be pruned."""
+    with watch.stage("trace"):
+        program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
+    return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+
+
+def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
+    """Trace and locate from a configuration alone, on the meta device: no weights are read.
+
+    Raises:
+        CheckpointError: there is no usable configuration.
+    """
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - heavy
+
+    config = load_config(name_or_path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise CheckpointError(f"{name_or_path}: no causal language model for this configuration: {error}") from error
+    with watch.stage("trace"):
+        program = trace(model, name=str(name_or_path))
+    return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+
+
+def prune_program(
+    program: Program,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    on_pass: Callable[[Pass], None] | None = None,
+) -> Program:
+    """Prune, slim, verify and, with `out`, save and verify the reloaded checkpoint.
+
+    Args:
+        program: a program with groups.
+        method: name of a pruning pass.
+        options: its options.
+        out: where the checkpoint goes.
+        overwrite: whether an earlier output may be replaced.
+        on_pass: called before each pass, for progress.
+
+    Returns:
+        The slim program.
+
+    Raises:
+        FxpruneError: any pass refused or any rung failed.
+    """
+    passes = [build_pass(method, options), *(build_pass(name, {}) for name in ("insert_masks", "slim", "verify"))]
+    if out is not None:
+        passes.append(build_pass("save", {"out": str(out), "overwrite": overwrite}))
+        passes.append(build_pass("verify", {"checkpoint": str(out), "graph": False}))
+    return Pipeline(passes, on_pass=on_pass)(program).program
+
+
+@dataclass
+class OpenForm:
+    """A form of a model that can be run.
+
+    Attributes:
+        runner: how.
+        kind: `onnxruntime` or `torch`.
+        tokenizer: its tokenizer, if found.
+        cost: what it computes and reads, for bounds; None when unknown.
+        dtype: of its weights where known.
+    """
+
+    runner: Runner
+    kind: str
+    tokenizer: Any = None
+    cost: Cost | None = None
+    dtype: torch.dtype | None = None
+
+
+def open_form(where: str, *, threads: int | None = None, dtype: str | None = None) -> OpenForm:
+    """Open a checkpoint directory, a hub id, or a directory or file with an ONNX graph.
+
+    Raises:
+        CheckpointError, ExportError: it cannot be loaded.
+    """
+    path = Path(where).expanduser()
+    graph = path if path.suffix == ".onnx" else path / "model.onnx"
+    if graph.is_file():
+        runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
+        tokenizer = None
+        if (graph.parent / "tokenizer.json").exists():
+            from fxprune.loading import load_tokenizer  # noqa: PLC0415 - only where there is one
+
+            tokenizer = load_tokenizer(graph.parent)
+        return OpenForm(runner, "onnxruntime", tokenizer)
+    loaded = load_model(where, dtype=dtype)
+    runner = EagerRunner(loaded.model, "torch")
+    return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model), next(loaded.model.parameters()).dtype)
+
+
+def cases_of(prefills: Sequence[int], decodes: int, past: int) -> list[Any]:
+    """Benchmark cases: prefills of the given lengths, and `decodes` tokens after `past`."""
+    cases = [prefill(length) for length in prefills]
+    return [*cases, decode(decodes, past=past)] if decodes else cases
+
+
+def measure_speed(
+    dense: OpenForm, slim: OpenForm, cases: Sequence[Any], *, threads: int, repeats: int, progress: Any = None
+) -> list[SpeedResult]:
+    """Interleaved benchmark of two forms that run in the same runtime.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if dense.kind != slim.kind:
+        raise UsageError(f"cannot compare {dense.kind} with {slim.kind}; give two forms for the same runtime")
+    costs = (dense.cost, slim.cost) if dense.cost is not None and slim.cost is not None else None
+    return bench(
+        dense.runner,
+        slim.runner,
+        cases,
+        threads=threads,
+        repeats=repeats,
+        warmup=2,
+        costs=costs,
+        runtime=dense.kind,
+        progress=progress,
+    )
+
+
+def export_pair(program: Program, threads: int, slim_onnx: Path) -> tuple[OpenForm, OpenForm, Any]:
+    """Open the exported slim graph, and the dense one exported the same way to a temporary directory.
+
+    Returns:
+        Dense form, slim form, and the temporary directory, which the caller must keep until it is done.
+    """
+    scratch = tempfile.TemporaryDirectory(prefix="fxprune-")
+    lifted = program.references["lifted"]
+    dense = program.replace(graph_module=lifted.module, interface=lifted.interface)
+    target = Path(scratch.name) / "dense"
+    build_pass("export_onnx", {"out": str(target)})(dense)
+    gc.collect()
+    runner_class = resolve("fxprune.exporters.ort:OrtRunner")
+    forms = [
+        OpenForm(runner_class(path, threads=threads), "onnxruntime", cost=cost_of(form.module, form.interface))
+        for path, form in ((target / "model.onnx", lifted), (slim_onnx, program_form(program)))
+    ]
+    return forms[0], forms[1], scratch
+
+
+def program_form(program: Program) -> Any:
+    """The program's own graph and interface, as a form."""
+    from fxprune.program import Form  # noqa: PLC0415 - small, only used here
+
+    return Form(program.graph_module, program.interface)
+
+
+def text_of_python() -> str:
+    """English prose that every Python ships: its language reference, as `pydoc` holds it."""
+    from pydoc_data.topics import topics  # noqa: PLC0415 - 700 kB of text
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def perplexities(
+    program: Program, texts: Sequence[str], *, windows: int | None, window: int = 512
+) -> list[dict[str, Any]]:
+    """Perplexity before and after on each text: a file, or `python` for Python's own language reference.
+
+    Returns:
+        Entries of the report's `quality` section.
+    """
+    assert program.source is not None
+    lifted = program.references["lifted"]
+    runners = [
+        GraphRunner(lifted.module, lifted.interface, "dense"),  # type: ignore[arg-type]
+        GraphRunner(program.graph_module, program.interface, "slim"),
+    ]
+    entries = []
+    for text in texts:
+        pair = [_perplexity(runner, text, program.source.tokenizer, windows, window) for runner in runners]
+        entries.append(quality_entry(pair[0], pair[1]))
+    return entries
+
+
+def _perplexity(runner: Runner, text: str, tokenizer: Any, windows: int | None, window: int) -> PerplexityResult:
+    if text == "python":
+        tokens = tokenise(text_of_python(), tokenizer)
+        source = "Python's language reference (pydoc_data.topics, joined in the order of their names)"
+        return perplexity(
+            runner, tokens, text="python-reference", source=source, window=window, max_windows=windows, batch_size=1
+        )
+    return file_perplexity(runner, text, tokenizer, window=window, max_windows=windows, batch_size=1)
+
+
+def quality_entry(dense: PerplexityResult | None, slim: PerplexityResult | None) -> dict[str, Any]:
+    """An entry of the report's `quality` section."""
+    entry: dict[str, Any] = resolve("fxprune.exporters.report:perplexity_entry")(dense, slim)
+    return entry

@@ -1,0 +1,71 @@
+"""Writes the slim model as a Hugging Face checkpoint, and proves that it loads back.
+
+    Program ──► config.json  model.safetensors  tokenizer  generation config  fxprune.json
+
+Uniform plans load with plain `AutoModelForCausalLM.from_pretrained`, mixed ones with `fxprune.load`. The program is
+not changed.
+
+Refused:
+ 1. a program of a plain `nn.Module` (there is no config to write; export it instead);
+ 2. an output directory that is not empty, unless `overwrite`;
+ 3. masks that are not slimmed yet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxprune.checkpoint import save
+from fxprune.errors import PreconditionError
+from fxprune.graphs import state_tensors
+from fxprune.masks import ChannelMask
+from fxprune.output import prepare_output
+from fxprune.pass_base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+__all__ = ["Save"]
+
+
+class Save(Pass):
+    """Write a checkpoint (see the module's docstring).
+
+    Args:
+        out: directory to write; it appears whole or not at all.
+        overwrite: whether an earlier output may be replaced.
+    """
+
+    name = "save"
+
+    def __init__(self, *, out: Path | str, overwrite: bool = False) -> None:
+        self.out = str(out)
+        self.overwrite = overwrite
+
+    def requires(self, program: Program) -> None:
+        """The program came from a Hugging Face model, is slimmed, and the directory can be used.
+
+        Raises:
+            PreconditionError: refusals 1 and 3.
+            OutputError: refusal 2.
+        """
+        if program.source is None:
+            raise PreconditionError("save writes Hugging Face checkpoints; this program came from a plain nn.Module")
+        if any(isinstance(module, ChannelMask) for module in program.graph_module.modules()):
+            raise PreconditionError("save writes slim models: run slim before save, masks are still in the graph")
+        prepare_output(self.out, overwrite=self.overwrite)
+
+    def call(self, program: Program) -> PassResult:
+        """Save; `details` says which kind of checkpoint it became and why."""
+        assert program.source is not None
+        info = save(
+            state_tensors(program.graph_module),
+            Path(self.out),
+            source=program.source,
+            plan=program.plan.to_json() if program.plan else {},
+            history=[event.to_json() for event in program.history],
+            overwrite=self.overwrite,
+        )
+        details = {"directory": str(info.directory), "kind": info.kind, "reason": info.reason, "bytes": info.bytes}
+        return PassResult(program.with_results(checkpoint=details), modified=True, details=details)

@@ -1,0 +1,94 @@
+"""Fixtures that many tests share: a tiny random Llama with a tokenizer, the real default model, the shared data."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fxprune.default_model import default_model_path
+from fxprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TINY_VOCABULARY = 97
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TINY_LINES = (
+    "the compiler traces a model to a graph and finds which weights belong together",
+    "heads and channels that matter least are removed, and what is left is smaller",
+    "a small graph computes what the masked graph does",
+    "numbers such as 1, 2 and 3 are words too. so is the end.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LlamaForCausalLM:
+    """A random Llama with grouped queries, a head_dim of its own and tied embeddings; read-only, copy it to change."""
+    config = LlamaConfig(
+        vocab_size=TINY_VOCABULARY,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """A BPE tokenizer of at most 97 tokens: `<unk>`, `<s>`, `</s>` and `<pad>` are 0 to 3."""
+    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(TINY_LINES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny Llama and its tokenizer as saved by transformers; read-only, copy it to change."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tiny_llama.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_model_dir() -> Path:
+    """The default model, SmolLM2-135M-Instruct in float32."""
+    try:
+        return default_model_path()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with evaluation and calibration data that lies beside the repository."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no evaluation data at {path}")
+    return path

@@ -1,0 +1,165 @@
+"""Damaged, changed or hostile checkpoint directories are refused with the file and the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fxprune.checkpoint import load, save
+from fxprune.errors import CheckpointError
+from fxprune.program import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(name="written", scope="module")
+def _written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixed checkpoint that no test may change: layer 0 has 16 of 24 channels, layer 1 all of them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        vocab_size=61,
+    )
+    model = LlamaForCausalLM(config)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.0.mlp.{name}.weight"] = tensors[f"model.layers.0.mlp.{name}.weight"][:16]
+    tensors[DOWN] = tensors[DOWN][:, :16]
+    directory = tmp_path_factory.mktemp("written") / "out"
+    source = Source("tiny", config, LlamaForCausalLM)
+    assert save(tensors, directory, source=source, plan={}, history=[]).kind == "mixed"
+    return directory
+
+
+@pytest.fixture(name="damaged")
+def _damaged(written: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(written, tmp_path / "damaged")
+
+
+def edit(name: str, *keys: str, value: object) -> Callable[[Path], None]:
+    """Set one entry of a JSON file."""
+
+    def change(directory: Path) -> None:
+        values = json.loads((directory / name).read_text())
+        entry: Any = values
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        (directory / name).write_text(json.dumps(values))
+
+    return change
+
+
+def write(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_last_byte(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+HASH = "0" * 64
+
+
+def forget_shapes(directory: Path) -> None:
+    for key in ("parameters", "layer_overrides"):
+        edit("fxprune.json", key, value={})(directory)
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda d: (d / "fxprune.json").unlink(), r"fxprune\.json is missing"),
+    "no config": (lambda d: (d / "config.json").unlink(), r"config\.json is missing"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "truncated weights": (truncate, r"model\.safetensors is missing, truncated or damaged"),
+    "weights of garbage": (write("model.safetensors", b"\xff" * 300), r"model\.safetensors is missing, truncated"),
+    "changed weights": (flip_last_byte, r"model\.safetensors has SHA-256 .* copy the checkpoint again"),
+    "manifest not JSON": (write("fxprune.json", b"{"), r"fxprune\.json cannot be read as JSON"),
+    "manifest not text": (write("fxprune.json", b"\xff\xfe"), r"fxprune\.json cannot be read as JSON"),
+    "manifest a list": (write("fxprune.json", b"[]"), r"schema version None is unknown"),
+    "newer schema": (edit("fxprune.json", "schema_version", value=2), r"schema version 2 is unknown"),
+    "unknown key": (edit("fxprune.json", "surprise", value=1), r"surprise: Extra inputs"),
+    "wrong type": (edit("fxprune.json", "kind", value=3), r"kind: Input should be"),
+    "text for a number": (
+        edit("fxprune.json", "layer_overrides", "0", "intermediate_size", value="16"),
+        "breaks the schema",
+    ),
+    "no files": (edit("fxprune.json", "files", value={}), r"files: "),
+    "file elsewhere": (edit("fxprune.json", "files", value={"../x.safetensors": HASH}), r"breaks the schema: files"),
+    "absolute file": (edit("fxprune.json", "files", value={"/x.safetensors": HASH}), r"breaks the schema: files"),
+    "file of another kind": (edit("fxprune.json", "files", value={"model.bin": HASH}), r"breaks the schema: files"),
+    "other shape": (
+        edit("fxprune.json", "parameters", DOWN, "slim", value=[32, 15]),
+        r"gives model\.layers\.0\.mlp\.down_proj\.weight the shape \[32, 15\], the weight files have \[32, 16\]",
+    ),
+    "other dense shape": (edit("fxprune.json", "parameters", DOWN, "dense", value=[32, 25]), "its dense shape"),
+    "shape not mentioned": (forget_shapes, "does not mention the changed"),
+    "unknown override": (
+        edit("fxprune.json", "layer_overrides", "0", value={"no_field": 2}),
+        "does not fit LlamaConfig",
+    ),
+    "override of no layer": (edit("fxprune.json", "layer_overrides", "7", value={"head_dim": 8}), "with 2 layers"),
+    "wrong override": (
+        edit("fxprune.json", "layer_overrides", "0", "head_dim", value=4),
+        "does not mention|do not belong",
+    ),
+    "wrong kind": (edit("fxprune.json", "kind", value="uniform"), "has no layer overrides"),
+    "config not JSON": (write("config.json", b"nothing"), r"config\.json cannot be read as JSON"),
+    "unknown model type": (edit("config.json", "model_type", value="no_such_model"), "no model_type 'no_such_model'"),
+    "unknown class": (edit("config.json", "architectures", value=["os.system"]), "no model class called 'os.system'"),
+    "no class": (edit("config.json", "architectures", value=[]), "names no class in `architectures`"),
+    "refused config": (edit("config.json", "num_attention_heads", value=5), "refuses these values"),
+    "other config": (edit("config.json", "vocab_size", value=62), r"do not belong together.*lm_head\.weight"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_refused_by_name(case: tuple[Callable[[Path], object], str], damaged: Path) -> None:
+    load(damaged)
+    damage, message = case
+    damage(damaged)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(damaged)
+    assert (
+        str(damaged) in str(caught.value)
+        or "layer override" in str(caught.value)
+        or "transformers maps" in str(caught.value)
+    )
+
+
+def test_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        load(tmp_path / "nothing")
+
+
+def test_changed_weights_load_without_the_hash(damaged: Path) -> None:
+    flip_last_byte(damaged)
+    load(damaged, verify_hash=False)
+
+
+def test_a_checkpoint_cannot_choose_kernels_or_code(damaged: Path) -> None:
+    edit("config.json", "attn_implementation", value="someone/kernel")(damaged)
+    edit("config.json", "auto_map", value={"AutoModelForCausalLM": "code.Model"})(damaged)
+    loaded = load(damaged)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert type(loaded) is LlamaForCausalLM
