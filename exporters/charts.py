@@ -88,7 +88,8 @@ def _chart(name: str, alt: str, draw: Callable[[int], Figure]) -> Chart:
 
 def _figure(width: int, height: float) -> Figure:
     """An empty figure measured in CSS pixels: the SVG backend writes one unit per 1/72 inch."""
-    figure = Figure(figsize=(width / 72, height / 72), facecolor="none", layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
+    figure.set_layout_engine("constrained", w_pad=2 / 72, h_pad=7 / 72)
     FigureCanvasSVG(figure)
     return figure
 
@@ -104,8 +105,8 @@ def _svg(figure: Figure, prefix: str, alt: str) -> str:
         for key, value in list(element.attrib.items()):
             del element.attrib[key]
             element.set(key.rpartition("}")[2], _attribute(key.rpartition("}")[2], value, prefix))
-    # `defs/style` would set line joins for the whole page; the page's own style sheet does it for figures.
-    drawn.extend(child for child in root if child.tag not in {"metadata", "defs"})
+    # A style sheet in the drawing would hold for the whole page; the page's own sets the line joins of charts.
+    drawn.extend(child for child in root if child.tag != "metadata" and child.find("style") is None)
     return ET.tostring(drawn, encoding="unicode")
 
 
@@ -131,6 +132,11 @@ def _bare(axes: Axes, *, grid: Literal["x", "y"]) -> None:
 
 def _title(axes: Axes, text: str, width: int) -> None:
     axes.set_title(_short(text, width // 8), loc="left", fontsize=12, color=_INK, parse_math=False)
+
+
+def _label_right(axes: Axes, text: str, x: float, y: float, *, gap: int = 7, weight: str = "normal") -> None:
+    """Write a figure `gap` pixels to the right of a point."""
+    axes.annotate(text, (x, y), (gap, 0), textcoords="offset points", va="center", weight=weight, parse_math=False)
 
 
 def _short(text: str, length: int) -> str:
@@ -249,9 +255,7 @@ def _quality_panel(axes: Axes, members: Sequence[Mapping[str, Any]], width: int)
             axes.barh(row + place, value, height=0.24, facecolor=face, edgecolor=edge)
             if error:
                 axes.errorbar(value, row + place, xerr=error, color=_INK, elinewidth=1.2, capsize=3)
-            axes.text(
-                value + error + max(reach, 1e-9) * 0.015, row + place, f"{value:.4g}", va="center", parse_math=False
-            )
+            _label_right(axes, f"{value:.4g}", value + error, row + place)
     axes.set_ylim(len(members) - 0.55, -0.55)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
@@ -298,12 +302,11 @@ def speed_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
             axes.plot([value], [row + 0.1], marker="o", markersize=8, color=_SLIM, linewidth=0)
             if "bound" in entry:
                 axes.plot([entry["bound"]], [row + 0.1], marker="D", markersize=7, color=_BOUND, mfc="none", mew=1.6)
-            right = max(_marks(entry)) + margin * 0.4
-            axes.text(right, row + 0.1, f"{value:.2f}{TIMES}", va="center", weight="bold", parse_math=False)
+            _label_right(axes, f"{value:.2f}{TIMES}", max(_marks(entry)), row + 0.1, gap=9, weight="bold")
         axes.set_ylim(len(entries) - 0.5, -0.6)
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 80))
-        axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.2g}{TIMES}")
+        axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.2f}{TIMES}")
         _bare(axes, grid="x")
         return figure
 

@@ -36,7 +36,7 @@ class _Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_was_not_run(cls, data: Any) -> Any:  # noqa: ANN401 - pydantic hands over whatever was given
+    def _drop_what_was_not_run(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
             return {key: value for key, value in data.items() if value is not None}
         return data
@@ -47,6 +47,8 @@ class Params(_Section):
 
     dense: Count | None = None
     slim: Count | None = None
+    dense_blocks: Count | None = None
+    slim_blocks: Count | None = None
     removed_share_blocks: Share | None = None
     removed_share_all: Share | None = None
     mask_sparsity: Share | None = None
@@ -225,13 +227,14 @@ def write_report(report: Mapping[str, Any], directory: Path | str) -> tuple[Path
     staged = directory / ".report.html.tmp"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        staged.write_text(html, encoding="utf-8")
-        write_json(json_path, data)
-        staged.replace(html_path)
+        try:
+            staged.write_text(html, encoding="utf-8")
+            write_json(json_path, data)
+            staged.replace(html_path)
+        finally:
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write the report to {directory}: {error}") from error
-    finally:
-        staged.unlink(missing_ok=True)
     return json_path, html_path
 
 

@@ -176,7 +176,8 @@ def _size_table(report: Mapping[str, Any]) -> Table | None:
         share = params.get("removed_share_all")
         rows.append(("Parameters, all", si(params["dense"]), si(params["slim"]), percent(share)))
     if "removed_share_blocks" in params:
-        rows.append(("Parameters of block Linears", "", "", percent(params["removed_share_blocks"])))
+        dense, slim = (si(params[key]) if key in params else "" for key in ("dense_blocks", "slim_blocks"))
+        rows.append(("Parameters of block Linears", dense, slim, percent(params["removed_share_blocks"])))
     for label, dense, slim in (
         ("MACs per token", "dense", "slim"),
         ("of these, lm_head", "lm_head_dense", "lm_head_slim"),
@@ -212,17 +213,14 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table | None:
 
 
 def _speed_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
-    header = ("Case", "Runtime", "Threads", "Repeats", "Dense", "Slim", "Speed-up", "95% interval", "Bound")
     rows = []
     for entry in entries:
-        interval = " to ".join(f"{end:.2f}" for end in entry.get("ci", ()))
+        speedup = times(entry["speedup"]) + (" ({:.2f} to {:.2f})".format(*entry["ci"]) if "ci" in entry else "")
         bound = " ".join((times(entry["bound"]), entry.get("bound_kind", ""))).strip() if "bound" in entry else ""
-        dense, slim = f"{number(entry['dense_ms'])} ms", f"{number(entry['slim_ms'])} ms"
-        threads, repeats = (str(entry.get(key, "")) for key in ("threads", "repeats"))
-        rows.append(
-            (entry["case"], entry["runtime"], threads, repeats, dense, slim, times(entry["speedup"]), interval, bound)
-        )
-    return _table(header, rows, range(2, 9))
+        dense, slim = number(entry["dense_ms"]), number(entry["slim_ms"])
+        rows.append((entry["case"], entry["runtime"], str(entry.get("threads", "")), dense, slim, speedup, bound))
+    header = ("Case", "Runtime", "Threads", "Dense, ms", "Slim, ms", "Speed-up (95% interval)", "Bound")
+    return _table(header, rows, range(2, 7))
 
 
 def _quality_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -249,13 +247,13 @@ def _facts_table(facts: Mapping[str, Any] | str) -> Table | None:
     return _table(("", ""), [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items()])
 
 
-def _fact(key: str, value: Any) -> str:  # noqa: ANN401 - any JSON value
+def _fact(key: str, value: Any) -> str:
     if key.endswith("_bytes") and isinstance(value, int | float) and not isinstance(value, bool):
         return binary(value)
     return _value(value)
 
 
-def _value(value: Any) -> str:  # noqa: ANN401 - any JSON value
+def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -323,6 +321,7 @@ def page(report: Mapping[str, Any]) -> str:
         quality=_quality_table(quality),
         definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),
         speed_chart=_trusted(speed_chart(speed)) if speed else None,
+        repeats=sorted({entry["repeats"] for entry in speed if "repeats" in entry}),
         has_bound=any("bound" in entry for entry in speed),
         speed=_speed_table(speed),
         rungs=_rungs(report.get("verify", [])),

@@ -244,7 +244,8 @@ class MacCount:
         blocks: MACs per token of the block Linears.
         lm_head: MACs per token of the output projection.
         attention: the attentions; None when they are not known (no example inputs were given).
-        uncounted: labels of products with a parameter that are no Linear; their MACs are in no figure here.
+        uncounted: labels of products with a parameter that are no Linear (in a module without a graph: matrices that
+            belong to neither a Linear nor an embedding); their MACs are in no figure here.
     """
 
     blocks: int
@@ -305,9 +306,17 @@ def macs_per_token(
         macs = calls * linear.in_features * linear.out_features
         blocks, head = (blocks, head + macs) if name in heads else (blocks + macs, head)
     if not isinstance(module, GraphModule):
-        return MacCount(blocks, head)
+        return MacCount(blocks, head, uncounted=tuple(_unexplained_matrices(module)))
     attention = None if example_inputs is None else attention_shapes(module, example_inputs)
     return MacCount(blocks, head, attention, tuple(parameter_products(module)))
+
+
+def _unexplained_matrices(module: nn.Module) -> Iterator[str]:
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.Linear | nn.Embedding):
+            for parameter_name, parameter in child.named_parameters(prefix=name, recurse=False):
+                if parameter.ndim >= 2:
+                    yield parameter_name
 
 
 def _linear_calls(module: nn.Module, prefix: str = "") -> Counter[str]:
@@ -341,7 +350,9 @@ class ParameterChange:
             "removed_share_blocks": removed_share(self.dense_blocks, self.slim_blocks),
             "removed_share_all": removed_share(self.dense, self.slim),
         }
-        return {"dense": self.dense, "slim": self.slim} | {k: v for k, v in shares.items() if v is not None}
+        counts = {"dense": self.dense, "slim": self.slim}
+        counts |= {"dense_blocks": self.dense_blocks, "slim_blocks": self.slim_blocks}
+        return counts | {key: share for key, share in shares.items() if share is not None}
 
 
 @dataclass(frozen=True)

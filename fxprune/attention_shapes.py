@@ -7,6 +7,7 @@ slim heads whatever its configuration says. Accounting multiplies these sizes to
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,10 +48,10 @@ POINTWISE = frozenset((
 
 _CARRIES_SCORES = MOVEMENT | POINTWISE | {"add", "cat", "masked_fill", "masked_fill_", "maximum", "sub", "where"}
 _SCORE_PRODUCTS = frozenset(("baddbmm", "bmm", "matmul"))
-_PRODUCTS = _SCORE_PRODUCTS | {
-    "_grouped_mm", "addmm", "conv1d", "conv2d", "einsum", "grouped_mm", "linear", "mm",
-}
 # fmt: on
+
+# Grouped and custom products come under many names (`_grouped_mm`, `grouped_mm_fallback`, `gemm_forward`, ...).
+_PRODUCT = re.compile("mm|linear|matmul|conv|einsum")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def attention_shapes(
 def parameter_products(graph_module: GraphModule) -> Iterator[str]:
     """Labels of the products with a parameter that are calls of a function instead of an `nn.Linear`."""
     for node in graph_module.graph.nodes:
-        if node.op in {"call_function", "call_method"} and op_name(node) in _PRODUCTS:
+        if node.op in {"call_function", "call_method"} and _PRODUCT.search(op_name(node)):
             for target in _parameter_factors(graph_module, node):
                 yield f"{op_name(node)}({target})"
 

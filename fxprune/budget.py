@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Step", "allocate", "allocate_uniform", "check_ratio", "steps_of"]
 
-Scores = "NDArray[np.float64]"
-
 
 @dataclass(frozen=True)
 class Step:
@@ -35,7 +33,7 @@ class Step:
     Attributes:
         group: name of the group.
         units: the units it removes.
-        score: predicted damage, in any one unit for all groups.
+        score: predicted damage: damage per parameter times cost.
         cost: parameters that go with it.
     """
 
@@ -58,7 +56,7 @@ def steps_of(group: Group, scores: NDArray[np.float64], *, round_to: int, min_ke
 
     Args:
         group: the group.
-        scores: (units,) predicted damage of removing each unit.
+        scores: (units,) predicted damage per parameter of removing each unit, in any one scale for all groups.
         round_to: kept MLP widths are multiples of this, unless nothing is removed.
         min_keep: share of the units that must stay; at least one legal step always stays.
 
@@ -66,28 +64,22 @@ def steps_of(group: Group, scores: NDArray[np.float64], *, round_to: int, min_ke
         The steps that may be taken, in order; taking any first few of them is legal.
     """
     if isinstance(group, AttentionGroup):
+        # A KV head goes only when all its query heads do, so it is worth as much as the best of them.
         heads = [group.heads_of(kv) for kv in range(group.kv_heads)]
-        damage = np.array([float(scores[list(members)].sum()) for members in heads])
-        order = np.argsort(damage, kind="stable")
+        damage = np.array([float(scores[members].max()) for members in heads])
+        cost = [len(members) * group.unit_parameters + group.shared_parameters for members in heads]
         keep = max(1, int(np.ceil(min_keep * len(heads))))
-        per_head = group.unit_parameters
-        return [
-            Step(
-                group.name,
-                tuple(heads[kv]),
-                float(damage[kv]),
-                len(heads[kv]) * per_head + group.shared_parameters,
-            )
-            for kv in order[: len(heads) - keep]
-        ]
+        order = np.argsort(damage, kind="stable")[: len(heads) - keep]
+        return [Step(group.name, tuple(heads[kv]), float(damage[kv]) * cost[kv], cost[kv]) for kv in order]
     order = np.argsort(scores, kind="stable")
     keep = max(round_to, int(np.ceil(min_keep * group.units)))
     steps, start = [], 0
     length = group.units % round_to or round_to
     while group.units - (start + length) >= keep:
         units = order[start : start + length]
-        cost = length * group.unit_parameters
-        steps.append(Step(group.name, tuple(int(unit) for unit in units), float(scores[units].sum()), cost))
+        damage_of_run = float(scores[units].sum()) * group.unit_parameters
+        cost_of_run = length * group.unit_parameters
+        steps.append(Step(group.name, tuple(int(unit) for unit in units), damage_of_run, cost_of_run))
         start, length = start + length, round_to
     return steps
 
@@ -136,11 +128,11 @@ def allocate(groups: Sequence[Group], steps: Mapping[str, Sequence[Step]], targe
     removed = 0
     for _, name, index in ranked:
         step = steps[name][index]
-        if index == next_of[name] and removed + step.cost / 2 <= target:
+        if index == next_of[name] and removed + step.cost <= target + smallest / 2:
             taken.append(step)
             removed += step.cost
             next_of[name] += 1
-    removed = _fill(steps, next_of, taken, removed, target)
+    _fill(steps, next_of, taken, removed, target + smallest / 2)
     if not taken:
         raise PlanError(
             f"the smallest legal step removes {smallest} parameters ({smallest / total:.2%}), more than twice the "
@@ -150,17 +142,17 @@ def allocate(groups: Sequence[Group], steps: Mapping[str, Sequence[Step]], targe
 
 
 def _fill(
-    steps: Mapping[str, Sequence[Step]], next_of: dict[str, int], taken: list[Step], removed: int, target: int
-) -> int:
+    steps: Mapping[str, Sequence[Step]], next_of: dict[str, int], taken: list[Step], removed: int, most: float
+) -> None:
     """Take what still fits after large steps were passed over."""
     while True:
         fitting = [
             (listed[next_of[name]].score / listed[next_of[name]].cost, name)
             for name, listed in steps.items()
-            if next_of[name] < len(listed) and removed + listed[next_of[name]].cost / 2 <= target
+            if next_of[name] < len(listed) and removed + listed[next_of[name]].cost <= most
         ]
         if not fitting:
-            return removed
+            return
         _, name = min(fitting)
         step = steps[name][next_of[name]]
         taken.append(step)

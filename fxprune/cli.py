@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from fxprune.errors import FxpruneError, UsageError
 
@@ -55,26 +57,31 @@ def _say(text: str) -> None:
 
 
 def _show_groups(program: Program) -> None:
+    """Like groups share a row; the JSON forms list them one by one."""
     from fxprune.groups import AttentionGroup
 
-    table = Table(title="What can be pruned", title_justify="left")
-    for column in ("group", "kind", "units", "parameters a unit"):
-        table.add_column(column, justify="right" if "param" in column else "left")
-    for group in sorted(program.groups, key=lambda group: (group.layer, group.kind)):
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for group in sorted(program.groups, key=lambda group: (group.kind, group.layer)):
         cost = f"{group.unit_parameters:,}"
         if isinstance(group, AttentionGroup) and group.shared_parameters:
             cost += f" + {group.shared_parameters:,} a KV head"
-        table.add_row(group.name, group.kind, group.describe(), cost)
+        rows.setdefault((group.kind, group.describe(), cost), []).append(group.name)
+    table = Table(title="What can be pruned", title_justify="left")
+    for column in ("groups", "kind", "where", "units", "parameters a unit"):
+        table.add_column(column, justify="right" if column == "groups" else "left")
+    for (kind, units, cost), names in rows.items():
+        where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        table.add_row(str(len(names)), kind, where, units, cost)
     _out.print(table)
     for event in program.history:
         for where, why in event.details.get("refused", {}).items():
-            _out.print(f"not prunable by {event.name}: {where}: {why}", highlight=False, markup=False)
+            _out.print(f"not prunable by {event.name}: {where}: {why}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary(report: dict[str, Any]) -> None:
     from fxprune.registry import resolve
 
-    _out.print(resolve("fxprune.exporters.report:markdown_summary")(report), highlight=False, markup=False)
+    _out.print(Markdown(resolve("fxprune.exporters.report:markdown_summary")(report)))
 
 
 def _write_json(path: Path | None, data: Any) -> None:
@@ -281,9 +288,9 @@ def bench(
     from fxprune.measure import machine
     from fxprune.workflow import cases_of, measure_speed, open_form
 
-    forms = [open_form(where, threads=threads, dtype=dtype) for where in (dense, slim)]
+    first, second = (open_form(where, threads=threads, dtype=dtype) for where in (dense, slim))
     cases = cases_of(prefill or [128, 512], decode, past)
-    results = [r.to_json() for r in measure_speed(*forms, cases, threads=threads, repeats=repeats)]
+    results = [r.to_json() for r in measure_speed(first, second, cases, threads=threads, repeats=repeats)]
     table = Table(title=f"Speed, {threads} threads, medians of {repeats} interleaved runs", title_justify="left")
     for column in ("runtime", "case", "dense ms", "slim ms", "speed-up", "95% interval", "bound"):
         table.add_column(column)
@@ -367,7 +374,11 @@ def main() -> None:
     except FxpruneError as error:
         _say(f"error: {error}")
         status = 1
-    except typer.BadParameter.__mro__[2] as error:  # click's base of all usage errors, which typer does not export
-        error.show()
+    except TyperException as error:  # what the parser itself refuses
+        show: Any = getattr(error, "show", None)
+        if show is None:
+            _say(f"error: {error.format_message()}")
+        else:  # usage errors print the usage first
+            show()
         status = error.exit_code
     sys.exit(status if isinstance(status, int) else 0)

@@ -97,7 +97,7 @@ def run_demo(
             with scratch:
                 results = measure_speed(dense, slim, cases_of((128, 512), 32, 128), threads=threads, repeats=repeats)
                 del dense, slim
-        report = report_of(
+        sections = report_of(
             program,
             method="channel",
             seed=int(options.get("seed", 0)),
@@ -106,7 +106,7 @@ def run_demo(
             quality=quality,
             file_bytes=_file_bytes(program, staging),
         )
-        report = _without_staging(report, str(staging), str(out))
+        report: dict[str, Any] = _without_staging(sections, str(staging), str(out))
         resolve("fxprune.exporters.report:write_report")(report, staging)
     return report
 

@@ -7,7 +7,6 @@ each parameter that it touches, the indices along one axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonpath
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np

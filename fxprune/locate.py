@@ -8,9 +8,12 @@ from fxprune.channels import trace_channels
 from fxprune.errors import PreconditionError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fxprune.groups import Group
     from fxprune.program import Program
 
-__all__ = ["elements_per_index", "require_lifted", "with_channels"]
+__all__ = ["elements_per_index", "require_lifted", "unique_name", "with_channels"]
 
 
 def require_lifted(program: Program, name: str) -> None:
@@ -32,3 +35,13 @@ def elements_per_index(program: Program) -> dict[str, dict[int, int]]:
         name: {axis: tensor.numel() // max(1, size) for axis, size in enumerate(tensor.shape)}
         for name, tensor in program.graph_module.state_dict(keep_vars=True).items()
     }
+
+
+def unique_name(owner: str, kind: str, groups: Iterable[Group]) -> str:
+    """A name for a group that none of `groups` has: its owner's, with the kind and a number where one is not enough."""
+    taken = {group.name for group in groups}
+    name, number = owner or "model", 1
+    while name in taken:
+        name = f"{owner or 'model'}:{kind}" + (f":{number}" if number > 1 else "")
+        number += 1
+    return name

@@ -163,19 +163,20 @@ def cost_of(module: nn.Module, interface: Interface | None = None) -> Cost:
 def bound_of(case: Case, dense: Cost, slim: Cost) -> Bound | None:
     """The bound of a case: MACs for prefill, bytes for decoding at batch 1, the larger ratio for larger batches.
 
-    A time that is a sum of both kinds of work cannot shrink by more than the larger of the two ratios. None when the
-    MACs of one form are not all counted, or nothing is left to divide by.
+    A time that is a sum of both kinds of work cannot shrink by more than the larger of the two ratios. None when a
+    form has products that were not counted (experts, of which a step reads and computes only some), when attention is
+    known of one form only, or when nothing is left to divide by.
     """
-    if (dense.macs.attention is None) != (slim.macs.attention is None) or dense.macs.uncounted or slim.macs.uncounted:
-        macs = None
-    else:
-        macs = _ratio(dense.macs_of(case), slim.macs_of(case), "macs")
+    if dense.macs.uncounted or slim.macs.uncounted:
+        return None
+    alike = (dense.macs.attention is None) == (slim.macs.attention is None)
+    macs = _ratio(dense.macs_of(case), slim.macs_of(case), "macs") if alike else None
     read = _ratio(dense.bytes_of(case), slim.bytes_of(case), "bytes")
     if case.kind == "prefill":
         return macs
-    if case.batch == 1 or macs is None or read is None:
-        return read if case.batch == 1 else None
-    return max(macs, read, key=lambda bound: bound.speedup)
+    if case.batch == 1:
+        return read
+    return max(macs, read, key=lambda bound: bound.speedup) if macs is not None and read is not None else None
 
 
 def _ratio(dense: float, slim: float, kind: str) -> Bound | None:

@@ -18,7 +18,7 @@ from fxprune.program import Event, Program
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Pass", "PassResult"]
+__all__ = ["Pass", "PassResult", "option_names"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class PassResult:
     program: Program
     modified: bool
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def option_names(cls: type) -> list[str]:
+    """The named options that a pass's constructor takes."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
 
 
 class Pass(ABC):
@@ -58,8 +65,7 @@ class Pass(ABC):
 
     def options(self) -> dict[str, Any]:
         """The constructor's options with their values, for the history."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name not in {"self", "kwargs"}]
-        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return {name: getattr(self, name) for name in option_names(type(self)) if hasattr(self, name)}
 
     def __call__(self, program: Program) -> PassResult:
         """Run `requires`, `call` and `ensures`, and append what happened to the history.

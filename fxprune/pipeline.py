@@ -21,7 +21,7 @@ import yaml
 from pydantic import ConfigDict, ValidationError, create_model
 
 from fxprune.errors import UsageError
-from fxprune.pass_base import Pass, PassResult
+from fxprune.pass_base import Pass, PassResult, option_names
 from fxprune.registry import get_pass
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, Any]:
     """Check options against the constructor's signature; return them with pydantic's conversions."""
-    signature = inspect.signature(cls.__init__)
-    parameters = {name: p for name, p in signature.parameters.items() if name != "self"}
+    signature = inspect.signature(cls.__init__).parameters
+    parameters = {name: signature[name] for name in option_names(cls)}
     for option in options:
         if option not in parameters:
             near = difflib.get_close_matches(option, parameters, n=1)

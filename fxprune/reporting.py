@@ -58,7 +58,7 @@ def stage_seconds(program: Program) -> dict[str, float]:
         inner = event.details.get("seconds", {}) if event.name == "channel" else {}
         for name, value in inner.items():
             seconds[name] = seconds.get(name, 0.0) + value
-        seconds[stage] = seconds.get(stage, 0.0) + event.seconds - sum(inner.values())
+        seconds[stage] = seconds.get(stage, 0.0) + max(0.0, event.seconds - sum(inner.values()))
     return seconds
 
 

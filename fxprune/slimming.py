@@ -124,24 +124,20 @@ class _Builder:
 
     def _write(self, call: Call, grids: list[Grid]) -> Any:
         node = call.node
-        if node.op == "placeholder":
-            self.examples[node.name] = grids[0].narrow(self.interface.example_inputs[node.name])
-            return self.graph.placeholder(str(node.target))
-        if node.op == "get_attr":
-            return self._parameter(str(node.target), grids[0])
+        if node.op in {"placeholder", "get_attr"}:
+            return self._leaf(node, grids[0])
         if call.is_linear:
             return self._linear(call)
         if call.is_elementwise_module:
             return self._mask(call)
         if not any(isinstance(value, Tensor) for value in _flat(call.output)):
             return self._number(call)
-        if node.target is operator.getitem:
-            return self._copy(node)
         if node.target in MOVEMENT:
             return self._movement(call, grids)
         if node.target is aten.embedding.default:
-            return self._embedding(call)
-        self._narrow_operands(call, grids[0])
+            self._narrow_table(call)
+        elif node.target is not operator.getitem:
+            self._narrow_operands(call, grids[0])
         return self._copy(node)
 
     def _copy(self, node: Node) -> Node:
@@ -149,7 +145,12 @@ class _Builder:
 
     # --- kinds of nodes ---------------------------------------------------------------------------------------------
 
-    def _parameter(self, target: str, grid: Grid) -> Node:
+    def _leaf(self, node: Node, grid: Grid) -> Node:
+        """A graph input or a parameter, as small as what stays of it."""
+        target = str(node.target)
+        if node.op == "placeholder":
+            self.examples[node.name] = grid.narrow(self.interface.example_inputs[node.name])
+            return self.graph.placeholder(target)
         tensor = get_attribute(self.old, target)
         if isinstance(tensor, Tensor):
             self.tensors[target] = tensor if grid.full else _as_parameter(tensor, grid.narrow(tensor.detach()))
@@ -237,7 +238,8 @@ class _Builder:
     def _device(self) -> torch.device:
         return next(iter(self.interface.example_inputs.values())).device
 
-    def _embedding(self, call: Call) -> Node:
+    def _narrow_table(self, call: Call) -> None:
+        """An embedding loses the columns of removed hidden channels."""
         weight = call.parameter(0)
         source = call.node.args[0]
         assert weight is not None
@@ -246,7 +248,6 @@ class _Builder:
         if any(axis is not None for axis in kept):
             tensor = get_attribute(self.old, str(source.target))
             self.tensors[str(source.target)] = _as_parameter(tensor, take(tensor.detach(), kept))
-        return self._copy(call.node)
 
     def _narrow_operands(self, call: Call, out: Grid) -> None:
         """Select rows of operands that span a narrowed axis without carrying its channels; refuse what is unclear."""
@@ -388,15 +389,13 @@ def _present(root: nn.Module, name: str) -> bool:
 
 def _tie(old: nn.Module, new: nn.Module) -> None:
     """Parameters that were one tensor stay one tensor."""
-    first: dict[int, str] = {}
-    names = dict(new.named_parameters(remove_duplicate=False))
-    for name in names:
+    first: dict[int, nn.Parameter] = {}
+    for name, parameter in list(new.named_parameters(remove_duplicate=False)):
         shared = get_attribute(old, name)
-        if id(shared) not in first:
-            first[id(shared)] = name
-        elif names[name] is not names[first[id(shared)]]:
+        known = first.setdefault(id(shared), parameter)
+        if parameter is not known:
             owner, _, leaf = name.rpartition(".")
-            new.get_submodule(owner).register_parameter(leaf, names[first[id(shared)]])
+            new.get_submodule(owner).register_parameter(leaf, known)
 
 
 def _check_shapes(module: GraphModule, interface: Interface, expected: dict[Node, list[tuple[int, ...]]]) -> None:

@@ -199,9 +199,11 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _export_plain(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Export a plain module: the first axis of every input may change."""
+    """Export a plain module: every axis but the last of a floating input may change, where the module lets it."""
     shapes = {
-        key: {0: torch.export.Dim.AUTO} if isinstance(value, torch.Tensor) and value.dim() else None
+        key: dict.fromkeys(range(max(1, value.dim() - value.is_floating_point())), torch.export.Dim.AUTO)
+        if isinstance(value, torch.Tensor) and value.dim()
+        else None
         for key, value in inputs.items()
     }
     with torch.no_grad():

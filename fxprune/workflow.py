@@ -18,10 +18,10 @@ import torch
 
 from fxprune.errors import CheckpointError, UsageError
 from fxprune.evaluate import file_perplexity, perplexity, tokenise
-from fxprune.loading import LoadedModel, load_config, load_model
+from fxprune.loading import LoadedModel, load_config, load_model, load_tokenizer
 from fxprune.measure import Cost, bench, cost_of, decode, prefill
 from fxprune.pipeline import Pipeline, build_pass
-from fxprune.program import Program
+from fxprune.program import Form
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner, Runner
 from fxprune.tracing import trace
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fxprune.evaluate import PerplexityResult
     from fxprune.measure import SpeedResult
     from fxprune.pass_base import Pass
+    from fxprune.program import Program
 
 __all__ = [
     "Stopwatch",
@@ -152,8 +153,6 @@ def open_form(where: str, *, threads: int | None = None, dtype: str | None = Non
         runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
         tokenizer = None
         if (graph.parent / "tokenizer.json").exists():
-            from fxprune.loading import load_tokenizer  # noqa: PLC0415 - only where there is one
-
             tokenizer = load_tokenizer(graph.parent)
         return OpenForm(runner, "onnxruntime", tokenizer)
     loaded = load_model(where, dtype=dtype)
@@ -204,18 +203,12 @@ def export_pair(program: Program, threads: int, slim_onnx: Path) -> tuple[OpenFo
     build_pass("export_onnx", {"out": str(target)})(dense)
     gc.collect()
     runner_class = resolve("fxprune.exporters.ort:OrtRunner")
+    slim = Form(program.graph_module, program.interface)
     forms = [
         OpenForm(runner_class(path, threads=threads), "onnxruntime", cost=cost_of(form.module, form.interface))
-        for path, form in ((target / "model.onnx", lifted), (slim_onnx, program_form(program)))
+        for path, form in ((target / "model.onnx", lifted), (slim_onnx, slim))
     ]
     return forms[0], forms[1], scratch
-
-
-def program_form(program: Program) -> Any:
-    """The program's own graph and interface, as a form."""
-    from fxprune.program import Form  # noqa: PLC0415 - small, only used here
-
-    return Form(program.graph_module, program.interface)
 
 
 def text_of_python() -> str:

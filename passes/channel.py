@@ -3,10 +3,10 @@
     calibration text ─ mean and variance of what every consumer reads ─ score per unit ─ one ranking ─ Plan
                                                 └─ bias compensation ─ new consumer biases
 
-A unit's score is the variance that its channels contribute to the output of their consumer, as a share of all that
-the consumer puts out (FLAP, An et al. 2024, section 3.2, fluctuation times squared weight norm; made comparable
-between layers by the layer's own output instead of by standardisation). What a removed channel contributes on average
-is put back as a bias of the consumer (FLAP, equation 6), so only the fluctuation is lost.
+A channel's score is the variance that it contributes to the output of its consumer, fluctuation times squared weight
+norm, standardised over the consumer's channels so that layers compare (FLAP, An et al. 2024, sections 3.2 and 3.3). A
+unit scores the mean of its channels, a KV head as much as the best of its query heads. What a removed channel
+contributes on average is put back as a bias of the consumer (FLAP, section 3.4), so only the fluctuation is lost.
 
 Before and after, for a consumer whose channels 2 and 5 go:
 
@@ -20,6 +20,7 @@ Refused:
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ __all__ = ["ChannelPrune", "add_biases", "unit_scores"]
 def unit_scores(
     group: Group, weights: Mapping[str, Tensor], statistics: Mapping[str, ChannelStatistics]
 ) -> NDArray[np.float64]:
-    """Share of its consumers' output variance that each unit contributes.
+    """Standardised fluctuation of each unit, the mean over its channels.
 
     Args:
         group: the group.
@@ -61,14 +62,16 @@ def unit_scores(
         statistics: moments of what each consumer reads.
 
     Returns:
-        (units,) float64, summing to 1.
+        (units,) float64; 0 is an average channel of its consumer, 1 is one standard deviation above.
     """
     total = np.zeros(group.units)
     for piece in group.consumers:
         name = piece.parameter.removesuffix(".weight")
-        energy = statistics[name].variance * weights[name].double().square().sum(0).to(statistics[name].variance.device)
-        total += energy.cpu().numpy()[piece.indices].sum(1)
-    return total / max(float(total.sum()), np.finfo(np.float64).tiny)
+        moments = statistics[name]
+        energy = (moments.variance * weights[name].double().square().sum(0).to(moments.variance.device)).cpu().numpy()
+        spread = max(float(energy.std()), np.finfo(np.float64).tiny)
+        total += ((energy - energy.mean()) / spread)[piece.indices].mean(1)
+    return total / len(group.consumers)
 
 
 def compensation(
@@ -95,6 +98,17 @@ def add_biases(program: Program, biases: Mapping[str, Tensor]) -> Program:
         new.bias = nn.Parameter((own + bias).to(old.weight.dtype), old.weight.requires_grad)
         graph_module.set_submodule(name, new)
     return program.replace(graph_module=graph_module, channels=None)
+
+
+def _nothing_found(program: Program) -> str:
+    """Why there is no group: candidates that were refused, and the operators that pin channels."""
+    if program.channels is None:
+        return "no group that could be pruned was found: run locate_attention and locate_mlp first"
+    refused = [f"{name}: {why}" for event in program.history for name, why in event.details.get("refused", {}).items()]
+    pins = list(dict.fromkeys(map(str, program.channels.pins)))
+    found = [("refused", refused), ("pinned by", pins)]
+    listed = [f"{what} {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}" for what, lines in found if lines]
+    return f"no group that could be pruned was found. {'. '.join(listed) or 'The graph has no Linears between Linears'}"
 
 
 class ChannelPrune(Pass):
@@ -153,19 +167,7 @@ class ChannelPrune(Pass):
             PreconditionError: something is missing; the message lists what was found and what stood in the way.
         """
         if not program.groups:
-            refused = [
-                f"{where}: {why}"
-                for event in program.history
-                for where, why in event.details.get("refused", {}).items()
-            ]
-            raise PreconditionError(
-                "no group that could be pruned was found. "
-                + (
-                    f"Found and refused: {'; '.join(refused)}"
-                    if refused
-                    else "Run locate_attention and locate_mlp first"
-                )
-            )
+            raise PreconditionError(_nothing_found(program))
         if program.source is None or not program.interface.cache:
             raise PreconditionError("channel runs calibration text: it needs a Hugging Face causal language model")
         consumers = [piece.parameter for group in program.groups for piece in group.consumers]
@@ -179,6 +181,7 @@ class ChannelPrune(Pass):
         groups = program.groups
         spec = CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
         device = program.interface.example_inputs["input_ids"].device
+        start = time.perf_counter()
         texts = calibration_set(
             spec,
             tokenizer=program.source.tokenizer,
@@ -196,6 +199,7 @@ class ChannelPrune(Pass):
                 batch_size=self.batch_size,
                 on_batch=advance,
             )
+        calibrated = time.perf_counter() - start
         weights = {name: get_attribute(program.graph_module, name).weight.detach() for name in names}
         plan = self._plan(program, {g.name: unit_scores(g, weights, statistics) for g in groups})
         biases: dict[str, Tensor] = {}
@@ -204,7 +208,7 @@ class ChannelPrune(Pass):
                 biases |= compensation(group, plan, weights, statistics)
         pruned = (add_biases(program, biases) if biases else program).replace(plan=plan)
         pruned = pruned.with_results(calibration=texts.description)
-        return PassResult(pruned, modified=True, details=self._details(program, plan, biases))
+        return PassResult(pruned, modified=True, details=self._details(program, plan, biases, calibrated))
 
     def _plan(self, program: Program, scores: Mapping[str, NDArray[np.float64]]) -> Plan:
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
@@ -215,10 +219,15 @@ class ChannelPrune(Pass):
         choose = allocate_uniform if self.uniform else allocate
         return choose(program.groups, steps, round(self.ratio * total), total)
 
-    def _details(self, program: Program, plan: Plan, biases: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _details(self, program: Program, plan: Plan, biases: Mapping[str, Tensor], calibrated: float) -> dict[str, Any]:
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
         removed = sum(group.parameters_removed(plan.kept_units(group)) for group in program.groups)
-        return {"requested": self.ratio, "removed_share": removed / total, "biases": len(biases)}
+        return {
+            "requested": self.ratio,
+            "removed_share": removed / total,
+            "biases": len(biases),
+            "seconds": {"calibrate": calibrated},
+        }
 
     def ensures(self, before: Program, after: Program) -> None:
         """The plan is legal.

@@ -63,7 +63,11 @@ def insert_masks(graph_module: GraphModule, groups: tuple[Group, ...], plan: Pla
             mask[list(plan.kept_units(group))] = 1
             name = f"{target}_mask"
             masked.add_submodule(name, ChannelMask(mask, _unit_of(piece, weight.shape[1], weight.device)))
-            for node in calls[target]:
+            # A weight may be shared by several Linears: all of them read the units.
+            readers = [
+                node for name, nodes in calls.items() if masked.get_submodule(name).weight is weight for node in nodes
+            ]
+            for node in readers:
                 with graph.inserting_before(node):
                     call = graph.call_module(name, (node.args[0],))
                 call.meta = dict(node.all_input_nodes[0].meta)

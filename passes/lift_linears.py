@@ -86,14 +86,18 @@ def _match(node: Node) -> _Projection | None:
     return _Projection(x, weight[0], turned != weight[1], name)
 
 
-def _module_name(root: nn.Module, parameter: str) -> str:
-    """Where the Linear goes: the owner's own name, or a name beside the parameter if the owner holds more."""
-    owner, _, leaf = parameter.rpartition(".")
+def _module_name(root: nn.Module, match: _Projection) -> str:
+    """Where the Linear goes: the module that holds exactly its parameters, or a name beside the weight."""
+    owner, _, leaf = match.weight.rpartition(".")
+    if match.bias is not None and match.bias != f"{owner}.bias":
+        # A weight that modules share has one name after export: the bias tells which of them this is.
+        owner, _, leaf = match.bias.rpartition(".")
+        leaf = leaf.replace("bias", "weight")
     module = root.get_submodule(owner)
-    others = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    others = {f"{owner}.{name}" for name, _ in module.named_parameters(recurse=False)} - {match.weight, match.bias}
     if leaf == "weight" and owner and not others and not list(module.children()):
         return owner
-    return f"{parameter}_linear"
+    return f"{match.weight}_linear"
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -122,8 +126,8 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
         match = _match(node)
         if match is None:
             continue
-        weight = operator.attrgetter(match.weight)(lifted)
-        bias = None if match.bias is None else operator.attrgetter(match.bias)(lifted)
+        weight = operator.attrgetter(match.weight)(graph_module)
+        bias = None if match.bias is None else operator.attrgetter(match.bias)(graph_module)
         if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
             continue
         key = (match.weight, match.bias)
@@ -141,7 +145,7 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
 
 
 def _install(lifted: GraphModule, match: _Projection, weight: Tensor, bias: Tensor | None) -> str:
-    name = _module_name(lifted, match.weight)
+    name = _module_name(lifted, match)
     taken = name in dict(lifted.named_modules()) and isinstance(lifted.get_submodule(name), nn.Linear)
     if taken:  # one weight, two biases
         name = f"{name}_{match.bias.replace('.', '_') if match.bias else 'plain'}"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fxprune.groups import AttentionGroup, UnitSlice, collect_slices, common_owner
-from fxprune.locate import elements_per_index, require_lifted, with_channels
+from fxprune.locate import elements_per_index, require_lifted, unique_name, with_channels
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class LocateAttention(Pass):
                 sites.append((site, classes))
             else:
                 refused[site.module or site.node] = reason
+        kept = tuple(group for group in program.groups if not isinstance(group, AttentionGroup))
         groups: list[AttentionGroup] = []
         for (site, classes), slices in zip(
             sites, collect_slices(channels, [c for _, c in sites], elements), strict=True
@@ -132,12 +133,12 @@ class LocateAttention(Pass):
             whole = bool(sets) and bool((sharing >= 0).all()) and len(sets) < len(classes)
             shared = _shared_slices(channels, sets, elements) if whole else ()
             head_dim = next(s.per_unit for s in slices if s.consumes)
-            name = common_owner([s.parameter for s in (*slices, *shared) if s.linear])
+            owner = common_owner([s.parameter for s in (*slices, *shared) if s.linear])
+            name = unique_name(owner, AttentionGroup.kind, (*kept, *groups))
             groups.append(
                 AttentionGroup(
                     name, len(groups), slices, shared, sharing if whole else None, head_dim=head_dim, node=site.node
                 )
             )
-        kept = tuple(group for group in program.groups if not isinstance(group, AttentionGroup))
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

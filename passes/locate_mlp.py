@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fxprune.groups import Group, MlpGroup, collect_slices, common_owner, signatures
-from fxprune.locate import elements_per_index, require_lifted, with_channels
+from fxprune.locate import elements_per_index, require_lifted, unique_name, with_channels
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class LocateMlp(Pass):
         active, activation = _activations(channels)
         candidates = _candidates(channels)
         refused: dict[str, str] = {}
+        kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         groups: list[Group] = []
         for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
             reason = _refusal(channels, classes, normed, active)
@@ -121,7 +122,7 @@ class LocateMlp(Pass):
             rows = sum(s.per_unit for s in slices if s.produces)
             members = set(classes.tolist())
             op = next(op for first, op in activation.items() if first in members)
+            name = unique_name(name, MlpGroup.kind, (*kept, *groups))
             groups.append(MlpGroup(name, len(groups), slices, activation=op, gated=rows > 1))
-        kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

@@ -33,13 +33,15 @@ class Slim(Pass):
     name = "slim"
 
     def requires(self, program: Program) -> None:
-        """There is a plan.
+        """There is a plan, and it is legal.
 
         Raises:
             PreconditionError: there is none.
+            PlanError: it names unknown groups or units, or leaves too little.
         """
         if program.plan is None:
             raise PreconditionError("slim needs a plan: run a pruning pass first, or set Program.plan yourself")
+        program.plan.validate(program.groups)
 
     def call(self, program: Program) -> PassResult:
         """Slim; a plan that removes nothing leaves a program without masks as it is."""

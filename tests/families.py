@@ -20,7 +20,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fxprune.fx_adapter import FxPass
 from fxprune.groups import AttentionGroup
 from fxprune.passes.lift_linears import LiftLinears
 from fxprune.passes.locate_attention import LocateAttention
@@ -43,7 +42,6 @@ __all__ = [
     "FAMILIES",
     "LOCATE",
     "STEPS",
-    "FxPass",
     "Step",
     "build",
     "kept_positions",
@@ -57,7 +55,7 @@ __all__ = [
 LOCATE = (LiftLinears(), LocateAttention(), LocateMlp())
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
-    "hidden_size": 28,
+    "hidden_size": 30,
     "intermediate_size": 20,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,

@@ -153,6 +153,19 @@ def test_an_unlifted_product_is_named() -> None:
     assert macs_per_token(traced()).uncounted == ()
 
 
+def test_experts_that_are_no_linears_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 16, 8, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
+    assert macs_per_token(symbolic_trace(Experts())).uncounted == ("_grouped_mm(weight)",)
+    assert macs_per_token(nn.Sequential(nn.Linear(2, 2), Experts())).uncounted == ("1.weight",)
+
+
 def test_a_linear_called_twice_counts_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -260,4 +273,5 @@ def test_the_three_figures_are_apart() -> None:
 def test_a_share_of_nothing_is_absent() -> None:
     assert removed_share(0, 0) is None
     norm = nn.LayerNorm(3)
-    assert compare_parameters(norm, norm).to_json() == {"dense": 6, "slim": 6, "removed_share_all": 0.0}
+    section = compare_parameters(norm, norm).to_json()
+    assert section == {"dense": 6, "slim": 6, "dense_blocks": 0, "slim_blocks": 0, "removed_share_all": 0.0}

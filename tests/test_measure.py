@@ -225,6 +225,8 @@ def test_no_bound_where_macs_are_not_all_known() -> None:
     unlifted = Cost(MacCount(500, HEAD, uncounted=("matmul(w)",)), 10)
     without_attention = Cost(MacCount(500, HEAD), 10)
     assert bound_of(prefill(4), DENSE, unlifted) is None
+    assert bound_of(decode(1, past=4), DENSE, unlifted) is None
+    assert bound_of(decode(1, past=4, batch=2), DENSE, without_attention) is None
     assert bound_of(prefill(4), DENSE, without_attention) is None
     assert bound_of(prefill(4), without_attention, without_attention) == Bound(1.0, "macs")
 

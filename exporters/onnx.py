@@ -1,0 +1,338 @@
+"""ONNX: one graph that serves prefill, continuation and decode.
+
+The way of a program: FX rewrites (`onnx_graph`), a fresh `torch.export` so that shapes are right by construction,
+translation by `torch.onnx.export`, then a few passes over the ONNX IR (`onnx_passes`). The general optimizer, which
+takes most of the stock exporter's time, does not run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import onnx_ir as ir
+import torch
+from torch.fx import GraphModule
+
+from fxprune.errors import ExportError
+from fxprune.exporters import onnx_passes
+from fxprune.exporters.onnx_graph import prepare_graph
+from fxprune.exporters.onnx_ops import translation_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch.export import ExportedProgram
+
+    from fxprune.program import Interface, Program
+
+__all__ = ["Fusions", "OnnxExport", "export_onnx"]
+
+Fusions = Literal["auto", "none", "cpu"]
+
+_DEFAULT_OPSET = 20
+_OPSETS = range(18, 23)
+"""torchlib starts at 18; from 23 on, ONNX Runtime's CPU provider fails for batches of more than one."""
+
+_PROTOBUF_LIMIT = 2**31 - 2**24
+"""A protobuf file ends at 2 GiB; 16 MiB are left for the graph itself."""
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What an export wrote and how long it took.
+
+    Attributes:
+        path: the `.onnx` file.
+        opset: version of the standard operator set.
+        seconds: wall time by stage: `prepare`, `re_export`, `convert`, `passes`, `save`.
+        bytes: size of the graph file and of its external data, if any.
+        fusions: `"cpu"` or `"none"`, what was used.
+        rewrites: how many times each rewrite was applied.
+        external_data: the file with the weights; None if they are in the graph file.
+    """
+
+    path: Path
+    opset: int
+    seconds: Mapping[str, float]
+    bytes: int
+    fusions: str
+    rewrites: Mapping[str, int] = field(default_factory=dict)
+    external_data: Path | None = None
+
+
+def export_onnx(
+    program: Program,
+    directory: str | Path,
+    *,
+    opset: int | None = None,
+    fusions: Fusions = "auto",
+    external_data: bool | None = None,
+) -> OnnxExport:
+    """Write `model.onnx`, a graph for any batch, any number of new tokens and any length of the cache, 0 included.
+
+    Inputs are named as in the interface, with the cache as `past_key_values.N.key` and `.value` and its outputs as
+    `present.N.key` and `.value`; dynamic axes are `batch_size`, `sequence_length`, `past_sequence_length` and
+    `total_sequence_length`; initializers have the names of their parameters. Positions that the mask hides from every
+    token (padding) give finite numbers without meaning.
+
+    Args:
+        program: a program with a flat graph, dense or slim.
+        directory: where the file goes; made if it does not exist.
+        opset: version of the standard operator set, 18 to 22; 20 when None.
+        fusions: `"none"` writes standard ONNX operators only. `"cpu"` uses ONNX Runtime's RotaryEmbedding and
+            SkipSimplifiedLayerNormalization, which its CPU, CUDA and WebGPU providers have. `"auto"` is `"cpu"`: it was
+            never slower in prefill and faster in decode, where the time goes to launching many small operators.
+            (ONNX Runtime's GroupQueryAttention is not used: after a past it takes several tokens for batch 1 only.)
+        external_data: put the weights into `model.onnx.data`; None does so when they exceed protobuf's 2 GiB.
+
+    Returns:
+        What was written, with the time of each stage.
+
+    Raises:
+        ExportError: an option is out of range, an axis that must be dynamic is not, an operator has no translation,
+            or the parameters have no values.
+    """
+    fusions_used, opset = _options(fusions, opset)
+    directory = Path(directory)
+    timer = _Timer()
+    _check_parameters(program.graph_module)
+    prepared, rewrites = prepare_graph(program.graph_module, program.interface.example_inputs)
+    timer.mark("prepare")
+    exported = _re_export(prepared, program.interface)
+    timer.mark("re_export")
+    contrib = fusions_used == "cpu"
+    model = _convert(exported, prepared, program.interface, opset, contrib=contrib)
+    timer.mark("convert")
+    rewrites |= _finish(model, program.interface, contrib=contrib)
+    timer.mark("passes")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "model.onnx"
+    data = _save(model, path, external_data)
+    timer.mark("save")
+    size = path.stat().st_size + (data.stat().st_size if data else 0)
+    return OnnxExport(path, opset, timer.seconds, size, fusions_used, rewrites, data)
+
+
+class _Timer:
+    """Wall time between marks."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+
+def _options(fusions: str, opset: int | None) -> tuple[str, int]:
+    if fusions not in get_args(Fusions):
+        raise ExportError(f"fusions={fusions!r} is unknown; choose one of {', '.join(get_args(Fusions))}")
+    opset = _DEFAULT_OPSET if opset is None else opset
+    if opset not in _OPSETS:
+        raise ExportError(f"opset={opset} is not supported; choose {_OPSETS[0]} to {_OPSETS[-1]}, best {_DEFAULT_OPSET}")
+    return ("cpu" if fusions == "auto" else fusions), opset
+
+
+def _check_parameters(graph_module: GraphModule) -> None:
+    for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
+        if tensor.is_meta:
+            raise ExportError(f"{name} is on the meta device and has no values; load the weights before exporting")
+
+
+# ── Re-export and conversion ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _re_export(graph_module: GraphModule, interface: Interface) -> ExportedProgram:
+    """Export the flat graph again; every axis that the interface calls dynamic must come out dynamic."""
+    auto = torch.export.Dim.AUTO
+    shapes = tuple(dict.fromkeys(interface.dynamic_axes.get(name, {}), auto) for name in interface.inputs)
+    examples = tuple(interface.example_inputs.values())
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(graph_module, examples, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises dozens of types; the cause stays attached
+        raise ExportError(
+            f"torch.export could not trace the graph again: {type(error).__name__}: {error}\n"
+            "Check that the graph module runs on its interface's example inputs."
+        ) from error
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    for given, traced in zip(interface.inputs, names, strict=True):
+        for axis in interface.dynamic_axes.get(given, {}):
+            if not isinstance(values[str(traced)].shape[axis], torch.SymInt):
+                raise ExportError(
+                    f"axis {axis} of input {given!r} was fixed at {values[str(traced)].shape[axis]} by the graph; an "
+                    "operator bakes this length in, so the ONNX graph would serve no other"
+                )
+    return exported
+
+
+def _convert(
+    exported: ExportedProgram, prepared: GraphModule, interface: Interface, opset: int, *, contrib: bool
+) -> ir.Model:
+    """Translate to ONNX, first without retracing; with it if an operator has no translation of its own."""
+    table = {**_transformers_translations(), **translation_table(contrib=contrib)}
+    try:
+        return _translate(_without_retrace(exported), opset, table)
+    except torch.onnx.OnnxExporterError as e:
+        print("RETRY", str(e)[-900:])
+    exported = _re_export(prepared, interface)  # the first attempt may have changed its graph
+    try:
+        return _translate(exported, opset, table)
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(
+            f"torch.onnx could not translate the graph: {cause}\n"
+            "An operator without a translation needs one in fxprune.exporters.onnx_ops.translation_table."
+        ) from error
+
+
+def _translate(exported: ExportedProgram, opset: int, table: Mapping[Any, Any]) -> ir.Model:
+    _fix_nodes(exported.graph_module)
+    with _quiet():
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            custom_translation_table=dict(table),
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model: ir.Model = program.model
+    return model
+
+
+def _without_retrace(exported: ExportedProgram) -> ExportedProgram:
+    """Let `run_decompositions` return the program itself where there is nothing to decompose.
+
+    torch.onnx always calls it, with a table of the operators that have no translation, and it retraces the whole graph
+    even when none of them occurs: four fifths of the conversion's time.
+    """
+    decompose = exported.run_decompositions
+
+    def run_decompositions(decomp_table: Any = None, **options: Any) -> ExportedProgram:
+        table = decomp_table if decomp_table is not None else {}
+        plain = len(list(exported.graph_module.modules())) == 1  # no subgraphs of control flow
+        for node in exported.graph.nodes:
+            if node.op == "call_function":
+                schema = getattr(node.target, "_schema", None)
+                mutable = schema is not None and schema.is_mutable
+                plain = plain and node.target not in table and not mutable and "val" in node.meta
+        if not plain: print("RETRACE", {n.target for n in exported.graph.nodes if n.target in table or (getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable) or (n.op=='call_function' and 'val' not in n.meta)})
+        return exported if plain else decompose(decomp_table, **options)
+
+    exported.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    return exported
+
+
+def _transformers_translations() -> Mapping[Any, Any]:
+    """Translations that transformers' own exporter adds for operators of its models (MoE routing, ...)."""
+    try:
+        from transformers.exporters import exporter_onnx  # noqa: PLC0415 - heavy
+    except ImportError:
+        return {}
+    table: Mapping[Any, Any] = getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", {})
+    return table
+
+
+def _fix_nodes(graph_module: GraphModule) -> None:
+    """transformers' repairs of nodes that torchlib translates wrongly."""
+    try:
+        from transformers.exporters.utils import apply_fx_node_fixes  # noqa: PLC0415 - heavy
+    except ImportError:
+        return
+    apply_fx_node_fixes("onnx", graph_module)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch.onnx's remarks about its own registry and torch.export's about the module's state."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ── Names, passes and files ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finish(model: ir.Model, interface: Interface, *, contrib: bool) -> dict[str, int]:
+    """Name everything as deployment tools expect, then simplify: the names tell which lengths are equal."""
+    past = {entry.input: f"past_key_values.{entry.layer}.{entry.kind}" for entry in interface.cache}
+    present = {entry.output: f"present.{entry.layer}.{entry.kind}" for entry in interface.cache}
+    inputs = [past.get(name, name) for name in interface.inputs]
+    outputs = [present.get(name, name) for name in interface.outputs]
+    onnx_passes.name_inputs_and_outputs(model, inputs, outputs)
+    axes = _axis_names(interface)
+    onnx_passes.rename_dimensions(
+        model,
+        {past.get(name, name): named for name, named in axes.items()},
+        {present[entry.output]: {2: "total_sequence_length"} for entry in interface.cache},
+    )
+    counts = {
+        "weights_transposed": onnx_passes.fold_weight_transposes(model),
+        "reshapes": onnx_passes.simplify_reshapes(model),
+    }
+    onnx_passes.merge_equal_computations(model)
+    if contrib:
+        counts["skip_norms"] = onnx_passes.fuse_skip_norms(model)
+    onnx_passes.strip_metadata(model)
+    model.producer_name = "fxprune"
+    return counts
+
+
+def _axis_names(interface: Interface) -> dict[str, dict[int, str]]:
+    """The names of all dynamic axes, by input.
+
+    The first axis is the batch. In the cache, the other one is the past; the mask of a model with a cache covers past
+    and new tokens. The first length that is left is the sequence's; one of another symbol is named after its input.
+    """
+    cache = {entry.input for entry in interface.cache}
+    lengths: dict[str, str] = {}
+    names: dict[str, dict[int, str]] = {}
+    for name in interface.inputs:
+        names[name] = {}
+        for axis, symbol in interface.dynamic_axes.get(name, {}).items():
+            if axis == 0:
+                chosen = "batch_size"
+            elif name in cache:
+                chosen = "past_sequence_length"
+            elif cache and name == "attention_mask":
+                chosen = "total_sequence_length"
+            else:
+                chosen = lengths.setdefault(symbol, f"{name}_length" if lengths else "sequence_length")
+            names[name][axis] = chosen
+    return names
+
+
+def _save(model: ir.Model, path: Path, external_data: bool | None) -> Path | None:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    too_large = size > _PROTOBUF_LIMIT
+    if external_data is False and too_large:
+        raise ExportError(
+            f"the weights ({size / 2**30:.1f} GiB) do not fit into {path}: protobuf ends at 2 GiB; leave external_data unset"
+        )
+    if not (too_large if external_data is None else external_data):
+        ir.save(model, path)
+        return None
+    data = path.with_name(f"{path.name}.data")
+    ir.save(model, path, external_data=data.name)
+    return data

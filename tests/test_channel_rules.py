@@ -1,0 +1,397 @@
+"""The rule table of channel tracing, one family of operators at a time: ids in, ids and relations out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.channel_ids import ChannelLedger, ChannelMap
+from fxprune.channels import Call, walk
+from fxprune.program import Interface
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fxprune.channel_ids import IdArray
+    from fxprune.channel_rules import Ids
+
+aten = torch.ops.aten
+B, S = 2, 3  # batch and sequence: the axes that may change
+
+
+class Walked:
+    """A function traced and walked: the ids of its inputs and of its result, and the ledger."""
+
+    def __init__(self, function: Callable[..., Any], free: tuple[int, ...] = (0, 1), **inputs: Tensor) -> None:
+        graph_module = torch.fx.symbolic_trace(function)
+        axes = {name: dict.fromkeys(free, "free") for name in inputs}
+        self.by_node: dict[str, Ids] = {}
+        self.result: Ids = None
+        self.ledger: ChannelLedger = walk(graph_module, Interface(inputs, axes, ("result",)), self._visit)
+        self.map = ChannelMap(self.ledger)
+
+    def _visit(self, call: Call, ids: Ids) -> None:
+        if call.node.op != "output":
+            self.by_node[call.node.name] = self.result = ids
+
+    def of(self, node: str) -> Tensor:
+        """Ids of one node."""
+        ids = self.by_node[node]
+        assert isinstance(ids, Tensor)
+        return ids
+
+    @property
+    def out(self) -> Tensor:
+        """Ids of the result."""
+        assert isinstance(self.result, Tensor)
+        return self.result
+
+    def axis(self, parameter: str, axis: int) -> IdArray:
+        """Ids of a parameter axis."""
+        return self.ledger.axes[parameter, axis].ids()
+
+    def classes(self, ids: Tensor | IdArray | list[int]) -> list[int]:
+        """The class of each id."""
+        found: list[int] = self.map.class_of[np.asarray(ids)].tolist()
+        return found
+
+
+def pairs(edges: list[tuple[IdArray, IdArray]]) -> set[tuple[int, int]]:
+    return {(int(a), int(b)) for first, second in edges for a, b in zip(first, second, strict=True)}
+
+
+def values(*shape: int) -> Tensor:
+    return torch.zeros(*shape)
+
+
+# --- inputs and movement --------------------------------------------------------------------------------------------
+
+
+def test_a_graph_input_has_one_id_per_element_of_its_static_axes() -> None:
+    walked = Walked(lambda x: aten.alias.default(x), x=values(B, S, 4))
+    assert torch.equal(walked.of("x"), torch.tensor([1, 2, 3, 4]).expand(B, S, 4))
+    assert [str(pin) for pin in walked.map.pins] == [
+        "placeholder in x: the caller supplies this axis",
+        "output: the caller receives this axis",
+    ]
+
+
+def test_integer_inputs_carry_no_channels() -> None:
+    walked = Walked(lambda x: aten.alias.default(x), x=torch.zeros(B, S, 4, dtype=torch.long))
+    assert walked.result is None
+    assert walked.ledger.next_id == 1
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "view": lambda x: aten.view.default(x, [B, S, 2, 3, 2]),
+    "reshape": lambda x: aten.reshape.default(aten.transpose.int(x, 2, 3), [B, S, 12]),
+    "transpose": lambda x: aten.transpose.int(x, 1, 2),
+    "permute": lambda x: aten.permute.default(x, [0, 2, 3, 1]),
+    "slice": lambda x: aten.slice.Tensor(x, 3, 1, 6, 2),
+    "select": lambda x: aten.select.int(x, 2, 1),
+    "split": lambda x: aten.split.Tensor(x, 4, 3)[1],
+    "chunk": lambda x: aten.chunk.default(x, 2, -1)[1],
+    "cat": lambda x: aten.cat.default([aten.slice.Tensor(x, 3, 4, 6), aten.slice.Tensor(x, 3, 0, 2)], 3),
+    "stack": lambda x: aten.stack.default([x, x], 2),
+    "unsqueeze": lambda x: aten.unsqueeze.default(x, 2),
+    "flip": lambda x: aten.flip.default(x, [3]),
+    "roll": lambda x: aten.roll.default(x, [2], [3]),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_movement_does_to_the_ids_what_it_does_to_the_values(name: str) -> None:
+    walked = Walked(MOVES[name], x=values(B, S, 2, 6))
+    expected = MOVES[name](torch.arange(1, 13).reshape(2, 6).expand(B, S, 2, 6).contiguous())
+    assert torch.equal(walked.out, expected)
+    assert not walked.ledger.merges
+    assert not walked.ledger.needs
+
+
+def test_casts_hand_ids_on_and_creation_makes_none() -> None:
+    walked = Walked(
+        lambda x: aten.add.Tensor(aten.to.dtype(x, torch.float64), aten.ones_like.default(x)), x=values(B, S, 3)
+    )
+    assert torch.equal(walked.of("to_dtype"), walked.of("x"))
+    assert walked.by_node["ones_like_default"] is None
+    assert torch.equal(walked.out, walked.of("x"))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: aten.reshape.default(
+            aten.expand.default(aten.unsqueeze.default(x, 2), [B, 2, 3, S, 4]), [B, 6, S, 4]
+        ),
+        lambda x: aten.repeat_interleave.self_int(x, 3, 1),
+    ],
+    ids=["unsqueeze, expand, reshape", "repeat_interleave"],
+)
+def test_each_copy_of_a_kv_head_is_a_channel_of_its_own_that_needs_the_original(copy: Callable[[Any], Any]) -> None:
+    walked = Walked(copy, free=(0, 2), x=values(B, 2, S, 4))  # (batch, KV heads, sequence, head_dim)
+    copies = walked.out[0, :, 0]  # (6 heads, head_dim)
+    originals = walked.of("x")[0, :, 0].repeat_interleave(3, 0)
+    assert walked.out.shape == (B, 6, S, 4)
+    assert bool((walked.out == copies[None, :, None]).all())
+    assert len(copies.unique()) == 24
+    needed = pairs(walked.ledger.needs)
+    assert needed == {(int(c), int(o)) for c, o in zip(copies.ravel(), originals.ravel(), strict=True)}
+
+
+def test_expanding_along_an_axis_that_may_change_makes_no_copies() -> None:
+    def broadcast(x: Any, y: Any) -> Any:
+        return aten.expand.default(aten.unsqueeze.default(x, 0), [aten.sym_size.int(y, 0), -1, -1])
+
+    walked = Walked(broadcast, free=(0,), x=values(S, 4), y=values(B, 4))
+    assert torch.equal(walked.out, walked.of("x").expand(B, S, 4))
+    assert not walked.ledger.needs
+
+
+# --- elementwise ----------------------------------------------------------------------------------------------------
+
+
+def test_elementwise_merges_channels_that_meet_one_to_one() -> None:
+    walked = Walked(lambda x, y: aten.mul.Tensor(x, y), x=values(B, S, 3), y=values(B, S, 3))
+    assert pairs(walked.ledger.merges) == {(1, 4), (2, 5), (3, 6)}
+    assert not walked.ledger.needs
+    assert torch.equal(walked.out, walked.of("x"))
+
+
+def test_a_weight_that_all_heads_share_is_needed_by_each_and_merges_nothing() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Any) -> Any:
+            return aten.mul.Tensor(x, self.weight)
+
+    walked = Walked(Norm(), x=values(B, S, 3, 2))
+    heads, weight = walked.of("x")[0, 0], walked.axis("weight", 0)
+    assert not walked.ledger.merges
+    assert pairs(walked.ledger.needs) == {(int(heads[h, d]), int(weight[d])) for h in range(3) for d in range(2)}
+    assert torch.equal(walked.out, walked.of("x"))
+
+
+def test_channels_that_meet_many_to_many_become_new_ones_that_need_both() -> None:
+    walked = Walked(
+        lambda x, y: aten.add.Tensor(aten.unsqueeze.default(x, 3), aten.unsqueeze.default(y, 2)),
+        x=values(B, S, 2),
+        y=values(B, S, 3),
+    )
+    x, y, out = walked.of("x")[0, 0], walked.of("y")[0, 0], walked.out[0, 0]
+    assert out.shape == (2, 3)
+    assert len(out.unique()) == 6
+    assert not set(out.unique().tolist()) & {*x.tolist(), *y.tolist()}
+    expected = {(int(out[i, j]), int(a)) for i in range(2) for j in range(3) for a in (x[i], y[j])}
+    assert pairs(walked.ledger.needs) == expected
+
+
+def test_activations_are_noted_with_the_channels_they_are_applied_to() -> None:
+    walked = Walked(lambda x: aten.silu.default(x), x=values(B, S, 3))
+    assert [(site.op, site.ids.tolist()) for site in walked.ledger.activations] == [("silu", [1, 2, 3])]
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+
+class Projection(nn.Module):
+    """One Linear, the way lifting leaves it."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, out_features, bias=bias)
+
+    def forward(self, x: Any) -> Any:
+        return self.proj(x)
+
+
+def test_a_linear_puts_out_its_rows_and_merges_its_columns_with_what_comes_in() -> None:
+    walked = Walked(Projection(3, 4, bias=True), x=values(B, S, 3))
+    rows, columns = walked.axis("proj.weight", 0), walked.axis("proj.weight", 1)
+    assert walked.out[0, 0].tolist() == rows.tolist()
+    assert bool((walked.out == walked.out[0, 0]).all())
+    assert walked.classes(columns) == walked.classes([1, 2, 3])
+    assert walked.classes(walked.axis("proj.bias", 0)) == walked.classes(rows)
+    assert len(set(walked.classes([*rows, *columns]))) == 7
+    assert all(axis.linear for axis in walked.ledger.axes.values() if axis.parameter == "proj.weight")
+
+
+def test_columns_that_several_heads_read_are_shared_not_merged() -> None:
+    walked = Walked(Projection(2, 3), x=values(B, S, 4, 2))  # one Linear applied to each of four heads
+    heads, columns = walked.of("x")[0, 0], walked.axis("proj.weight", 1)
+    rows, out = walked.axis("proj.weight", 0), walked.out[0, 0]
+    assert not walked.ledger.merges
+    needed = pairs(walked.ledger.needs)
+    assert {(int(heads[h, d]), int(columns[d])) for h in range(4) for d in range(2)} <= needed
+    assert len(out.unique()) == 12  # a head's outputs are its own, and need the rows that all heads share
+    assert {(int(out[h, r]), int(rows[r])) for h in range(4) for r in range(3)} <= needed
+
+
+def test_columns_that_read_values_without_channels_must_stay() -> None:
+    walked = Walked(Projection(3, 2), x=values(B, S, 3), free=(0, 1, 2))
+    (pin,) = [pin for pin in walked.map.pins if pin.op == "Linear"]
+    assert pin.ids.tolist() == walked.axis("proj.weight", 1).tolist()
+    assert str(pin) == "Linear in proj: reads values that carry no traced channels"
+
+
+# --- contraction ----------------------------------------------------------------------------------------------------
+
+
+def attention(q: Any, k: Any, v: Any) -> Any:
+    """Matmul, softmax, matmul over (batch, heads, sequence, head_dim)."""
+    scores = aten.matmul.default(q, aten.transpose.int(k, 2, 3))
+    return aten.matmul.default(aten.softmax.int(scores, -1), v)
+
+
+def scaled_dot_product(q: Any, k: Any, v: Any) -> Any:
+    return aten.scaled_dot_product_attention.default(q, k, v)
+
+
+@pytest.mark.parametrize("function", [attention, scaled_dot_product])
+def test_query_key_and_output_channels_of_a_head_form_one_block(function: Callable[..., Any]) -> None:
+    heads, dim, value_dim = 3, 4, 5
+    shape = {"q": values(B, heads, S, dim), "k": values(B, heads, S, dim), "v": values(B, heads, S, value_dim)}
+    walked = Walked(function, free=(0, 2), **shape)
+    blocks = []
+    for head in range(heads):
+        ids = [walked.of("q")[0, head, 0], walked.of("k")[0, head, 0], walked.out[0, head, 0]]
+        classes = {cls for part in ids for cls in walked.classes(part)}
+        assert len(classes) == 1
+        blocks.append(classes.pop())
+    assert len(set(blocks)) == heads
+    (site,) = walked.ledger.attentions
+    assert walked.classes(site.heads) == blocks
+    assert walked.classes(site.outputs) == [block for block in blocks for _ in range(value_dim)]
+    assert not [pin for pin in walked.ledger.pins if pin.op not in {"placeholder", "output"}]
+
+
+def grouped(q: Any, k: Any, v: Any) -> Any:
+    k, v = (aten.repeat_interleave.self_int(t, 3, 1) for t in (k, v))
+    return attention(q, k, v)
+
+
+def grouped_by_operator(q: Any, k: Any, v: Any) -> Any:
+    return aten.scaled_dot_product_attention.default(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize("function", [grouped, grouped_by_operator])
+def test_query_heads_that_share_a_kv_head_stay_independent_and_need_it(function: Callable[..., Any]) -> None:
+    kv_heads, heads, dim = 2, 6, 4
+    shape = {"q": values(B, heads, S, dim), "k": values(B, kv_heads, S, dim), "v": values(B, kv_heads, S, dim)}
+    walked = Walked(function, free=(0, 2), **shape)
+    (site,) = walked.ledger.attentions
+    blocks = np.array(walked.classes(site.heads))
+    assert len(set(blocks.tolist())) == heads
+    for name in ("k", "v"):
+        for kv in range(kv_heads):
+            shared = np.unique(walked.classes(walked.of(name)[0, kv, 0]))
+            reached, frontier = set(), set(shared.tolist())
+            while frontier:  # everything that needs the KV head, directly or through its copies
+                reached |= frontier
+                frontier = set(walked.map.users(np.array(sorted(frontier)))) - reached
+            assert reached & set(blocks.tolist()) == set(blocks[kv * 3 : kv * 3 + 3].tolist())
+
+
+def test_softmax_over_positions_is_harmless_and_along_channels_pins() -> None:
+    harmless = Walked(lambda x: aten.softmax.int(x, 1), x=values(B, S, 3))
+    assert torch.equal(harmless.out, harmless.of("x"))
+    assert not harmless.ledger.pins
+    mixing = Walked(lambda x: aten.softmax.int(x, -1), x=values(B, S, 3))
+    (pin,) = mixing.ledger.pins
+    assert (pin.op, pin.ids.tolist(), pin.reason) == ("softmax", [1, 2, 3], "mixes channels along an axis")
+
+
+# --- reductions, lookups, the rest ----------------------------------------------------------------------------------
+
+
+def test_a_mean_over_channels_is_a_norm_that_every_channel_needs() -> None:
+    walked = Walked(lambda x: aten.mul.Tensor(x, aten.mean.dim(x, [-1], True)), x=values(B, S, 3))
+    (norm,) = walked.ledger.norms
+    assert (norm.kind, norm.ids.tolist(), norm.width) == ("mean", [1, 2, 3], 3)
+    mean = walked.of("mean_dim")
+    assert mean.shape == (B, S, 1)
+    assert {(channel, int(mean[0, 0, 0])) for channel in (1, 2, 3)} <= pairs(walked.ledger.needs)
+    assert len(set(walked.classes([1, 2, 3]))) == 3
+
+
+def test_a_mean_over_positions_reduces_no_channels() -> None:
+    walked = Walked(lambda x: aten.mean.dim(x, [1]), x=values(B, S, 3))
+    assert walked.out.tolist() == [[1, 2, 3]] * B
+    assert not walked.ledger.norms
+
+
+def test_a_layer_norm_is_a_norm_and_its_weight_goes_with_the_channels() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Any) -> Any:
+            return aten.layer_norm.default(x, [3], self.scale)
+
+    walked = Walked(Norm(), x=values(B, S, 3))
+    (norm,) = walked.ledger.norms
+    assert (norm.kind, norm.ids.tolist(), norm.width) == ("layer_norm", [1, 2, 3], 3)
+    assert walked.classes(walked.axis("scale", 0)) == walked.classes([1, 2, 3])
+
+
+def test_an_embedding_pins_its_rows_and_puts_out_its_columns() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(7, 3))
+
+        def forward(self, x: Any) -> Any:
+            return aten.embedding.default(self.table, x)
+
+    walked = Walked(Lookup(), x=torch.zeros(B, S, dtype=torch.long))
+    assert walked.out[0, 0].tolist() == walked.axis("table", 1).tolist()
+    (pin,) = walked.ledger.pins
+    assert (pin.op, pin.reason) == ("embedding", "rows are looked up by index")
+    assert pin.ids.tolist() == walked.axis("table", 0).tolist()
+
+
+def test_an_operator_without_a_rule_pins_what_it_touches_and_says_where_and_why() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(3, 4, bias=False)
+            self.other = nn.Linear(3, 5, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return aten.sort.default(self.up(x))[0], self.other(x)
+
+    walked = Walked(Inner(), x=values(B, S, 3))
+    (pin,) = walked.ledger.pins
+    assert (pin.op, pin.reason) == ("sort", "no rule for this operator")
+    assert pin.ids.tolist() == walked.axis("up.weight", 0).tolist()
+    assert walked.map.pinned[walked.classes(walked.axis("up.weight", 0))].all()
+    reasons = walked.map.pin_reasons(np.array(walked.classes(walked.axis("up.weight", 0))))
+    assert [reason.op for reason in reasons] == ["sort"]
+
+
+def test_a_cache_that_is_extended_has_the_channels_of_what_extends_it_and_is_not_pinned() -> None:
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = nn.Linear(3, 4, bias=False)
+
+        def forward(self, x: Any, past: Any) -> Any:
+            key = aten.transpose.int(aten.view.default(self.key(x), [B, S, 2, 2]), 1, 2)
+            return aten.cat.default([past, key], 2)
+
+    graph_module = torch.fx.symbolic_trace(Cache())
+    inputs = {"x": values(B, S, 3), "past": values(B, 2, 5, 2)}
+    axes = {"x": {0: "batch", 1: "new"}, "past": {0: "batch", 2: "past"}}
+    ledger = walk(graph_module, Interface(inputs, axes, ("present",)))
+    channels = ChannelMap(ledger)
+    rows = channels.class_of[ledger.axes["key.weight", 0].ids()]
+    (past,) = [pin.ids for pin in ledger.inputs if pin.module == "past"]
+    assert channels.class_of[past].tolist() == rows.tolist()
+    assert not channels.pinned[rows].any()  # neither as an input nor as an output: it comes back smaller
+    assert [str(pin) for pin in channels.pins] == ["placeholder in x: the caller supplies this axis"]

@@ -1,0 +1,236 @@
+"""The command line: what users type, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import fxprune
+from fxprune import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Run a command in this process; returns exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["fxprune", *(str(arg) for arg in args)])
+    monkeypatch.setattr(cli, "_out", cli.Console(width=200, file=sys.stdout))
+    monkeypatch.setattr(cli, "_err", cli.Console(width=200, file=sys.stderr))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the compiler traces a model to a graph and finds which weights belong together. " * 60)
+    return path
+
+
+PRUNE = ("--samples", 4, "--seq-len", 16, "--seed", 1)
+
+
+def test_prune_writes_a_checkpoint_that_loads_and_a_report(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "slim"
+    status, shown, err = run(
+        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.3, "--out", out, "--calibration", text, *PRUNE
+    )
+    assert status == 0, err
+    assert "parameters" in shown
+    report = json.loads((out / "report.json").read_text())
+    assert abs(report["params"]["removed_share_blocks"] - 0.3) < 0.015  # half a step of 8 channels
+    assert all(rung["passed"] for rung in report["verify"])
+    assert {"traced = eager", "slim = masked", "reloaded checkpoint = slim"} <= {r["rung"] for r in report["verify"]}
+    assert (out / "report.html").stat().st_size > 10_000
+    model = fxprune.load(out)
+    # a class whose config adds biases to all its Linears at once may carry some that are zero
+    size = sum(p.numel() for p in model.parameters())
+    assert report["params"]["slim"] <= size < report["params"]["dense"]
+
+
+def test_uniform_prune_loads_with_plain_transformers_and_generates_the_same_text(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "slim"
+    status, _, err = run(
+        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.25, "--uniform", "--out", out,
+        "--calibration", text, *PRUNE,
+    )  # fmt: skip
+    assert status == 0, err
+    plain = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.arange(5, 15).unsqueeze(0)
+    ours = fxprune.load(out).generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(plain.generate(ids, max_new_tokens=8, do_sample=False), ours)
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "nan"])
+def test_a_ratio_out_of_range_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ratio: str, tmp_path: Path
+) -> None:
+    status, _, err = run(monkeypatch, capsys, "prune", "nowhere", "--ratio", ratio, "--out", tmp_path / "x")
+    assert status == 2
+    assert "between 0 and 1" in err
+
+
+def test_a_ratio_that_no_plan_reaches_says_what_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "slim"
+    status, _, err = run(
+        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.97, "--out", out, "--calibration", text, *PRUNE
+    )
+    assert status == 1
+    assert "the most that can go is" in err
+    assert not out.exists()
+
+
+def test_an_output_that_is_not_empty_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "slim"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    status, _, err = run(monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.2, "--out", out)
+    assert status == 1
+    assert str(out) in err
+    assert (out / "precious.txt").read_text() == "mine"
+
+
+def test_a_missing_model_is_told_by_its_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, _, err = run(monkeypatch, capsys, "inspect", tmp_path / "missing")
+    assert status == 1
+    assert "missing" in err
+
+
+def test_inspect_needs_only_a_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=10, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    figures = tmp_path / "inspect.json"
+    status, out, err = run(monkeypatch, capsys, "inspect", tmp_path, "--json", figures)
+    assert status == 0, err
+    assert "6 query heads on 2 KV heads of 10" in out
+    data = json.loads(figures.read_text())
+    assert {(g["kind"], g["dense"]) for g in data["groups"]} == {("attention", 6), ("mlp", 80)}
+    assert any("looked up by index" in pin for pin in data["pins"])
+
+
+def test_eval_prints_the_perplexity_and_its_definition(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    figures = tmp_path / "eval.json"
+    status, out, err = run(
+        monkeypatch, capsys, "eval", tiny_llama_dir, "--ppl", text, "--window", 32, "--windows", 4, "--json", figures
+    )
+    assert status == 0, err
+    entry = json.loads(figures.read_text())["perplexity"][0]
+    assert entry["windows"] == 4
+    assert f"{entry['perplexity']:.2f}" in out
+    assert 50 < entry["perplexity"] < 200  # a random model of 97 tokens
+
+
+def test_run_executes_a_pipeline(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(
+        f"""
+model: {tiny_llama_dir}
+passes:
+  - lift_linears
+  - locate_mlp
+  - channel: {{ratio: 0.2, calibration: {text}, samples: 4, seq_len: 16}}
+  - insert_masks
+  - slim
+  - verify: {{reexport: false}}
+  - save: {{out: {tmp_path / "slim"}}}
+"""
+    )
+    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    assert status == 0, err
+    assert fxprune.load(tmp_path / "slim").config.model_type == "llama"
+
+
+def test_run_names_the_nearest_pass_and_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text("model: nowhere\npasses: [lift_linear]\n")
+    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    assert status == 1
+    assert "lift_linears" in err
+    pipeline.write_text("model: nowhere\npasses: [{channel: {ratoi: 0.2}}]\n")
+    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    assert status == 2
+    assert "did you mean 'ratio'" in err
+
+
+def _files(directory: Path) -> dict[str, int]:
+    return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("wait_for", ["tracing", "channel", "save"])
+def test_interrupting_leaves_the_old_output_whole(
+    wait_for: str, tiny_llama_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "slim"
+    command = [
+        sys.executable, "-c", "from fxprune.cli import main; main()", "prune", str(tiny_llama_dir), "--ratio", "0.2",
+        "--out", str(out), "--calibration", str(text), "--samples", "4", "--seq-len", "16", "--overwrite",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    (out / "fxprune.json").write_text("{}")
+    before = _files(out)
+    process: Any = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    )
+    for line in process.stderr:
+        if line.startswith(wait_for):
+            break
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert _files(out) == before
+    assert [p.name for p in tmp_path.iterdir() if p.name not in {"slim", "text.txt"}] == []
