@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import onnx_ir as ir
 import torch
-from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxprune.errors import ExportError
 from fxprune.exporters import onnx_passes
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.export import ExportedProgram
+    from torch.fx import GraphModule
 
     from fxprune.program import Interface, Program
 
@@ -54,7 +55,7 @@ class OnnxExport:
         bytes: size of the graph file and of its external data, if any.
         fusions: `"cpu"` or `"none"`, what was used.
         rewrites: how many times each rewrite was applied.
-        external_data: the file with the weights; None if they are in the graph file.
+        external_data: name of the file beside it that has the weights; None if they are in the graph file.
     """
 
     path: Path
@@ -63,7 +64,7 @@ class OnnxExport:
     bytes: int
     fusions: str
     rewrites: Mapping[str, int] = field(default_factory=dict)
-    external_data: Path | None = None
+    external_data: str | None = None
 
 
 def export_onnx(
@@ -115,7 +116,7 @@ def export_onnx(
     path = directory / "model.onnx"
     data = _save(model, path, external_data)
     timer.mark("save")
-    size = path.stat().st_size + (data.stat().st_size if data else 0)
+    size = path.stat().st_size + (path.with_name(data).stat().st_size if data else 0)
     return OnnxExport(path, opset, timer.seconds, size, fusions_used, rewrites, data)
 
 
@@ -137,7 +138,7 @@ def _options(fusions: str, opset: int | None) -> tuple[str, int]:
         raise ExportError(f"fusions={fusions!r} is unknown; choose one of {', '.join(get_args(Fusions))}")
     opset = _DEFAULT_OPSET if opset is None else opset
     if opset not in _OPSETS:
-        raise ExportError(f"opset={opset} is not supported; choose {_OPSETS[0]} to {_OPSETS[-1]}, best {_DEFAULT_OPSET}")
+        raise ExportError(f"opset={opset} is not supported; choose {_OPSETS[0]} to {_OPSETS[-1]}")
     return ("cpu" if fusions == "auto" else fusions), opset
 
 
@@ -153,7 +154,7 @@ def _check_parameters(graph_module: GraphModule) -> None:
 def _re_export(graph_module: GraphModule, interface: Interface) -> ExportedProgram:
     """Export the flat graph again; every axis that the interface calls dynamic must come out dynamic."""
     auto = torch.export.Dim.AUTO
-    shapes = tuple(dict.fromkeys(interface.dynamic_axes.get(name, {}), auto) for name in interface.inputs)
+    shapes = tuple(dict.fromkeys(_dynamic_axes(interface, name), auto) for name in interface.inputs)
     examples = tuple(interface.example_inputs.values())
     try:
         with torch.no_grad(), _quiet():
@@ -166,13 +167,20 @@ def _re_export(graph_module: GraphModule, interface: Interface) -> ExportedProgr
     names = exported.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     for given, traced in zip(interface.inputs, names, strict=True):
-        for axis in interface.dynamic_axes.get(given, {}):
-            if not isinstance(values[str(traced)].shape[axis], torch.SymInt):
+        for axis in _dynamic_axes(interface, given):
+            size = values[str(traced)].shape[axis]
+            if is_concrete_int(size):
                 raise ExportError(
-                    f"axis {axis} of input {given!r} was fixed at {values[str(traced)].shape[axis]} by the graph; an "
-                    "operator bakes this length in, so the ONNX graph would serve no other"
+                    f"axis {axis} of input {given!r} was fixed at {size} by the graph; an operator bakes this length "
+                    "in, so the ONNX graph would serve no other"
                 )
     return exported
+
+
+def _dynamic_axes(interface: Interface, name: str) -> dict[int, str]:
+    """The axes of an input whose length may change, with their symbols; a symbol that is a number is a fixed length."""
+    axes = interface.dynamic_axes.get(name, {})
+    return {axis: symbol for axis, symbol in axes.items() if not symbol.isdigit()}
 
 
 def _convert(
@@ -182,9 +190,8 @@ def _convert(
     table = {**_transformers_translations(), **translation_table(contrib=contrib)}
     try:
         return _translate(_without_retrace(exported), opset, table)
-    except torch.onnx.OnnxExporterError as e:
-        print("RETRY", str(e)[-900:])
-    exported = _re_export(prepared, interface)  # the first attempt may have changed its graph
+    except torch.onnx.OnnxExporterError:
+        exported = _re_export(prepared, interface)  # the first attempt may have changed its graph
     try:
         return _translate(exported, opset, table)
     except torch.onnx.OnnxExporterError as error:
@@ -230,10 +237,9 @@ def _without_retrace(exported: ExportedProgram) -> ExportedProgram:
                 schema = getattr(node.target, "_schema", None)
                 mutable = schema is not None and schema.is_mutable
                 plain = plain and node.target not in table and not mutable and "val" in node.meta
-        if not plain: print("RETRACE", {n.target for n in exported.graph.nodes if n.target in table or (getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable) or (n.op=='call_function' and 'val' not in n.meta)})
         return exported if plain else decompose(decomp_table, **options)
 
-    exported.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    exported.run_decompositions = run_decompositions
     return exported
 
 
@@ -248,7 +254,7 @@ def _transformers_translations() -> Mapping[Any, Any]:
 
 
 def _fix_nodes(graph_module: GraphModule) -> None:
-    """transformers' repairs of nodes that torchlib translates wrongly."""
+    """Apply the repairs that transformers' exporter makes to nodes which torchlib translates wrongly."""
     try:
         from transformers.exporters.utils import apply_fx_node_fixes  # noqa: PLC0415 - heavy
     except ImportError:
@@ -309,7 +315,7 @@ def _axis_names(interface: Interface) -> dict[str, dict[int, str]]:
     names: dict[str, dict[int, str]] = {}
     for name in interface.inputs:
         names[name] = {}
-        for axis, symbol in interface.dynamic_axes.get(name, {}).items():
+        for axis, symbol in _dynamic_axes(interface, name).items():
             if axis == 0:
                 chosen = "batch_size"
             elif name in cache:
@@ -322,17 +328,18 @@ def _axis_names(interface: Interface) -> dict[str, dict[int, str]]:
     return names
 
 
-def _save(model: ir.Model, path: Path, external_data: bool | None) -> Path | None:
+def _save(model: ir.Model, path: Path, external_data: bool | None) -> str | None:
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     too_large = size > _PROTOBUF_LIMIT
     if external_data is False and too_large:
         raise ExportError(
-            f"the weights ({size / 2**30:.1f} GiB) do not fit into {path}: protobuf ends at 2 GiB; leave external_data unset"
+            f"the weights ({size / 2**30:.1f} GiB) do not fit into {path}, which ends at 2 GiB; "
+            "leave external_data unset"
         )
     if not (too_large if external_data is None else external_data):
         ir.save(model, path)
         return None
-    data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name)
+    data = f"{path.name}.data"
+    ir.save(model, path, external_data=data)
     return data

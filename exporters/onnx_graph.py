@@ -109,6 +109,7 @@ def _val(node: Any) -> Tensor | None:
 
 
 def _calls(node: Any, *targets: Any) -> bool:
+    """Whether the node calls one of the operators."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets
 
 
@@ -175,6 +176,8 @@ _NAMESAKES = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
     aten.view.default: aten.reshape.default,  # a view of what is no longer contiguous
 }
 
@@ -183,7 +186,8 @@ def _remove_no_op(node: Node) -> Node | None:
     """Copies that keep the dtype, slices of everything, dropout in evaluation, `x * 1` and `x + 0`."""
     if node.target in _NAMESAKES:
         return _call(node, _NAMESAKES[node.target], *node.args)
-    source = node.args[0] if node.args else None
+    args: Any = node.args
+    source = args[0] if args else None
     before, after = _val(source), _val(node)
     if not isinstance(source, Node) or before is None or after is None or before.device != after.device:
         return None
@@ -191,14 +195,14 @@ def _remove_no_op(node: Node) -> Node | None:
         return _call(node, aten._to_copy.default, source, dtype=after.dtype) if node.target in _CASTS else None
     idle = node.target in _COPIES
     if node.target is aten.slice.Tensor:
-        _, _, start, end, step = (*node.args, *(None, None, None))[:5]
+        _, _, start, end, step = (*args, None, None, None)[:5]
         idle = start in {None, 0} and end in {None, sys.maxsize} and step in {None, 1}
     elif node.target is aten.dropout.default:
-        idle = not node.args[2] or node.args[1] == 0
+        idle = not args[2] or args[1] == 0
     elif node.target in {aten.mul.Tensor, aten.mul.Scalar}:
-        idle = before.shape == after.shape and isinstance(node.args[1], int | float) and node.args[1] == 1
+        idle = before.shape == after.shape and isinstance(args[1], int | float) and args[1] == 1
     elif node.target in {aten.add.Tensor, aten.add.Scalar}:
-        idle = before.shape == after.shape and isinstance(node.args[1], int | float) and node.args[1] == 0
+        idle = before.shape == after.shape and isinstance(args[1], int | float) and args[1] == 0
     return source if idle else None
 
 
@@ -229,9 +233,7 @@ def _swaps_heads(node: Any) -> bool:
 
 def _fuse_split_heads(node: Node) -> Node | None:
     """`transpose(view(x, [batch, length, heads, head_dim]), 1, 2)` to `split_heads`."""
-    if not _swaps_heads(node):
-        return None
-    view = node.args[0]
+    view: Any = node.args[0] if _swaps_heads(node) else None
     if not _calls(view, aten.view.default, aten.reshape.default) or len(view.args[1]) != 4:
         return None
     source, head_dim = view.args[0], view.args[1][3]
@@ -245,9 +247,10 @@ def _fuse_split_heads(node: Node) -> Node | None:
 
 def _fuse_merge_heads(node: Node) -> Node | None:
     """`reshape(transpose(x, 1, 2), [batch, length, -1])` to `merge_heads`."""
-    if node.target not in {aten.view.default, aten.reshape.default} or len(node.args[1]) != 3:  # type: ignore[arg-type]
+    args: Any = node.args
+    if not _calls(node, aten.view.default, aten.reshape.default) or len(args[1]) != 3:
         return None
-    transpose = node.args[0]
+    transpose = args[0]
     while _calls(transpose, aten.contiguous.default, aten.clone.default):
         transpose = transpose.args[0]
     if not _swaps_heads(transpose):
@@ -260,10 +263,10 @@ def _fuse_merge_heads(node: Node) -> Node | None:
 
 def _rewrite_append(node: Node) -> Node | None:
     """`cat([placeholder, new], -2)` of two four-dimensional tensors to `append`."""
-    if node.target is not aten.cat.default or len(node.args) != 2 or node.args[1] not in {2, -2}:
+    args: Any = node.args
+    if not _calls(node, aten.cat.default) or len(args) != 2 or args[1] not in {2, -2}:
         return None
-    parts = node.args[0]
-    assert isinstance(parts, list | tuple)
+    parts = args[0]
     if len(parts) != 2 or not all(isinstance(part, Node) for part in parts) or parts[0].op != "placeholder":
         return None
     past, new = (_val(part) for part in parts)
@@ -390,14 +393,14 @@ def _half_turn(node: Any, x: Node) -> int | None:
 
 def _angles(cos: Any, sin: Any) -> tuple[Node, Node] | None:
     """`cos` and `sin` before they are broadcast over the heads, if their two halves are equal."""
-    found = []
+    found: list[tuple[Any, Any]] = []
     for broadcast, function in ((cos, aten.cos.default), (sin, aten.sin.default)):
         if not _calls(broadcast, aten.unsqueeze.default) or broadcast.args[1] != 1:
             return None
         node = broadcast.args[0]
         while _calls(node, *_COPIES) or (_calls(node, aten.mul.Tensor) and isinstance(node.args[1], int | float)):
             node = node.args[0]
-        doubled = node.args[0] if _calls(node, function) else None
+        doubled: Any = node.args[0] if _calls(node, function) else None
         if not _calls(doubled, aten.cat.default) or doubled.args[1:] not in {(-1,), (2,)}:
             return None
         if len(doubled.args[0]) != 2 or doubled.args[0][0] is not doubled.args[0][1]:
@@ -424,7 +427,7 @@ class _AttentionRewrite:
         if node.target is not aten.scaled_dot_product_attention.default:
             return None
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         if given.get("dropout_p") or given.get("is_causal"):
             return None
         query, mask = given["query"], given.get("attn_mask")
@@ -439,7 +442,7 @@ class _AttentionRewrite:
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
         assert isinstance(mask, Node)
         additive = self._additive(mask, q.dtype)
-        return _call(node, ours.grouped_attention.default, query, keys, values, additive, scale, heads)
+        return _call(node, ours.grouped_attention.default, query, keys, values, additive, scale)
 
     def _additive(self, mask: Node, dtype: torch.dtype) -> Node:
         if (mask, dtype) not in self._masks:
@@ -460,10 +463,10 @@ class _AttentionRewrite:
 
 def _ungrouped(node: Any) -> Any:
     """Key or value heads before `repeat_kv`: unsqueeze at 2, expand to (batch, kv_heads, groups, ...), reshape."""
-    expand = node.args[0] if _calls(node, aten.reshape.default, aten.view.default) else None
+    expand: Any = node.args[0] if _calls(node, aten.reshape.default, aten.view.default) else None
     while _calls(expand, aten.clone.default, aten.contiguous.default):
         expand = expand.args[0]
-    unsqueeze = expand.args[0] if _calls(expand, aten.expand.default) else None
+    unsqueeze: Any = expand.args[0] if _calls(expand, aten.expand.default) else None
     if not _calls(unsqueeze, aten.unsqueeze.default) or unsqueeze.args[1] not in {2, -3}:
         return node
     before, wide, after = _val(unsqueeze.args[0]), _val(expand), _val(node)

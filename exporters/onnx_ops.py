@@ -62,7 +62,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @torch.library.custom_op("fxprune::split_heads", mutates_args=())
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(batch, length, heads * head_dim) to (batch, heads, length, head_dim)."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2).contiguous()
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2).contiguous()
 
 
 @split_heads.register_fake
@@ -117,30 +117,29 @@ def _(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fxprune::grouped_attention", mutates_args=())
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, heads: int) -> Tensor:
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attention in which each key/value head serves `heads / kv_heads` neighbouring query heads, without copies of it.
 
     Args:
-        query: (batch, heads, new, head_dim).
+        query: (batch, heads, new, head_dim), heads a multiple of kv_heads.
         key: (batch, kv_heads, total, head_dim).
         value: (batch, kv_heads, total, value_dim).
         mask: (batch or 1, 1 or heads, new or 1, total), added to the scores; finite.
         scale: factor of the scores.
-        heads: number of query heads, a multiple of the key/value heads.
 
     Returns:
         (batch, heads, new, value_dim).
     """
-    groups = heads // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
     keys, contents = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     scores = query @ keys.transpose(-1, -2) * scale + mask
     return scores.softmax(dim=-1) @ contents
 
 
 @grouped_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, heads: int) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     del key, mask, scale
-    return query.new_empty(query.shape[0], heads, query.shape[2], value.shape[3])
+    return query.new_empty(*query.shape[:3], value.shape[3])
 
 
 # ── ONNX Runtime's own operators ──────────────────────────────────────────────────────────────────────────────────
@@ -242,22 +241,20 @@ def _append(past: Any, new: Any) -> Any:
 def _rotary_embedding(x: Any, positions: Any, cos: Any, sin: Any) -> Any:
     c, s = (op.Unsqueeze(op.Gather(cache, positions), _ints(1)) for cache in (cos, sin))
     first, second = op.Split(x, num_outputs=2, axis=3)
-    return op.Concat(
-        op.Sub(op.Mul(first, c), op.Mul(second, s)), op.Add(op.Mul(second, c), op.Mul(first, s)), axis=3
-    )
+    return op.Concat(op.Sub(op.Mul(first, c), op.Mul(second, s)), op.Add(op.Mul(second, c), op.Mul(first, s)), axis=3)
 
 
 def _rotary_embedding_contrib(x: Any, positions: Any, cos: Any, sin: Any) -> Any:
     return _ROTARY_EMBEDDING(x, positions, cos, sin, interleaved=0)
 
 
-def _grouped_attention(query: Any, key: Any, value: Any, mask: Any, scale: float, heads: int) -> Any:
+def _grouped_attention(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
     """Broadcast K and V over the query heads of a group: no copies of them, and one product per query head.
 
     Folding a group into the rows of one product saves a little in decode, but then a prefill has only as many parallel
     products as key/value heads, which leaves threads idle at the odd counts that pruning makes.
     """
-    kv_heads, head_dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
+    heads, kv_heads, head_dim, value_dim = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
     groups, dtype = heads // kv_heads, query.dtype
     swap_last = [0, 1, 3, 2]
     if groups > 1:

@@ -44,13 +44,11 @@ def fold_weight_transposes(model: ir.Model) -> int:
     for weight in model.graph.initializers.values():
         users = [user for user, _ in weight.uses()]
         tensor = weight.const_value
-        if not users or tensor is None or weight.is_graph_output():
+        if not users or tensor is None or weight.is_graph_output() or len(tensor.shape) != 2:
             continue
-        if any(user.op_type != "Transpose" or list(user.attributes.get_ints("perm", [1, 0])) != [1, 0] for user in users):
+        if not all(_turns_matrix(user) for user in users):
             continue
-        if weight.shape is None or len(weight.shape) != 2:
-            continue
-        rows, columns = weight.shape.numpy()
+        rows, columns = tensor.shape.numpy()
         weight.const_value = ir.LazyTensor(
             _transposed(tensor), dtype=tensor.dtype, shape=ir.Shape([columns, rows]), name=weight.name
         )
@@ -60,6 +58,10 @@ def fold_weight_transposes(model: ir.Model) -> int:
             model.graph.remove(user, safe=True)
         count += 1
     return count
+
+
+def _turns_matrix(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]
 
 
 def _transposed(tensor: ir.TensorProtocol) -> Callable[[], ir.TensorProtocol]:
@@ -76,7 +78,7 @@ def simplify_reshapes(model: ir.Model) -> int:
     """
     count = 0
     for node in list(model.graph):
-        if node.op_type != "Reshape" or node.domain or node.attributes.get_int("allowzero", 0):
+        if node.op_type != "Reshape" or node.domain or "allowzero" in node.attributes:
             continue
         before, after = node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
         if before is None or after is None:
@@ -154,7 +156,7 @@ def fuse_skip_norms(model: ir.Model) -> int:
             name=norm.name,
         )
         for new, old in ((fused.outputs[0], norm.outputs[0]), (fused.outputs[3], total)):
-            new.shape, new.dtype, new.name = old.shape, old.dtype, old.name
+            new.shape, new.type, new.name = old.shape, old.type, old.name
         for unused in fused.outputs[1:3]:
             unused.name = ""
         model.graph.insert_before(norm, fused)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.dlpack
 
 from fxprune.errors import ExportError
 
@@ -31,6 +32,12 @@ _DTYPES = {
     "tensor(int32)": torch.int32,
     "tensor(bool)": torch.bool,
 }
+_ADVICE = {
+    "External data": "its weights file is not beside it, move the two together",
+    "NOT_IMPLEMENTED": "the provider has no kernel for this data type, export the model in float32",
+    "INVALID_PROTOBUF": "the file is damaged or no ONNX file, export the graph again",
+}
+"""What to do, by a part of ONNX Runtime's message."""
 _CACHE_INPUT = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -77,8 +84,8 @@ class OrtRunner:
         missing = [name for name in ("logits", *self._present) if name not in self._outputs]
         if missing or "input_ids" not in self._inputs:
             raise ExportError(
-                f"{self.path} is not a causal language model with a cache: it has no {(missing or ['input_ids'])[0]!r}; "
-                "export one with fxprune.exporters.onnx.export_onnx"
+                f"{self.path} is not a causal language model with a cache: it has no "
+                f"{(missing or ['input_ids'])[0]!r}; export one with fxprune.exporters.onnx.export_onnx"
             )
 
     def empty_past(self, batch: int) -> Past:
@@ -138,26 +145,10 @@ def _session(path: Path, threads: int | None, providers: Sequence[str]) -> Any:
         options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # noqa: BLE001 - onnxruntime's exception types share no public base
-        lost = _lost_external_data(path)
-        if lost is not None:
-            raise ExportError(
-                f"{path} keeps its weights in {lost!r}, which is not beside it; move the two files together"
-            ) from error
-        raise ExportError(f"onnxruntime cannot load {path}: {_first_line(error)}; export the graph again") from error
-
-
-def _lost_external_data(path: Path) -> str | None:
-    """The weights file that a graph names and does not find; ONNX Runtime reports it as an unreadable tensor."""
-    import onnx  # noqa: PLC0415 - heavy
-    from google.protobuf.message import DecodeError  # noqa: PLC0415 - comes with onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except DecodeError:
-        return None  # not an ONNX file at all
-    entries = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location")
-    return next((entry.value for entry in entries if not (path.parent / entry.value).is_file()), None)
+    except Exception as error:  # onnxruntime's exception types share no public base
+        reason = str(error).strip().partition("\n")[0]
+        advice = next((text for key, text in _ADVICE.items() if key in reason), "export the graph again")
+        raise ExportError(f"onnxruntime cannot load {path}: {reason}; {advice}") from error
 
 
 def _run(session: Any, feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
@@ -175,16 +166,16 @@ def _run(session: Any, feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> l
         binding.bind_output(name, "cpu")
     try:
         session.run_with_iobinding(binding)
-    except Exception as error:  # noqa: BLE001 - onnxruntime's exception types share no public base
+    except Exception as error:  # onnxruntime's exception types share no public base
         shapes = {name: tuple(tensor.shape) for name, tensor in list(feeds.items())[:3]}
-        raise ExportError(f"onnxruntime failed on inputs {shapes}, ...: {_first_line(error)}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(f"onnxruntime failed on inputs {shapes}, ...: {reason}") from error
     return [_to_torch(value) for value in binding.get_outputs()]
 
 
 def _to_torch(value: Any) -> Tensor:
     if hasattr(value, "__dlpack__"):
-        tensor: Tensor = torch.from_dlpack(value)
-        return tensor
+        return torch.utils.dlpack.from_dlpack(value)
     return torch.from_numpy(value.numpy())
 
 
@@ -199,7 +190,3 @@ def _cache_order(name: str) -> tuple[int, str]:
     found = _CACHE_INPUT.fullmatch(name)
     assert found is not None
     return int(found[1]), found[2]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

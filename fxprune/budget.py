@@ -17,7 +17,7 @@ from fxprune.groups import AttentionGroup
 from fxprune.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -110,7 +110,8 @@ def allocate(groups: Sequence[Group], steps: Mapping[str, Sequence[Step]], targe
         total: parameters of all block Linears, for messages.
 
     Returns:
-        A plan whose removed parameters differ from the target by at most half the smallest step.
+        A plan whose removed parameters differ from the target by at most half the smallest step; where all small steps
+        are taken before the target is met, by at most half the smallest of those that are left.
 
     Raises:
         PlanError: all steps together are too few, or the smallest step is more than twice the target.
@@ -132,7 +133,8 @@ def allocate(groups: Sequence[Group], steps: Mapping[str, Sequence[Step]], targe
             taken.append(step)
             removed += step.cost
             next_of[name] += 1
-    _fill(steps, next_of, taken, removed, target + smallest / 2)
+    removed = _fill(steps, next_of, taken, removed, lambda size, cost: size + cost <= target + smallest / 2)
+    _fill(steps, next_of, taken, removed, lambda size, cost: size + cost / 2 <= target)  # if only large steps are left
     if not taken:
         raise PlanError(
             f"the smallest legal step removes {smallest} parameters ({smallest / total:.2%}), more than twice the "
@@ -142,17 +144,21 @@ def allocate(groups: Sequence[Group], steps: Mapping[str, Sequence[Step]], targe
 
 
 def _fill(
-    steps: Mapping[str, Sequence[Step]], next_of: dict[str, int], taken: list[Step], removed: int, most: float
-) -> None:
-    """Take what still fits after large steps were passed over."""
+    steps: Mapping[str, Sequence[Step]],
+    next_of: dict[str, int],
+    taken: list[Step],
+    removed: int,
+    fits: Callable[[int, int], bool],
+) -> int:
+    """Take what still fits after large steps were passed over; return how much is removed then."""
     while True:
         fitting = [
             (listed[next_of[name]].score / listed[next_of[name]].cost, name)
             for name, listed in steps.items()
-            if next_of[name] < len(listed) and removed + listed[next_of[name]].cost <= most
+            if next_of[name] < len(listed) and fits(removed, listed[next_of[name]].cost)
         ]
         if not fitting:
-            return
+            return removed
         _, name = min(fitting)
         step = steps[name][next_of[name]]
         taken.append(step)

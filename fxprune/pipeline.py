@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import sys
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 import yaml
@@ -137,7 +136,7 @@ def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str
             near = difflib.get_close_matches(option, parameters, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(parameters) or 'no options'}"
             raise UsageError(f"{where}: unknown option {option!r}{hint}")
-    hints = get_type_hints(cls.__init__, {**_TYPE_NAMES, **vars(sys.modules[cls.__module__])})
+    hints = get_type_hints(cls.__init__, {**_TYPE_NAMES, **getattr(cls.__init__, "__globals__", {})})
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if p.default is inspect.Parameter.empty else p.default)
         for name, p in parameters.items()

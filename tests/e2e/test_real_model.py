@@ -1,0 +1,53 @@
+"""The embedded real model: what slimming removes never changes what the model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxprune.accounting import block_linear_parameters
+from fxprune.loading import load_model
+from fxprune.passes.channel import ChannelPrune
+from fxprune.passes.insert_masks import InsertMasks
+from fxprune.passes.slim import Slim
+from fxprune.pipeline import Pipeline
+from fxprune.program import Program
+from fxprune.runners import GraphRunner
+from fxprune.tracing import trace
+from fxprune.verify import compare_runners
+from tests.families import LOCATE
+
+pytestmark = pytest.mark.real_model
+TEXT = Path(__file__).resolve().parents[2] / "LICENSE"
+
+
+@pytest.fixture(scope="module")
+def program(real_model_dir: Path) -> Program:
+    """The real model, traced and located once."""
+    loaded = load_model(real_model_dir, dtype=torch.float32)
+    return Pipeline(LOCATE)(trace(loaded.model, tokenizer=loaded.tokenizer)).program
+
+
+def test_every_head_and_channel_of_the_real_model_is_found(program: Program) -> None:
+    assert program.source is not None
+    config = program.source.config
+    described = [group.describe() for group in program.groups]
+    heads = f"{config.num_attention_heads} query heads on {config.num_key_value_heads} KV heads of 64, read by o_proj"
+    channels = f"{config.intermediate_size} channels, gated silu, gate_proj, up_proj -> down_proj"
+    assert described == [heads] * config.num_hidden_layers + [channels] * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
+def test_masked_equals_slim_on_the_real_model(program: Program, ratio: float) -> None:
+    prune = ChannelPrune(ratio=ratio, calibration=str(TEXT), samples=4, seq_len=64)
+    masked = Pipeline([prune, InsertMasks()])(program).program
+    slim = Slim()(masked).program
+    forms = [GraphRunner(form.graph_module, form.interface) for form in (masked, slim)]
+    rung = compare_runners("slim = masked", *forms, vocabulary=49152, tolerance=1e-4, device=torch.device("cpu"))
+    assert rung.passed, rung
+    dense = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
+    share = next(event.details["removed_share"] for event in slim.history if event.name == "channel")
+    step = 8 * program.groups[-1].unit_parameters
+    assert abs(share - ratio) <= step / 2 / dense
