@@ -38,9 +38,9 @@ class PassResult:
 
 def option_names(cls: type) -> list[str]:
     """The named options that a pass's constructor takes."""
-    parameters = inspect.signature(cls.__init__).parameters.values()
+    parameters = inspect.signature(cls).parameters.values()
     variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return [p.name for p in parameters if p.name != "self" and p.kind not in variadic]
+    return [p.name for p in parameters if p.kind not in variadic]
 
 
 class Pass(ABC):

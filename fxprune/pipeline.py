@@ -129,7 +129,7 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, Any]:
     """Check options against the constructor's signature; return them with pydantic's conversions."""
-    signature = inspect.signature(cls.__init__).parameters
+    signature = inspect.signature(cls).parameters
     parameters = {name: signature[name] for name in option_names(cls)}
     for option in options:
         if option not in parameters:

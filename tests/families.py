@@ -47,8 +47,8 @@ __all__ = [
     "kept_positions",
     "located",
     "located_plain",
-    "randomise",
     "random_plan",
+    "randomise",
     "steps",
 ]
 

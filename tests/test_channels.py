@@ -146,7 +146,7 @@ class FusedMlp(nn.Module):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_a_fused_gate_and_up_comes_out_as_two_rows_a_channel(interleaved: bool) -> None:  # noqa: FBT001 - parametrised
+def test_a_fused_gate_and_up_comes_out_as_two_rows_a_channel(interleaved: bool) -> None:
     (group,) = mlps(located_plain(FusedMlp(interleaved=interleaved), X))
     assert (group.units, group.gated) == (12, True)
     rows = next(s for s in group.slices if s.parameter == "gate_up.weight").indices

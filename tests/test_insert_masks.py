@@ -1,4 +1,4 @@
-"""Masks: the masked graph computes what the original does with zeroed consumer columns, and passes gradients to masks."""
+"""Masks: the masked graph computes what the original does with zeroed columns, and masks get gradients."""
 
 from __future__ import annotations
 

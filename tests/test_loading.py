@@ -48,7 +48,7 @@ def sharded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
-def edit_config(path: Path, **changes: Any) -> None:  # noqa: ANN401 - any JSON value
+def edit_config(path: Path, **changes: Any) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 

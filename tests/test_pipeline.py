@@ -181,7 +181,7 @@ class Liar(Idle):
         (False, "reports modified=True but returned the same"),
     ],
 )
-def test_modified_must_tell_the_truth(program: Program, changes: bool, message: str) -> None:  # noqa: FBT001 - parametrised
+def test_modified_must_tell_the_truth(program: Program, changes: bool, message: str) -> None:
     with pytest.raises(PostconditionError, match=message):
         Liar(changes=changes)(program)
 

@@ -114,7 +114,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_a_plain_module_is_traced_from_examples_by_position_or_by_name(by_name: bool) -> None:  # noqa: FBT001 - parametrised
+def test_a_plain_module_is_traced_from_examples_by_position_or_by_name(by_name: bool) -> None:
     model = Plain()
     x, scale = torch.randn(3, 5, 6), torch.randn(3, 5, 1)
     inputs: Any = {"x": x, "scale": scale} if by_name else (x, scale)

@@ -198,7 +198,7 @@ def test_the_first_difference_is_empty_where_there_is_none() -> None:
     ("dtype", "runtime", "tolerance"),
     [(torch.float32, False, 1e-4), (torch.float32, True, 1e-3), (torch.bfloat16, False, 200 * 2**-7)],
 )
-def test_tolerances(dtype: torch.dtype, runtime: bool, tolerance: float) -> None:  # noqa: FBT001 - parametrised
+def test_tolerances(dtype: torch.dtype, runtime: bool, tolerance: float) -> None:
     assert tolerance_for(dtype, runtime=runtime) == tolerance
 
 
