@@ -319,7 +319,7 @@ def _axis_names(interface: Interface) -> dict[str, dict[int, str]]:
             if axis == 0:
                 chosen = "batch_size"
             elif name in cache:
-                chosen = "past_sequence_length"
+                chosen = onnx_passes.EMPTY_AT_FIRST
             elif cache and name == "attention_mask":
                 chosen = "total_sequence_length"
             else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
+    "EMPTY_AT_FIRST",
     "fold_weight_transposes",
     "fuse_skip_norms",
     "merge_equal_computations",
@@ -25,6 +26,10 @@ __all__ = [
     "simplify_reshapes",
     "strip_metadata",
 ]
+
+
+EMPTY_AT_FIRST = "past_sequence_length"
+"""Name of the only length that may be 0."""
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:
@@ -78,23 +83,23 @@ def simplify_reshapes(model: ir.Model) -> int:
     """
     count = 0
     for node in list(model.graph):
-        if node.op_type != "Reshape" or node.domain or "allowzero" in node.attributes:
+        source, output = (node.inputs[0], node.outputs[0]) if node.op_type == "Reshape" else (None, None)
+        if source is None or output is None or source.shape is None or output.shape is None:
             continue
-        before, after = node.inputs[0].shape, node.outputs[0].shape  # type: ignore[union-attr]
-        if before is None or after is None:
-            continue
-        if _same(before, after) and not node.outputs[0].is_graph_output():
-            _replace(node.outputs[0], node.inputs[0])  # type: ignore[arg-type]
+        if _same(source.shape, output.shape) and not output.is_graph_output():
+            _replace(output, source)
             model.graph.remove(node, safe=True)
             count += 1
             continue
-        target = _constant_target(before, after)
-        if target is None or node.inputs[1].const_value is not None:  # type: ignore[union-attr]
+        target = _constant_target(source.shape, output.shape)
+        computed = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if target is None or computed is None or computed.op_type == "Constant":
             continue
         constant = ir.node("Constant", [], attributes={"value_ints": target})
         constant.outputs[0].dtype, constant.outputs[0].shape = ir.DataType.INT64, ir.Shape([len(target)])
         model.graph.insert_before(node, constant)
         node.replace_input_with(1, constant.outputs[0])
+        node.attributes.pop("allowzero", None)  # 0 copies
         count += 1
     return count
 
@@ -110,16 +115,15 @@ def _equal(first: int | ir.SymbolicDim, second: int | ir.SymbolicDim) -> bool:
 
 
 def _constant_target(before: ir.Shape, after: ir.Shape) -> list[int] | None:
-    target, opened = [], 0
+    target: list[int] = []
     for axis, size in enumerate(after):
         if isinstance(size, int):
-            target.append(size)
-        elif axis < len(before) and _equal(before[axis], size):
-            target.append(0)
+            target.append(size if size else -2)  # an empty extent cannot be written beside a copied one
         else:
-            target.append(-1)
-            opened += 1
-    return target if opened <= 1 and 0 not in [size for size in after if isinstance(size, int)] else None
+            target.append(0 if axis < len(before) and _equal(before[axis], size) else -1)
+    # What is left open cannot be told from an empty tensor, and the past may be empty.
+    may_be_empty = any(isinstance(size, ir.SymbolicDim) and size.value == EMPTY_AT_FIRST for size in before)
+    return None if -2 in target or target.count(-1) > (0 if may_be_empty else 1) else target
 
 
 def merge_equal_computations(model: ir.Model) -> None:

@@ -3,14 +3,19 @@
     eager = traced = lifted;  masked = eager with zeroed consumer columns;  slim = masked;  re-exported = slim;
     reloaded checkpoint = slim;  ONNX Runtime = slim;  greedy text of the deployed forms = greedy text of slim
 
+A deeply pruned model amplifies float32 rounding until two correct forms differ by more than the tolerance. Two graphs
+that do are compared once more in float64, where rounding cannot be the reason; a form that cannot run in float64 may
+differ by four times the graph's own rounding. The rung then says both figures.
+
 Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
 Logits at padding positions mean nothing and are left out.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +24,15 @@ from torch.fx import GraphModule
 
 from fxprune.channels import get_attribute, module_of
 from fxprune.errors import VerificationError
+from fxprune.graphs import copy_graph_module
 from fxprune.masks import ChannelMask
+from fxprune.program import Form
 from fxprune.runners import EagerRunner, greedy, position_ids_from_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fxprune.program import Form, Interface, Program
+    from fxprune.program import Interface, Program
     from fxprune.runners import Runner
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "compare_runners",
     "compare_text",
     "first_difference",
+    "in_double",
     "reexported",
     "tolerance_for",
     "zeroed_eager",
@@ -51,6 +59,7 @@ class Rung:
         passed: whether it holds.
         cases: how many comparisons were made.
         first_difference: qualified name of the first module whose output differs; empty when passed or unknown.
+        detail: what else there is to say, such as the error in double precision.
     """
 
     rung: str
@@ -59,6 +68,7 @@ class Rung:
     passed: bool
     cases: int
     first_difference: str = ""
+    detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The rung as JSON data."""
@@ -92,6 +102,10 @@ def tolerance_for(dtype: torch.dtype, *, runtime: bool = False) -> float:
     if dtype in {torch.float32, torch.float64}:
         return 1e-3 if runtime else 1e-4
     return 200 * torch.finfo(dtype).eps
+
+
+DOUBLE_TOLERANCE = 1e-8
+"""Allowed difference of logits between two graphs run in float64: what is equal but for rounding stays far below."""
 
 
 def _script(batch: int, padding: int, vocabulary: int, seed: int) -> tuple[list[Tensor], Tensor]:
@@ -238,6 +252,26 @@ def reexported(graph_module: GraphModule, interface: Interface) -> GraphModule:
             graph_module, tuple(interface.example_inputs.values()), dynamic_shapes=shapes, strict=False
         )
     return exported.module(check_guards=False)
+
+
+def in_double(form: Form) -> Form:
+    """A copy of a graph form in float64, its own casts to float32 included."""
+    assert isinstance(form.module, GraphModule)
+    module = copy_graph_module(form.module)
+    module = copy.deepcopy(module).double()
+
+    def widen(argument: Any) -> Any:
+        return torch.float64 if argument is torch.float32 else argument
+
+    for node in module.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, widen)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, widen)
+    module.recompile()
+    examples = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in form.interface.example_inputs.items()
+    }
+    return Form(module, replace(form.interface, example_inputs=examples))
 
 
 @contextmanager

@@ -499,22 +499,40 @@ def floats(name: str, shape: list[int | str]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def test_reshape_targets_become_constants() -> None:
-    x = floats("x", ["b", "s", 12])
-    target = ir.Value(name="target", shape=ir.Shape([4]), type=ir.TensorType(ir.DataType.INT64))
-    reshape = ir.node("Reshape", [x, target], outputs=[floats("y", ["b", "s", 3, 4])])
-    model = small_graph([reshape], [x, target], [])
+def reshape_graph(before: list[int | str], after: list[int | str]) -> tuple[ir.Model, ir.Node]:
+    """A Reshape whose target is computed at run time."""
+    x, target = floats("x", before), floats("target", [len(after)])
+    computed = ir.node("Cast", [target], attributes={"to": 7})
+    reshape = ir.node("Reshape", [x, computed.outputs[0]], attributes={"allowzero": 1}, outputs=[floats("y", after)])
+    last = ir.node("Relu", [reshape.outputs[0]])
+    return small_graph([computed, reshape, last], [x, target], []), reshape
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (["b", "s", 12], ["b", "s", 3, 4], [0, 0, 3, 4]),
+        (["b", 3, "s", 4], ["b", 3, 2, "t", 4], [0, 3, 2, -1, 4]),
+        (["n", 12], ["b", "s", 12], None),  # two unknown extents
+        (["b", "past_sequence_length", 4], ["n", 4], None),  # the open extent of an empty tensor
+    ],
+)
+def test_reshape_targets(before: list[int | str], after: list[int | str], expected: list[int] | None) -> None:
+    model, reshape = reshape_graph(before, after)
+    assert onnx_passes.simplify_reshapes(model) == (expected is not None)
+    target = reshape.inputs[1].producer() if reshape.inputs[1] is not None else None
+    assert target is not None
+    if expected is None:
+        assert target.op_type == "Cast"
+    else:
+        assert list(target.attributes["value_ints"].as_ints()) == expected
+        assert "allowzero" not in reshape.attributes
+
+
+def test_an_idle_reshape_goes() -> None:
+    model, _ = reshape_graph(["b", 3, "s"], ["b", 3, "s"])
     assert onnx_passes.simplify_reshapes(model) == 1
-    constant = reshape.inputs[1].producer() if reshape.inputs[1] is not None else None
-    assert constant is not None
-    assert list(constant.attributes["value_ints"].as_ints()) == [0, 0, 3, 4]
-
-
-def test_a_reshape_with_two_unknown_extents_stays() -> None:
-    x = floats("x", ["n", 12])
-    target = ir.Value(name="target", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
-    model = small_graph([ir.node("Reshape", [x, target], outputs=[floats("y", ["b", "s", 12])])], [x, target], [])
-    assert onnx_passes.simplify_reshapes(model) == 0
+    assert [node.op_type for node in model.graph] == ["Cast", "Relu"]
 
 
 def test_a_weight_with_another_reader_keeps_its_layout() -> None:

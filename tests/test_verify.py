@@ -228,4 +228,5 @@ def test_a_plain_module_has_a_ladder_too() -> None:
 def test_a_rung_is_json() -> None:
     rung = Rung("a = b", 1e-7, 1e-4, passed=True, cases=3)
     assert rung.require() is rung
-    assert set(rung.to_json()) == {"rung", "max_abs_error", "tolerance", "passed", "cases", "first_difference"}
+    keys = {"rung", "max_abs_error", "tolerance", "passed", "cases", "first_difference", "detail"}
+    assert set(rung.to_json()) == keys
