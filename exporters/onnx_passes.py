@@ -115,15 +115,15 @@ def _equal(first: int | ir.SymbolicDim, second: int | ir.SymbolicDim) -> bool:
 
 
 def _constant_target(before: ir.Shape, after: ir.Shape) -> list[int] | None:
-    target: list[int] = []
-    for axis, size in enumerate(after):
-        if isinstance(size, int):
-            target.append(size if size else -2)  # an empty extent cannot be written beside a copied one
-        else:
-            target.append(0 if axis < len(before) and _equal(before[axis], size) else -1)
+    if 0 in [size for size in after if isinstance(size, int)]:
+        return None  # 0 means a copied extent
+    target = [
+        size if isinstance(size, int) else 0 if axis < len(before) and _equal(before[axis], size) else -1
+        for axis, size in enumerate(after)
+    ]
     # What is left open cannot be told from an empty tensor, and the past may be empty.
     may_be_empty = any(isinstance(size, ir.SymbolicDim) and size.value == EMPTY_AT_FIRST for size in before)
-    return None if -2 in target or target.count(-1) > (0 if may_be_empty else 1) else target
+    return target if target.count(-1) <= (0 if may_be_empty else 1) else None
 
 
 def merge_equal_computations(model: ir.Model) -> None:

@@ -97,8 +97,8 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Any other causal language model: hub id or directory.")] = None,
     ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove.")] = 0.2,
     calibration: Calibration = "self",
-    samples: Samples = 32,
-    seq_len: SeqLen = 256,
+    samples: Samples = 16,
+    seq_len: SeqLen = 128,
     seed: Seed = 0,
     uniform: Uniform = False,
     ppl: Annotated[

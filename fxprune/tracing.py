@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -232,7 +233,9 @@ def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> 
         graph.erase_node(node)
     axes = {
         node.name: {
-            axis: str(size) for axis, size in enumerate(node.meta["val"].shape) if isinstance(size, torch.SymInt)
+            axis: str(size)
+            for axis, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, torch.SymInt) and not is_concrete_int(size)
         }
         for node in placeholders
     }

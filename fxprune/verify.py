@@ -146,7 +146,7 @@ def compare_runners(
             logits = []
             for index, runner in enumerate((reference, candidate)):
                 out, pasts[index] = runner.step(tokens.to(device), so_far, positions, pasts[index])
-                logits.append(out.float())
+                logits.append(_at_least_float(out))
             real = so_far[:, -new:].bool()
             error = (logits[0] - logits[1])[real].abs().max().item()
             worst = max(worst, error if error == error else float("inf"))  # noqa: PLR0124 - NaN is unequal to itself
@@ -154,11 +154,17 @@ def compare_runners(
     return Rung(rung, worst, tolerance, worst <= tolerance, cases)
 
 
+def _at_least_float(tensor: Tensor) -> Tensor:
+    """Half precision as float32; float64 stays, or its own rounding to float32 would be compared."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def compare_modules(rung: str, reference: Any, candidate: Any, inputs: tuple[Any, ...], tolerance: float) -> Rung:
     """Compare two callables that return flat tuples of tensors, for models that are no causal language models."""
     with torch.no_grad():
         expected, given = _tensors(reference(*inputs)), _tensors(candidate(*inputs))
-    errors = [(a.float() - b.float()).abs().max().item() for a, b in zip(expected, given, strict=True) if a.numel()]
+    pairs = [(_at_least_float(a), _at_least_float(b)) for a, b in zip(expected, given, strict=True) if a.numel()]
+    errors = [(a - b).abs().max().item() for a, b in pairs]
     worst = max((error if error == error else float("inf") for error in errors), default=0.0)  # noqa: PLR0124 - NaN
     return Rung(rung, worst, tolerance, worst <= tolerance, 1)
 

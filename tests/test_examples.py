@@ -1,29 +1,38 @@
-"""The examples run, on a tiny model."""
+"""The examples run, on a tiny model; the pass in CONTRIBUTING works from a package of its own."""
 
 from __future__ import annotations
 
-import os
+import re
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import fxprune
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.registry import register_pass
+from fxprune import registry
+from fxprune.cli import main
+from fxprune.passes.slim import Slim
+from fxprune.pipeline import Pipeline
+from tests.families import located
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+Run = Callable[..., str]
 
 
-def run(script: str, *args: object, cwd: Path) -> str:
-    command = [sys.executable, str(EXAMPLES / script), *(str(arg) for arg in args)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example as `python examples/SCRIPT ARGS` would, in an empty directory; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def execute(script: str, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return execute
 
 
 @pytest.fixture
@@ -33,40 +42,75 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_quickstart_saves_a_model_that_loads(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
-    shown = run("quickstart.py", tiny_llama_dir, text, tmp_path / "slim", cwd=tmp_path)
+def test_quickstart_saves_a_model_that_loads(run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
+    shown = run("quickstart.py", tiny_llama_dir, text, tmp_path / "slim")
+    assert "model.layers.0.self_attn [attention]: 6 query heads on 2 KV heads of 10, read by o_proj" in shown
     assert "slim = masked: max abs error" in shown
+    counted = re.search(r"([\d,]+) -> ([\d,]+) parameters", shown)
+    assert counted is not None
+    dense, slim = (int(number.replace(",", "")) for number in counted.groups())
+    assert slim < dense
+    assert sum(p.numel() for p in fxprune.load(tmp_path / "slim").parameters()) == slim
+
+
+def test_own_pass_runs_and_verifies(run: Run, tiny_llama_dir: Path) -> None:
+    assert "slim = masked: max abs error" in run("own_pass.py", tiny_llama_dir)
+
+
+def test_slim_runs_in_a_torch_fx_pass_manager(run: Run) -> None:
+    assert "Linear(in_features=16, out_features=24" in run("fx_pass_manager.py")
+
+
+def test_the_yaml_pipeline_runs(
+    tiny_llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = (EXAMPLES / "pipeline.yaml").read_text()
+    assert "calibration: self" in pipeline
+    (tmp_path / "pipeline.yaml").write_text(pipeline.replace("calibration: self", f"calibration: {text}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fxprune", "run", "pipeline.yaml", "--model", str(tiny_llama_dir)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
     assert fxprune.load(tmp_path / "slim").config.model_type == "llama"
 
 
-def test_own_pass_runs_from_outside_the_package(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    assert "slim = masked: max abs error" in run("own_pass.py", tiny_llama_dir, cwd=tmp_path)
+# --- CONTRIBUTING ---------------------------------------------------------------------------------------------------
 
 
-def test_own_pass_works_in_a_pipeline_by_name(tiny_llama: object) -> None:
-    norm = runpy.run_path(str(EXAMPLES / "own_pass.py"))["NormPrune"]
-    register_pass("norm_of_the_example", norm)
-    names = ("lift_linears", "locate_mlp", "norm_of_the_example", "insert_masks", "slim")
-    program = Pipeline([build_pass(name, {}) for name in names])(fxprune.trace(tiny_llama)).program  # type: ignore[arg-type]
-    assert {len(units) for units in program.plan.kept.values()} == {56}  # three quarters of 80, a multiple of 8
+def block(language: str) -> str:
+    """The first code block of a language in CONTRIBUTING."""
+    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def test_contributing_shows_the_example_as_it_is() -> None:
-    shown = (ROOT / "CONTRIBUTING.md").read_text()
     source = (EXAMPLES / "own_pass.py").read_text()
     body = source[source.index("class NormPrune") : source.index("if __name__")].strip()
-    assert body in shown
-    assert len(body.splitlines()) < 40
+    assert body in block("python")
+    assert len(block("python").splitlines()) < 40
 
 
-def test_the_yaml_pipeline_runs(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
-    pipeline = (EXAMPLES / "pipeline.yaml").read_text().replace("calibration: self", f"calibration: {text}")
-    (tmp_path / "pipeline.yaml").write_text(pipeline)
-    command = [sys.executable, "-c", "from fxprune.cli import main; main()", "run", "pipeline.yaml"]
-    command += ["--model", str(tiny_llama_dir)]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, timeout=300)
-    assert fxprune.load(tmp_path / "slim").config.model_type == "llama"
-
-
-def test_slim_runs_in_a_torch_fx_pass_manager(tmp_path: Path) -> None:
-    assert "Linear(in_features=16, out_features=24" in run("fx_pass_manager.py", cwd=tmp_path)
+def test_a_package_written_by_the_book_adds_its_pass_to_yaml_pipelines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Install a package that holds nothing but what CONTRIBUTING shows, and use its pass by name."""
+    name, target = re.findall(r'(\w+) = "(my_package:\w+)"', block("toml"))[0]
+    metadata = tmp_path / "site" / "my_package-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (tmp_path / "site" / "my_package.py").write_text(block("python"))
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[fxprune.passes]\n{name} = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(registry, "_PASSES", dict(registry._PASSES))
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    monkeypatch.setattr(registry, "_loaded_entry_points", False)
+    (tmp_path / "pipeline.yaml").write_text(f"passes:\n  - {name}: {{keep: 0.5}}\n  - insert_masks\n")
+    pipeline = Pipeline.from_yaml(tmp_path / "pipeline.yaml")
+    assert type(pipeline.passes[0]).__module__ == "my_package"
+    masked = pipeline(located("llama")).program
+    assert masked.plan is not None
+    assert {len(units) for units in masked.plan.kept.values()} == {8}  # half of 20, a multiple of 8
+    slim = Slim()(masked).program
+    assert slim.graph_module.get_parameter("model.layers.0.mlp.down_proj.weight").shape == (30, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from fxprune.passes.channel import ChannelPrune
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.pipeline import Pipeline
-from fxprune.program import Program
+from fxprune.program import Form, Program
 from fxprune.runners import GraphRunner
 from fxprune.tracing import trace
-from fxprune.verify import compare_runners
+from fxprune.verify import DOUBLE_TOLERANCE, compare_runners, in_double
 from tests.families import LOCATE
 
 pytestmark = pytest.mark.real_model
@@ -31,24 +30,10 @@ def program(real_model_dir: Path) -> Program:
     return Pipeline(LOCATE)(trace(loaded.model, tokenizer=loaded.tokenizer)).program
 
 
-def runner(program: Program, dtype: torch.dtype = torch.float32) -> GraphRunner:
-    """A form of the model in some precision."""
-    if dtype == torch.float32:
-        return GraphRunner(program.graph_module, program.interface)
-    examples = {n: t.to(dtype) if t.is_floating_point() else t for n, t in program.interface.example_inputs.items()}
-    converted = program.replace(
-        interface=type(program.interface)(
-            examples, program.interface.dynamic_axes, program.interface.outputs, program.interface.cache
-        )
-    )
-    return GraphRunner(copy.deepcopy(program.graph_module).to(dtype), converted.interface)
-
-
-def worst(reference: GraphRunner, candidate: GraphRunner) -> float:
-    """Largest absolute difference of a logit."""
-    return compare_runners(
-        "", reference, candidate, vocabulary=49152, tolerance=0, device=torch.device("cpu")
-    ).max_abs_error
+def worst(reference: Form, candidate: Form) -> float:
+    """Largest absolute difference of a logit over all cases of the ladder."""
+    runners = [GraphRunner(form.module, form.interface) for form in (reference, candidate)]  # type: ignore[arg-type]
+    return compare_runners("", *runners, vocabulary=49152, tolerance=0, device=torch.device("cpu")).max_abs_error
 
 
 def test_every_head_and_channel_of_the_real_model_is_found(program: Program) -> None:
@@ -65,12 +50,13 @@ def test_masked_equals_slim_on_the_real_model(program: Program, ratio: float) ->
     prune = ChannelPrune(ratio=ratio, calibration=str(TEXT), samples=4, seq_len=64)
     masked = Pipeline([prune, InsertMasks()])(program).program
     slim = Slim()(masked).program
-    exact = runner(masked, torch.float64)
-    assert worst(exact, runner(slim, torch.float64)) <= 1e-5
-    # In float32 some positions of a strongly pruned model amplify rounding: the masked graph differs from its own
-    # float64 form just as much as the slim one differs from it.
-    error = worst(runner(masked), runner(slim))
-    assert error <= 1e-4 or error <= 4 * worst(exact, runner(masked))
+    forms = [Form(form.graph_module, form.interface) for form in (masked, slim)]
+    exact = in_double(forms[0])
+    assert worst(exact, in_double(forms[1])) <= DOUBLE_TOLERANCE
+    # In float32 some positions of a strongly pruned model amplify rounding: there the masked graph is as far from its
+    # own float64 form as the slim one is from the masked.
+    error = worst(*forms)
+    assert error <= 1e-4 or error <= 4 * worst(exact, forms[0])
     dense = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
     share = next(event.details["removed_share"] for event in slim.history if event.name == "channel")
     step = 8 * program.groups[-1].unit_parameters
