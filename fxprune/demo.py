@@ -7,6 +7,7 @@ result appears whole in the output directory, or not at all.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fxprune.default_model import default_model_path
@@ -69,6 +70,8 @@ def run_demo(
         )
         with watch.stage("load"):
             loaded = load_model(model or str(default_model_path()))
+            if not model:
+                loaded = replace(loaded, name="SmolLM2-135M-Instruct")
         say("tracing it to a graph and finding what belongs together")
         program = front_end(loaded, watch)
         show(program)
