@@ -239,6 +239,32 @@ def test_columns_that_read_values_without_channels_must_stay() -> None:
     assert str(pin) == "Linear in proj: reads values that carry no traced channels"
 
 
+class SharedScale(nn.Module):
+    """Heads that one Linear scales together; another Linear may read the scale as well."""
+
+    def __init__(self, *, read: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.out = (nn.Linear(i, o, bias=False) for i, o in ((5, 6), (5, 2), (6, 4)))
+        self.reader = nn.Linear(2, 3, bias=False) if read else None
+
+    def forward(self, x: Any) -> Any:
+        scale = self.scale(x)
+        heads = aten.mul.Tensor(aten.view.default(self.heads(x), [B, S, 3, 2]), aten.unsqueeze.default(scale, 2))
+        out = self.out(aten.view.default(heads, [B, S, 6]))
+        return out if self.reader is None else (out, self.reader(scale))
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_what_is_shared_goes_with_its_last_user_unless_a_linear_reads_it(read: bool) -> None:  # noqa: FBT001
+    walked = Walked(SharedScale(read=read), x=values(B, S, 5))
+    heads, scale = walked.axis("heads.weight", 0), walked.axis("scale.weight", 0)
+    some, every = (np.array(walked.classes(ids)) for ids in (heads[:4], heads))
+    assert walked.map.source[every].all()
+    assert walked.map.keep(some)[heads].tolist() == [False] * 4 + [True] * 2
+    assert walked.map.keep(some)[scale].all()
+    assert walked.map.keep(every)[scale].tolist() == [read, read]
+
+
 # --- contraction ----------------------------------------------------------------------------------------------------
 
 
