@@ -255,7 +255,7 @@ class SharedScale(nn.Module):
 
 
 @pytest.mark.parametrize("read", [False, True])
-def test_what_is_shared_goes_with_its_last_user_unless_a_linear_reads_it(read: bool) -> None:  # noqa: FBT001
+def test_what_is_shared_goes_with_its_last_user_unless_a_linear_reads_it(read: bool) -> None:
     walked = Walked(SharedScale(read=read), x=values(B, S, 5))
     heads, scale = walked.axis("heads.weight", 0), walked.axis("scale.weight", 0)
     some, every = (np.array(walked.classes(ids)) for ids in (heads[:4], heads))
