@@ -47,7 +47,8 @@ def test_the_batch_size_changes_nothing_and_progress_is_told() -> None:
     for name in LINEARS:
         torch.testing.assert_close(one[name].mean, all_at_once[name].mean, rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(one[name].variance, all_at_once[name].variance, rtol=1e-5, atol=1e-8)
-    program, done = located("qwen2"), []
+    program = located("qwen2")
+    done: list[int] = []
     collect_statistics(program.graph_module, program.interface, LINEARS, TOKENS, batch_size=3, on_batch=done.append)
     assert done == [3, 6, 7]
 
@@ -55,7 +56,7 @@ def test_the_batch_size_changes_nothing_and_progress_is_told() -> None:
 def test_no_logits_are_computed_and_no_hook_is_left() -> None:
     program = located("qwen2")
     called: list[str] = []
-    hook = program.graph_module.lm_head.register_forward_pre_hook(lambda *_: called.append("lm_head"))
+    hook = program.graph_module.get_submodule("lm_head").register_forward_pre_hook(lambda *_: called.append("lm_head"))
     try:
         collect()
     finally:

@@ -208,7 +208,7 @@ def test_a_model_without_a_prunable_group_is_told_what_was_found_and_what_pinned
             self.fc1, self.fc2, self.low = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 3)
             self.rank = nn.Linear(3, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.fc2(self.fc1(x).relu().sort(-1)[0]) + self.rank(self.low(x))
 
     located = located_plain(nn.Sequential(Sorts()), torch.randn(4, 6))

@@ -118,7 +118,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(width, 5)
         self.between = between
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.fc2(self.between(self.fc1(x)))
 
 
@@ -139,7 +139,7 @@ class FusedMlp(nn.Module):
         self.down = nn.Linear(12, 6)
         self.interleaved = interleaved
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         both = self.gate_up(x)
         gate, up = (both[..., ::2], both[..., 1::2]) if self.interleaved else both.chunk(2, -1)
         return self.down(nn.functional.silu(gate) * up)
@@ -177,7 +177,7 @@ class Heads(nn.Module):
         self.o = nn.Linear(heads * dim, 6)
         self.after, self.heads = after, heads
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         out = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.o(self.after(out).transpose(1, 2).flatten(2))

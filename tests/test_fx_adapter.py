@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -22,7 +24,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.down(self.up(x).relu())
 
 
@@ -76,7 +78,9 @@ def test_the_last_program_is_at_hand_afterwards() -> None:
 def test_modified_is_false_when_the_graph_is_the_same() -> None:
     lift = FxPass(LiftLinears(), example_inputs={"x": X})
     once = lift(exported(Mlp()))
+    assert once is not None
     assert once.modified
     again = lift(once.graph_module)
+    assert again is not None
     assert not again.modified
     assert again.graph_module is once.graph_module

@@ -67,7 +67,7 @@ class Forms(nn.Module):
         self.conv, self.form = Conv1D(4, 6), form
         nn.init.normal_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         match self.form:
             case "Conv1D":
                 out: Tensor = self.conv(x)
@@ -113,7 +113,7 @@ def test_computed_weights_are_left_as_they_are() -> None:
             super().__init__()
             self.fc = nn.Linear(6, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return nn.functional.linear(x, self.fc.weight * 2, self.fc.bias)
 
     result = LiftLinears()(trace(Computed(), example_inputs=(X,)))
@@ -128,7 +128,7 @@ def test_a_linear_that_is_called_twice_is_one_module() -> None:
             super().__init__()
             self.fc = nn.Linear(6, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.fc(self.fc(x).relu())
 
     program = lifted(Twice())
@@ -143,7 +143,7 @@ def test_a_shared_weight_keeps_each_bias_with_its_own_module() -> None:
             self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
             self.b.weight = self.a.weight
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.b(self.a(x).relu())
 
     program = lifted(Shared())
@@ -158,7 +158,7 @@ def test_one_weight_with_and_without_its_bias_is_two_linears() -> None:
             super().__init__()
             self.fc = nn.Linear(6, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.fc(nn.functional.linear(x, self.fc.weight))
 
     program = lifted(Both())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import TraceError
-from fxprune.runners import EagerRunner, GraphRunner, Past, greedy
+from fxprune.runners import EagerRunner, GraphRunner, Past, Runner, greedy
 from fxprune.tracing import sample_inputs, trace
 from tests.families import FAMILIES, STEPS, build, located, steps
 
@@ -20,11 +20,12 @@ def test_the_graph_computes_what_the_model_does_at_every_length(family: str) -> 
     eager = EagerRunner(program.references["eager"].module)
     traced = program.references["traced"]
     graph = GraphRunner(traced.module, traced.interface)  # type: ignore[arg-type]
+    runners: tuple[Runner, ...] = (eager, graph)
     for batch, padding in STEPS.values():
         pasts: list[Past | None] = [None, None]
         for step in steps(batch, padding=padding):
             outs = []
-            for index, runner in enumerate((eager, graph)):
+            for index, runner in enumerate(runners):
                 out, pasts[index] = runner.step(step.tokens, step.mask, step.positions, pasts[index])
                 outs.append(out[step.mask[:, -step.tokens.shape[1] :].bool()])
             torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -208,7 +208,7 @@ def test_a_plain_module_has_a_ladder_too() -> None:
             super().__init__()
             self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.fc2(self.fc1(x).relu())
 
     program = located_plain(Mlp(), torch.randn(4, 6))
