@@ -47,9 +47,9 @@ def source_of_logits(graph_module: GraphModule, outputs: tuple[str, ...]) -> Nod
 
 
 def state_tensors(graph_module: GraphModule) -> dict[str, Tensor]:
-    """The parameters and buffers of a lifted graph under their original names, in their original layout.
+    """The parameters and buffers of a lifted graph under the names that the graph gives them.
 
-    Constants that rewriting added (selections) are left out; a weight that lifting transposed is turned back.
+    Constants that rewriting added (selections) are left out. A weight that lifting transposed stays transposed.
     """
     tensors = {}
     for name, tensor in graph_module.state_dict(keep_vars=True).items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ChannelMask"]
+__all__ = ["ChannelMask", "has_masks"]
 
 
 class ChannelMask(nn.Module):
@@ -40,3 +40,8 @@ class ChannelMask(nn.Module):
     def extra_repr(self) -> str:
         """Units and how many are kept."""
         return f"units={len(self.mask)}, kept={int((self.mask != 0).sum())}"
+
+
+def has_masks(module: nn.Module) -> bool:
+    """Whether a mask stands anywhere in a model, so that it is not slimmed yet."""
+    return any(isinstance(part, ChannelMask) for part in module.modules())

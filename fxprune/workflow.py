@@ -68,6 +68,10 @@ def front_end(loaded: LoadedModel, watch: Stopwatch) -> Program:
     """Trace a loaded model, lift its projections and locate what can be pruned."""
     with watch.stage("trace"):
         program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
+    return _located(program)
+
+
+def _located(program: Program) -> Program:
     return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
 
 
@@ -87,7 +91,7 @@ def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
         raise CheckpointError(f"{name_or_path}: no causal language model for this configuration: {error}") from error
     with watch.stage("trace"):
         program = trace(model, name=str(name_or_path))
-    return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+    return _located(program)
 
 
 def prune_program(
@@ -131,14 +135,12 @@ class OpenForm:
         kind: `onnxruntime` or `torch`.
         tokenizer: its tokenizer, if found.
         cost: what it computes and reads, for bounds; None when unknown.
-        dtype: of its weights where known.
     """
 
     runner: Runner
     kind: str
     tokenizer: Any = None
     cost: Cost | None = None
-    dtype: torch.dtype | None = None
 
 
 def open_form(where: str, *, threads: int | None = None, dtype: str | None = None) -> OpenForm:
@@ -157,7 +159,7 @@ def open_form(where: str, *, threads: int | None = None, dtype: str | None = Non
         return OpenForm(runner, "onnxruntime", tokenizer)
     loaded = load_model(where, dtype=dtype)
     runner = EagerRunner(loaded.model, "torch")
-    return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model), next(loaded.model.parameters()).dtype)
+    return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model))
 
 
 def cases_of(prefills: Sequence[int], decodes: int, past: int) -> list[Any]:

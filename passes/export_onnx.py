@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fxprune.errors import PreconditionError
 from fxprune.exporters.onnx import export_onnx
-from fxprune.masks import ChannelMask
+from fxprune.masks import has_masks
 from fxprune.output import prepare_output, staged_directory
 from fxprune.pass_base import Pass, PassResult
 
@@ -57,7 +57,7 @@ class ExportOnnx(Pass):
             PreconditionError: refusal 2.
             OutputError: refusal 1.
         """
-        if any(isinstance(module, ChannelMask) for module in program.graph_module.modules()):
+        if has_masks(program.graph_module):
             raise PreconditionError("export_onnx writes slim models: run slim first, masks are still in the graph")
         prepare_output(self.out, overwrite=self.overwrite)
 

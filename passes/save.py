@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from fxprune.checkpoint import save
 from fxprune.errors import PreconditionError
 from fxprune.graphs import state_tensors
-from fxprune.masks import ChannelMask
+from fxprune.masks import has_masks
 from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult
 
@@ -52,7 +52,7 @@ class Save(Pass):
         """
         if program.source is None:
             raise PreconditionError("save writes Hugging Face checkpoints; this program came from a plain nn.Module")
-        if any(isinstance(module, ChannelMask) for module in program.graph_module.modules()):
+        if has_masks(program.graph_module):
             raise PreconditionError("save writes slim models: run slim before save, masks are still in the graph")
         prepare_output(self.out, overwrite=self.overwrite)
 

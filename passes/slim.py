@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fxprune.errors import PostconditionError, PreconditionError
-from fxprune.masks import ChannelMask
+from fxprune.masks import has_masks
 from fxprune.pass_base import Pass, PassResult
 from fxprune.slimming import slim_graph
 
@@ -48,7 +48,7 @@ class Slim(Pass):
         assert program.plan is not None
         before = _linear_parameters(program)
         nothing = all(not program.plan.removed_units(group) for group in program.groups)
-        if nothing and not any(isinstance(module, ChannelMask) for module in program.graph_module.modules()):
+        if nothing and not has_masks(program.graph_module):
             return PassResult(program, modified=False, details={"linear_parameters": [before, before]})
         graph_module, interface = slim_graph(program.graph_module, program.interface, program.groups, program.plan)
         slim = program.with_reference("unslimmed", program.graph_module)
@@ -62,7 +62,7 @@ class Slim(Pass):
             PostconditionError: one is.
         """
         del before
-        if any(isinstance(module, ChannelMask) for module in after.graph_module.modules()):
+        if has_masks(after.graph_module):
             raise PostconditionError("slim left a mask in the graph")
 
 
