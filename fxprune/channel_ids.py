@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,11 @@ __all__ = [
     "NormSite",
     "ParameterAxis",
     "Pin",
+    "Role",
 ]
 
 IdArray = NDArray[np.int64]
+Role = Literal["", "rows", "columns", "experts"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class ParameterAxis:
         axis: which axis.
         first: id of index 0.
         size: length of the axis.
-        linear: whether a Linear (or grouped Linear) uses the parameter as its weight.
+        role: what the axis is to the Linear (or grouped Linear) whose weight this is: the `rows` that it puts out,
+            the `columns` that it reads, or its `experts`; empty for any other parameter.
     """
 
     parameter: str
     axis: int
     first: int
     size: int
-    linear: bool = False
+    role: Role = ""
 
     def ids(self) -> IdArray:
         """The ids of the axis, in order."""
@@ -142,14 +146,14 @@ class ChannelLedger:
         first, self.next_id = self.next_id, self.next_id + count
         return np.arange(first, self.next_id, dtype=np.int64)
 
-    def axis(self, parameter: str, axis: int, size: int, *, linear: bool = False) -> ParameterAxis:
+    def axis(self, parameter: str, axis: int, size: int, role: Role = "") -> ParameterAxis:
         """The ids of a parameter axis, made at first use."""
         key = (parameter, axis)
         if key not in self.axes:
-            self.axes[key] = ParameterAxis(parameter, axis, int(self.fresh(size)[0]), size, linear)
-        elif linear and not self.axes[key].linear:
+            self.axes[key] = ParameterAxis(parameter, axis, int(self.fresh(size)[0]), size, role)
+        elif role and not self.axes[key].role:
             known = self.axes[key]
-            self.axes[key] = ParameterAxis(parameter, axis, known.first, known.size, linear=True)
+            self.axes[key] = ParameterAxis(parameter, axis, known.first, known.size, role)
         return self.axes[key]
 
     def merge(self, a: IdArray, b: IdArray) -> None:

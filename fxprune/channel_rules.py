@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.channel_ids import ActivationSite, AttentionSite, IdArray, NormSite, Pin
+from fxprune.channel_ids import ActivationSite, NormSite, Pin
+from fxprune.channel_relations import combine, contract, distinct_rows, meet_columns, reduce_last
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     Rule = Callable[["Call"], "Ids"]
 
-__all__ = ["CASTS", "MOVEMENT", "Ids", "combine", "contract", "find_rule", "meet_columns", "reduce_last"]
+__all__ = ["CASTS", "MOVEMENT", "NORMS", "Ids", "find_rule"]
 
 Ids = Tensor | None | list[Tensor | None]
 aten = torch.ops.aten
@@ -83,172 +84,6 @@ ACTIVATIONS: frozenset[str] = frozenset({
 })  # fmt: skip
 
 NORMS: frozenset[Any] = frozenset({aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default})
-
-
-# --- relations between ids ------------------------------------------------------------------------------------------
-
-
-def _counts(keys: IdArray) -> IdArray:
-    """For each element, how often its value occurs."""
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return counts[inverse]
-
-
-def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Ids of an elementwise result, and the relations that follow.
-
-    Where only one operand carries a channel, the result carries it. Where both do, a pair that meets nobody else is
-    merged; if b meets many a, b is shared (each a needs b) and the result carries a; if both meet many, the result is
-    a new channel that needs both.
-    """
-    if a is None or b is None or a is b:
-        return a if b is None else b
-    a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
-    result = torch.where(a > 0, a, b)
-    both = (a > 0) & (b > 0) & (a != b)
-    if not both.any():
-        return result
-    ledger = call.ledger
-    scale = ledger.next_id
-    keys, inverse = np.unique(a[both].numpy() * scale + b[both].numpy(), return_inverse=True)
-    ua, ub = keys // scale, keys % scale
-    many_b, many_a = _counts(ua) > 1, _counts(ub) > 1  # this a meets many b; this b meets many a
-    merged, shared_b, shared_a, tangled = ~many_a & ~many_b, many_a & ~many_b, ~many_a & many_b, many_a & many_b
-    choice = ua.copy()
-    ledger.merge(ua[merged], ub[merged])
-    ledger.need(ua[shared_b], ub[shared_b])
-    ledger.need(ub[shared_a], ua[shared_a])
-    choice[shared_a] = ub[shared_a]
-    if tangled.any():
-        new = ledger.fresh(int(tangled.sum()))
-        ledger.need(new, ua[tangled])
-        ledger.need(new, ub[tangled])
-        choice[tangled] = new
-    result = result.clone()
-    result[both] = torch.from_numpy(choice[inverse])
-    return result
-
-
-def _rows(ids: Tensor) -> tuple[IdArray, IdArray]:
-    """Distinct rows along the last axis, and for each leading position which row it has."""
-    flat = ids.reshape(-1, ids.shape[-1])
-    if len(flat) and bool((flat == flat[:1]).all()):
-        return flat[:1].numpy(), np.zeros(len(flat), dtype=np.int64)
-    rows, inverse = np.unique(flat.numpy(), axis=0, return_inverse=True)
-    return rows, inverse.reshape(-1)
-
-
-def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None = None) -> Tensor | None:
-    """Ids after the last axis was reduced away.
-
-    A row that carries one channel throughout keeps it. A row of several becomes a new channel, which stays as long as
-    one of them does (`merge=False`) or is one block with all of them (`merge=True`).
-
-    Args:
-        call: the operator call.
-        ids: (..., n).
-        merge: whether the reduced channels form one block.
-        norm: record the reduction as a norm of this kind.
-
-    Returns:
-        (...,).
-    """
-    if ids is None:
-        return None
-    ledger = call.ledger
-    rows, inverse = _rows(ids)
-    out = np.zeros(len(rows), dtype=np.int64)
-    for index, row in enumerate(rows):  # distinct rows: at most one per head, never one per channel
-        members = np.unique(row[row > 0])
-        if len(members) == 0:
-            continue
-        if len(members) == 1:
-            out[index] = members[0]
-            continue
-        new = ledger.fresh(1)
-        out[index] = new[0]
-        (ledger.merge if merge else ledger.need)(members, np.repeat(new, len(members)))
-        if norm is not None:
-            ledger.norms.append(NormSite(call.node.name, call.module, norm, members, len(row)))
-    return torch.from_numpy(out[inverse]).reshape(ids.shape[:-1])
-
-
-def meet_columns(call: Call, ids: Tensor | None, columns: IdArray) -> None:
-    """Relate what comes into a Linear to its weight's columns.
-
-    A column that sees one channel is merged with it; a column that sees several (weights shared by heads) is needed
-    by each. A column that sees an element without a channel must stay.
-    """
-    ledger = call.ledger
-    if ids is None:
-        ledger.pins.append(Pin(columns, call.op, call.module, "reads values that carry no traced channels"))
-        return
-    rows, _ = _rows(ids)
-    ledger.consumed.append(np.unique(rows[rows > 0]))
-    if len(rows) == 1:
-        x, c = rows[0], columns
-        ledger.merge(x[x > 0], c[x > 0])
-        bare = c[x == 0]
-    else:
-        pairs = np.unique(np.stack([rows.ravel(), np.tile(columns, len(rows))], 1), axis=0)
-        bare = pairs[pairs[:, 0] == 0, 1]
-        pairs = pairs[pairs[:, 0] > 0]
-        shared = _counts(pairs[:, 1]) > 1
-        ledger.merge(pairs[~shared, 0], pairs[~shared, 1])
-        ledger.need(pairs[shared, 0], pairs[shared, 1])
-    if len(bare):
-        ledger.pins.append(Pin(bare, call.op, call.module, "reads values that carry no traced channels"))
-
-
-def contract(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Ids of a matrix product of activations, (..., m, k) by (..., k, n).
-
-    Where channels run along k on both sides they meet, and each side's row becomes one block (a head's query and key
-    channels); the product is marked as scores. Where scores meet values, each head's outputs join the head's block.
-    """
-    if a is None and b is None:
-        return None
-    varies_a = a is not None and bool((a != a[..., :1]).any())
-    varies_b = b is not None and bool((b != b[..., :1, :]).any())
-    scores = varies_a and varies_b
-    ra = reduce_last(call, a, merge=scores, norm=None if scores or not varies_a else "matmul")
-    rb = reduce_last(call, b.transpose(-1, -2) if b is not None else None, merge=scores)
-    if scores:
-        assert a is not None
-        assert b is not None
-        combine(call, a[..., :1, :], b[..., :, :1].transpose(-1, -2))
-    left = None if ra is None else ra.unsqueeze(-1)
-    right = None if rb is None else rb.unsqueeze(-2)
-    out = combine(call, left, right)
-    if out is not None and left is not None and right is not None:
-        out = out.expand(np.broadcast_shapes(left.shape, right.shape))
-    ledger = call.ledger
-    if scores and out is not None:
-        ledger.scores.append(np.unique(out[out > 0].numpy()))
-    elif out is not None:
-        _join_scores(call, left, right, out)
-    return out
-
-
-def _join_scores(call: Call, left: Tensor | None, right: Tensor | None, out: Tensor) -> None:
-    """Merge head outputs with the scores they came from, and note the attention."""
-    for side, axis in ((left, -2), (right, -1)):
-        if side is None:
-            continue
-        spread = side.expand(out.shape)
-        flags = torch.from_numpy(call.ledger.is_score(spread.numpy()))
-        if not flags.any():
-            continue
-        pairs = np.unique(np.stack([out[flags].numpy(), spread[flags].numpy()], 1), axis=0)
-        call.ledger.merge(pairs[:, 0], pairs[:, 1])
-        # One position of one sequence holds every head: heads stand on the axes before the matrices.
-        heads = spread.select(axis, 0)[..., 0].reshape(-1).numpy()
-        outputs = out.select(axis, 0).reshape(len(heads), -1).numpy()
-        order = np.sort(np.unique(heads, return_index=True)[1])
-        call.ledger.attentions.append(
-            AttentionSite(call.node.name, call.module, heads[order], outputs[order].reshape(-1))
-        )
-        return
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------
@@ -346,14 +181,14 @@ def _elementwise(call: Call) -> Ids:
 
 def _linear(call: Call) -> Ids:
     weight = call.weight
-    rows = call.ledger.axis(weight.name, 0, weight.shape[0], linear=True).ids()
-    columns = call.ledger.axis(weight.name, 1, weight.shape[1], linear=True).ids()
+    rows = call.ledger.axis(weight.name, 0, weight.shape[0], "rows").ids()
+    columns = call.ledger.axis(weight.name, 1, weight.shape[1], "columns").ids()
     ids = call.ids_of(call.tensor_nodes()[0])
     meet_columns(call, ids, columns)
     if weight.bias is not None:
         call.ledger.merge(rows, call.ledger.axis(weight.bias, 0, weight.shape[0]).ids())
     out: Tensor | None = torch.from_numpy(rows)
-    if ids is not None and len(_rows(ids)[0]) > 1:
+    if ids is not None and len(distinct_rows(ids)[0]) > 1:
         reduced = reduce_last(call, ids, merge=False)
         out = combine(call, None if reduced is None else reduced.unsqueeze(-1), out)
     assert out is not None
@@ -435,7 +270,7 @@ def _norm(call: Call) -> Ids:
     ids = call.ids_of(call.tensor_nodes()[0])
     if ids is None:
         return None
-    rows, _ = _rows(ids)
+    rows, _ = distinct_rows(ids)
     for row in rows:
         members = np.unique(row[row > 0])
         if len(members) > 1:

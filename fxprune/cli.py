@@ -7,6 +7,7 @@ otherwise, 130 when interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +22,7 @@ from fxprune.errors import FxpruneError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     from fxprune.program import Program
 
@@ -362,23 +364,38 @@ def run(
 
 def main() -> None:
     """Entry point of the console script."""
-    status: Any = 0
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(signum, frame)
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        status = app(standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; earlier output is whole and nothing half-written is left")
-        status = 130
-    except UsageError as error:
-        _say(f"error: {error}")
-        status = 2
-    except FxpruneError as error:
-        _say(f"error: {error}")
-        status = 1
-    except TyperException as error:  # what the parser itself refuses
-        show: Any = getattr(error, "show", None)
-        if show is None:
-            _say(f"error: {error.format_message()}")
-        else:  # usage errors print the usage first
-            show()
-        status = error.exit_code
+        status: Any = app(standalone_mode=False)
+    except (KeyboardInterrupt, Exception) as error:
+        # Native code may turn the interrupt into an error of its own; what fails after Ctrl-C is its consequence.
+        if interrupted or isinstance(error, (KeyboardInterrupt, typer.Abort)):
+            _say("interrupted; earlier output is whole and nothing half-written is left")
+            status = 130
+        elif isinstance(error, (FxpruneError, TyperException)):
+            status = _exit_status(error)
+        else:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit_status(error: FxpruneError | TyperException) -> int:
+    """Tell the user about an error of ours or of the command line's parser."""
+    if isinstance(error, FxpruneError):
+        _say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    show: Any = getattr(error, "show", None)
+    if show is None:
+        _say(f"error: {error.format_message()}")
+    else:  # usage errors print the usage first
+        show()
+    return int(error.exit_code)

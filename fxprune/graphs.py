@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channels import get_attribute
+from fxprune.lifted import origin_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,13 +48,19 @@ def source_of_logits(graph_module: GraphModule, outputs: tuple[str, ...]) -> Nod
 
 
 def state_tensors(graph_module: GraphModule) -> dict[str, Tensor]:
-    """The parameters and buffers of a lifted graph under the names that the graph gives them.
+    """The parameters and buffers of a lifted graph, named and laid out as the model's class has them.
 
-    Constants that rewriting added (selections) are left out. A weight that lifting transposed stays transposed.
+    Constants that rewriting added (selections) are left out.
     """
+    named: dict[str, tuple[str, bool]] = {}
+    for owner, module in graph_module.named_modules():
+        origin = origin_of(module)
+        if origin is not None:
+            turned = origin.transposed and isinstance(module, nn.Linear)
+            named |= {f"{owner}.weight": (origin.weight, turned), f"{owner}.bias": (origin.bias, False)}
     tensors = {}
     for name, tensor in graph_module.state_dict(keep_vars=True).items():
-        leaf = name.rpartition(".")[2]
-        if not leaf.startswith("_kept_"):
-            tensors[name] = tensor.detach()
+        if not name.rpartition(".")[2].startswith("_kept_"):
+            original, turned = named.get(name, (name, False))
+            tensors[original] = (tensor.t() if turned else tensor).detach()
     return tensors

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fxprune.channel_ids import ChannelMap, IdArray
+    from fxprune.channel_ids import ChannelMap, IdArray, Role
 
 __all__ = ["AttentionGroup", "Group", "MlpGroup", "UnitSlice", "collect_slices", "common_owner", "signatures"]
 
@@ -25,17 +25,17 @@ class UnitSlice:
 
     Attributes:
         parameter: qualified name.
-        axis: which axis; for the weight of a Linear, 0 are the rows it produces and 1 the columns it consumes.
+        axis: which axis.
         indices: (units, per unit) indices along the axis.
         elements: parameter elements behind one index.
-        linear: whether the parameter belongs to a Linear.
+        role: what the axis is to the Linear whose weight the parameter is (see `ParameterAxis`).
     """
 
     parameter: str
     axis: int
     indices: IdArray
     elements: int
-    linear: bool
+    role: Role = ""
 
     @property
     def per_unit(self) -> int:
@@ -45,12 +45,12 @@ class UnitSlice:
     @property
     def produces(self) -> bool:
         """Whether these are rows of a Linear's weight."""
-        return self.linear and self.axis == 0
+        return self.role == "rows"
 
     @property
     def consumes(self) -> bool:
         """Whether these are columns of a Linear's weight."""
-        return self.linear and self.axis == 1
+        return self.role == "columns"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def collect_slices(
             order = np.argsort(units, kind="stable")
             indices = positions[order].reshape(len(count), int(count[0]))
             size = elements[axis.parameter][axis.axis]
-            slices[index].append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.linear))
+            slices[index].append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.role))
     return [None if index in uneven else tuple(found) for index, found in enumerate(slices)]
 
 

@@ -34,6 +34,7 @@ from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.graphs import copy_graph_module
+from fxprune.lifted import make_linear, origin_of
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
 from fxprune.runners import GraphRunner
@@ -92,11 +93,9 @@ def add_biases(program: Program, biases: Mapping[str, Tensor]) -> Program:
     graph_module = copy_graph_module(program.graph_module)
     for name, bias in biases.items():
         old = get_attribute(graph_module, name)
-        new = nn.Linear(old.in_features, old.out_features, bias=True, device="meta")
-        new.weight = old.weight
         own = torch.zeros_like(bias) if old.bias is None else old.bias.detach().to(bias)
-        new.bias = nn.Parameter((own + bias).to(old.weight.dtype), old.weight.requires_grad)
-        graph_module.set_submodule(name, new)
+        new = nn.Parameter((own + bias).to(old.weight.dtype), old.weight.requires_grad)
+        graph_module.set_submodule(name, make_linear(old.weight, new, origin_of(old)))
     return program.replace(graph_module=graph_module, channels=None)
 
 

@@ -5,13 +5,15 @@ Before, as torch.export writes them, and after:
     aten.linear(x, W, b)                          call_module[model.layers.0.mlp.up_proj](x)
     aten.addmm(b, x, W)           (Conv1D)        call_module[transformer.h.0.mlp.c_fc](x)
     aten.matmul(x, aten.t(W))     (mm, numpy_T)   call_module[...](x)
+    aten._grouped_mm(x, W, ends)  (experts)       call_module[...](x, ends)       a GroupedLinear
 
-Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view.
+Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view. Each module
+remembers which parameters it stands for (`fxprune.lifted.Origin`).
 
 Refused, and left as it is:
  1. a weight that is not read straight from a parameter (computed weights);
  2. a bias that is not a parameter, or is not one-dimensional;
- 3. a weight that is not two-dimensional.
+ 3. a weight that is not two-dimensional (three-dimensional for experts).
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.errors import PostconditionError
 from fxprune.graphs import copy_graph_module
+from fxprune.lifted import Origin, make_grouped, make_linear
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -39,27 +42,40 @@ _TRANSPOSE = {aten.t.default, aten.numpy_T.default}
 
 @dataclass(frozen=True)
 class _Projection:
-    """What a projection node computes: `x @ weight.T + bias`."""
+    """What a projection node computes: `x @ weight.T + bias`, for each expert's rows where there are offsets."""
 
     x: Node
     weight: str
     transposed: bool  # the parameter is stored (in, out)
     bias: str | None
+    offsets: Node | None = None
+
+    @property
+    def dimensions(self) -> int:
+        """How many axes the weight must have."""
+        return 2 if self.offsets is None else 3
+
+    @property
+    def origin(self) -> Origin:
+        """What the module stands for; a bias that is added later stands beside the weight."""
+        added = f"{self.weight.removesuffix('weight')}bias" if self.weight.endswith("weight") else f"{self.weight}_bias"
+        return Origin(self.weight, self.bias or added, self.transposed)
 
 
 def _parameter(node: Any) -> str | None:
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
-def _weight(node: Any) -> tuple[str, bool] | None:
-    """The parameter behind a weight operand, and whether it is seen through a transpose."""
+def _weight(node: Any, axes: int = 2) -> tuple[str, bool] | None:
+    """The parameter of so many axes behind a weight operand, and whether its last two are seen swapped."""
     if (name := _parameter(node)) is not None:
         return name, False
     if not isinstance(node, Node) or node.op != "call_function":
         return None
-    swaps = node.target in _TRANSPOSE
-    swaps |= node.target is aten.transpose.int and {axis % 2 for axis in node.args[1:3]} == {0, 1}  # type: ignore[operator]
-    swaps |= node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+    last = {axes - 2, axes - 1}
+    swaps = axes == 2 and node.target in _TRANSPOSE
+    swaps |= node.target is aten.transpose.int and {axis % axes for axis in node.args[1:3]} == last  # type: ignore[operator]
+    swaps |= axes == 2 and node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
     name = _parameter(node.args[0]) if swaps else None
     return None if name is None else (name, True)
 
@@ -78,12 +94,26 @@ def _match(node: Node) -> _Projection | None:
     elif node.target in {aten.matmul.default, aten.mm.default}:
         x, w = node.args
         weight, bias, turned = _weight(w), None, True
+    elif node.target in grouped_products() and len(node.args) == 3:
+        x, w, offsets = node.args
+        weight = _weight(w, axes=3)
+        if weight is None or not isinstance(x, Node) or not isinstance(offsets, Node):
+            return None
+        return _Projection(x, weight[0], not weight[1], None, offsets)
     else:
         return None
     name = None if bias is None else _parameter(bias)
     if weight is None or not isinstance(x, Node) or (bias is not None and name is None):
         return None
     return _Projection(x, weight[0], turned != weight[1], name)
+
+
+def grouped_products() -> set[Any]:
+    """The operators that multiply each expert's rows by its weight; transformers registers one of them itself."""
+    found = {aten._grouped_mm.default}
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        found.add(torch.ops.transformers.grouped_mm_fallback.default)
+    return found
 
 
 def _module_name(root: nn.Module, match: _Projection) -> str:
@@ -98,15 +128,6 @@ def _module_name(root: nn.Module, match: _Projection) -> str:
     if leaf == "weight" and owner and not others and not list(module.children()):
         return owner
     return f"{match.weight}_linear"
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, weight.requires_grad)
-    if bias is not None:
-        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, bias.requires_grad)
-    return linear
 
 
 def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
@@ -128,13 +149,14 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
             continue
         weight = operator.attrgetter(match.weight)(graph_module)
         bias = None if match.bias is None else operator.attrgetter(match.bias)(graph_module)
-        if weight.dim() != 2 or (bias is not None and bias.dim() != 1):
+        if weight.dim() != match.dimensions or (bias is not None and bias.dim() != 1):
             continue
         key = (match.weight, match.bias)
         if key not in made:
             made[key] = _install(lifted, match, weight, bias)
         with graph.inserting_before(node):
-            call = graph.call_module(made[key], (match.x,))
+            args = (match.x,) if match.offsets is None else (match.x, match.offsets)
+            call = graph.call_module(made[key], args)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
@@ -144,12 +166,15 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
     return lifted, list(dict.fromkeys(names))
 
 
-def _install(lifted: GraphModule, match: _Projection, weight: Tensor, bias: Tensor | None) -> str:
+def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) -> str:
     name = _module_name(lifted, match)
     taken = name in dict(lifted.named_modules()) and isinstance(lifted.get_submodule(name), nn.Linear)
     if taken:  # one weight, two biases
         name = f"{name}_{match.bias.replace('.', '_') if match.bias else 'plain'}"
-    lifted.add_submodule(name, _linear(weight.t() if match.transposed else weight, bias))
+    if match.offsets is not None:
+        lifted.add_submodule(name, make_grouped(weight, transposed=match.transposed, origin=match.origin))
+    else:
+        lifted.add_submodule(name, make_linear(weight.t() if match.transposed else weight, bias, match.origin))
     return name
 
 
@@ -178,7 +203,7 @@ class LiftLinears(Pass):
             node.name
             for node in after.graph_module.graph.nodes
             if (match := _match(node)) is not None
-            and operator.attrgetter(match.weight)(after.graph_module).dim() == 2  # refusal 3
+            and operator.attrgetter(match.weight)(after.graph_module).dim() == match.dimensions  # refusal 3
         ]
         if left:
             raise PostconditionError(f"lift_linears left {left[0]} ({len(left)} in all) unlifted")

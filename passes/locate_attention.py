@@ -47,7 +47,7 @@ def _sharing(channels: ChannelMap, heads: IdArray) -> tuple[IdArray, list[IdArra
     """Which heads share parameters: a set index per head, and for each set the classes that its heads share."""
     carries = np.zeros(channels.count, dtype=bool)
     for axis in channels.axes:
-        if axis.linear:
+        if axis.role:
             carries[channels.class_of[axis.ids()]] = True
     needs = channels.needs[heads].tocoo()
     useful = carries[needs.col] & ~channels.source[needs.col]
@@ -86,7 +86,7 @@ def _shared_slices(
             order = found[np.argsort(owners[found], kind="stable")]
             indices = order.reshape(len(sets), -1)
             size = elements[axis.parameter][axis.axis]
-            slices.append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.linear))
+            slices.append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.role))
     return tuple(slices)
 
 
@@ -133,7 +133,7 @@ class LocateAttention(Pass):
             whole = bool(sets) and bool((sharing >= 0).all()) and len(sets) < len(classes)
             shared = _shared_slices(channels, sets, elements) if whole else ()
             head_dim = next(s.per_unit for s in slices if s.consumes)
-            owner = common_owner([s.parameter for s in (*slices, *shared) if s.linear])
+            owner = common_owner([s.parameter for s in (*slices, *shared) if s.role])
             name = unique_name(owner, AttentionGroup.kind, (*kept, *groups))
             groups.append(
                 AttentionGroup(

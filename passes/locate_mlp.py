@@ -36,15 +36,15 @@ def _candidates(channels: ChannelMap) -> list[IdArray]:
     """Classes between two Linears, by the parameter axes they touch, each list in the order of the first axis."""
     rows, columns = np.zeros(channels.count, dtype=bool), np.zeros(channels.count, dtype=bool)
     for axis in channels.axes:
-        if axis.linear:
-            (rows if axis.axis == 0 else columns)[channels.class_of[axis.ids()]] = True
+        if axis.role in {"rows", "columns"}:
+            (rows if axis.role == "rows" else columns)[channels.class_of[axis.ids()]] = True
     wanted = rows & columns
     for site in channels.attentions:
         wanted[channels.class_of[site.heads]] = False
     signature = signatures(channels)
     groups: dict[int, IdArray] = {}
     for axis in channels.axes:
-        if not axis.linear or axis.axis == 0:
+        if axis.role != "columns":
             continue
         classes = channels.class_of[axis.ids()]
         classes = classes[wanted[classes]]
@@ -115,7 +115,7 @@ class LocateMlp(Pass):
             if slices is None:
                 refused[f"{len(classes)} channels"] = reason or "they own different numbers of weights"  # refusal 4
                 continue
-            name = common_owner([s.parameter for s in slices if s.linear])
+            name = common_owner([s.parameter for s in slices if s.role])
             if reason is not None:
                 refused[name or "model"] = reason
                 continue

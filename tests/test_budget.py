@@ -24,14 +24,14 @@ some = settings(deadline=None, max_examples=200, derandomize=True)
 
 def mlp(name: str, units: int, cost: int = 3) -> MlpGroup:
     """An MLP whose channels cost `cost` parameters each."""
-    return MlpGroup(name, 0, (UnitSlice(f"{name}.down.weight", 1, np.arange(units).reshape(-1, 1), cost, linear=True),))
+    return MlpGroup(name, 0, (UnitSlice(f"{name}.down.weight", 1, np.arange(units).reshape(-1, 1), cost, "columns"),))
 
 
 def attention(name: str, kv_heads: int, per_kv: int, cost: int = 10, shared: int = 7) -> AttentionGroup:
     """An attention whose query heads cost `cost` parameters each and whose KV heads cost `shared`."""
     heads = np.arange(kv_heads * per_kv)
-    slices = (UnitSlice(f"{name}.o.weight", 1, heads.reshape(-1, 1), cost, linear=True),)
-    both = (UnitSlice(f"{name}.k.weight", 0, np.arange(kv_heads).reshape(-1, 1), shared, linear=True),)
+    slices = (UnitSlice(f"{name}.o.weight", 1, heads.reshape(-1, 1), cost, "columns"),)
+    both = (UnitSlice(f"{name}.k.weight", 0, np.arange(kv_heads).reshape(-1, 1), shared, "rows"),)
     return AttentionGroup(name, 0, slices, both, heads // per_kv, head_dim=1)
 
 

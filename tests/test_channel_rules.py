@@ -218,7 +218,7 @@ def test_a_linear_puts_out_its_rows_and_merges_its_columns_with_what_comes_in() 
     assert walked.classes(columns) == walked.classes([1, 2, 3])
     assert walked.classes(walked.axis("proj.bias", 0)) == walked.classes(rows)
     assert len(set(walked.classes([*rows, *columns]))) == 7
-    assert all(axis.linear for axis in walked.ledger.axes.values() if axis.parameter == "proj.weight")
+    assert all(axis.role for axis in walked.ledger.axes.values() if axis.parameter == "proj.weight")
 
 
 def test_columns_that_several_heads_read_are_shared_not_merged() -> None:

@@ -88,7 +88,7 @@ def test_tied_embeddings_are_one_parameter() -> None:
     tied = [name for name in table if table[name][0].size == SIZES["vocab_size"]]
     assert len(tied) == 1
     vocabulary = next(axis for axis in table[tied[0]] if axis.axis == 0)
-    assert vocabulary.linear  # the lm_head reads it
+    assert vocabulary.role == "rows"  # the lm_head reads it
     pins = channels.pin_reasons(channels.class_of[vocabulary.ids()])
     assert {pin.op for pin in pins} == {"embedding", "output"}
     assert len(program.groups) == 2

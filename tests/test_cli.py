@@ -234,3 +234,22 @@ def test_interrupting_leaves_the_old_output_whole(
     assert process.returncode == 130
     assert _files(out) == before
     assert [p.name for p in tmp_path.iterdir() if p.name not in {"slim", "text.txt"}] == []
+
+
+def test_an_interrupt_that_native_code_turned_into_an_error_is_still_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallow(**_: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise SystemError("returned a result with an exception set") from None
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "app", swallow)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -242,7 +242,7 @@ def test_part_of_what_is_normalised_together_is_refused() -> None:
 def test_a_unit_that_is_tied_to_something_pinned_is_refused_with_the_reason() -> None:
     program = located_plain(Model(lambda m, x: m.mlp(x), mlp=Mlp()), X)
     units = np.arange(6).reshape(6, 1)
-    group = Group("outputs", 0, (UnitSlice("mlp.fc2.weight", 0, units, 10, linear=True),))
+    group = Group("outputs", 0, (UnitSlice("mlp.fc2.weight", 0, units, 10, "columns"),))
     expected = "outputs: mlp.fc2.weight axis 0 cannot be narrowed: output"
     with pytest.raises(PlanError, match=expected):
         slim_graph(program.graph_module, program.interface, (group,), Plan.of({"outputs": range(3)}))
