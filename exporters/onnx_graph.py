@@ -28,6 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxprune.exporters import onnx_ops
+from fxprune.graphs import erase_dead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -96,7 +97,7 @@ def _apply(graph_module: GraphModule, rewrite: Callable[[Node], Node | None]) ->
             node.replace_all_uses_with(new)
             graph.erase_node(node)
             count += 1
-    graph.eliminate_dead_code()
+    erase_dead(graph)
     return count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError
-from fxprune.graphs import copy_graph_module, source_of_logits
+from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
 from fxprune.runners import GraphRunner, position_ids_from_mask
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _without_head(graph_module: GraphModule, interface: Interface) -> GraphModul
     if source is not None:
         output = next(node for node in body.graph.nodes if node.op == "output")
         output.args = ((source,),)
-        body.graph.eliminate_dead_code()
+        erase_dead(body.graph)
         body.recompile()
     return body
 

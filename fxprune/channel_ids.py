@@ -67,6 +67,7 @@ class NormSite:
         kind: operator name, such as `mean` or `layer_norm`.
         ids: the channels reduced together.
         width: how many there were when the graph was traced.
+        choice: whether the channels compete (a router's softmax and top-k): a channel that is never chosen may go.
     """
 
     node: str
@@ -74,6 +75,7 @@ class NormSite:
     kind: str
     ids: IdArray
     width: int
+    choice: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class ChannelLedger:
     norms: list[NormSite] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
     activations: list[ActivationSite] = field(default_factory=list)
+    counts: list[IdArray] = field(default_factory=list)
 
     def fresh(self, count: int) -> IdArray:
         """Hand out `count` new ids."""
@@ -169,6 +172,10 @@ class ChannelLedger:
     def is_score(self, ids: IdArray) -> NDArray[np.bool_]:
         """Which of `ids` are attention scores."""
         return np.isin(ids, np.concatenate(self.scores)) if self.scores else np.zeros(ids.shape, dtype=bool)
+
+    def is_count(self, ids: IdArray) -> NDArray[np.bool_]:
+        """Which of `ids` count how often a channel was chosen: 0 once it is gone."""
+        return np.isin(ids, np.concatenate(self.counts)) if self.counts else np.zeros(ids.shape, dtype=bool)
 
 
 def _edges(pairs: list[tuple[IdArray, IdArray]]) -> tuple[IdArray, IdArray]:

@@ -31,7 +31,7 @@ def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
     Where only one operand carries a channel, the result carries it. Where both do, a pair that meets nobody else is
     merged; if b meets many a, b is shared (each a needs b) and the result carries a; if both meet many, the result is
-    a new channel that needs both.
+    a new channel that needs both. What is added to scores is shared too: other layers may add the same position bias.
     """
     if a is None or b is None or a is b:
         return a if b is None else b
@@ -45,7 +45,11 @@ def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     keys, inverse = np.unique(a[both].numpy() * scale + b[both].numpy(), return_inverse=True)
     ua, ub = keys // scale, keys % scale
     many_b, many_a = _counts(ua) > 1, _counts(ub) > 1  # this a meets many b; this b meets many a
-    merged, shared_b, shared_a, tangled = ~many_a & ~many_b, many_a & ~many_b, ~many_a & many_b, many_a & many_b
+    score_a, score_b = ledger.is_score(ua), ledger.is_score(ub)
+    merged = ~many_a & ~many_b & (score_a == score_b)
+    shared_b = (many_a & ~many_b) | (~many_a & ~many_b & score_a & ~score_b)
+    shared_a = (~many_a & many_b) | (~many_a & ~many_b & score_b & ~score_a)
+    tangled = many_a & many_b
     choice = ua.copy()
     ledger.merge(ua[merged], ub[merged])
     ledger.need(ua[shared_b], ub[shared_b])

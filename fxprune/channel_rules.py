@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fxprune.channel_ids import ActivationSite, NormSite, Pin
 from fxprune.channel_relations import combine, contract, distinct_rows, meet_columns, reduce_last
+from fxprune.channel_rules_lookup import LOOKUP_RULES, choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,13 +61,23 @@ CASTS: frozenset[Any] = frozenset({
 CREATION: frozenset[Any] = frozenset({
     aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.zeros.default,
     aten.ones.default, aten.empty.memory_format, aten.scalar_tensor.default, aten.new_ones.default,
-    aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.zeros_like.default,
-    aten.ones_like.default, aten.full_like.default, aten.empty_like.default, aten.sym_size.int, aten.sym_size.default,
+    aten.new_zeros.default, aten.new_full.default, aten.new_empty.default, aten.sym_size.int, aten.sym_size.default,
     aten.sym_numel.default, aten.eye.default, aten.linspace.default,
+})  # fmt: skip
+
+LIKE: frozenset[Any] = frozenset({
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.rand_like.default, aten.randn_like.default,
 })  # fmt: skip
 
 MATMUL: frozenset[Any] = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 ADD_MATMUL: frozenset[Any] = frozenset({aten.baddbmm.default, aten.addmm.default, aten.addbmm.default})
+
+POINTWISE: frozenset[Any] = frozenset({
+    aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor,
+})  # fmt: skip
+"""Pointwise operators that torch does not tag as such."""
 
 REDUCTIONS: frozenset[Any] = frozenset({
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.any.dim,
@@ -89,11 +100,21 @@ NORMS: frozenset[Any] = frozenset({aten.layer_norm.default, aten.rms_norm.defaul
 # --- rules ----------------------------------------------------------------------------------------------------------
 
 
+def _keep_addresses(call: Call) -> None:
+    """Numbers that are moved or cast still name the same channels."""
+    known = [call.addresses(node) for node in call.tensor_nodes()]
+    if known and known[0] is not None and isinstance(call.output, Tensor):
+        call.set_addresses(known[0])
+
+
 def _movement(call: Call) -> Ids:
+    _keep_addresses(call)
     if not call.any_ids():
         return None
     if call.node.target in {aten.cat.default, aten.stack.default}:
         _align_state(call)
+    if call.node.target is aten.cat.default and (scores := _scores_and_sinks(call)) is not None:
+        return scores
     ids = call.apply_to_ids()
     return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids
 
@@ -142,8 +163,9 @@ def _align_state(call: Call) -> None:
 
     A graph input that is extended along an axis over which ids do not vary holds earlier values of the same channels.
     """
-    tensors = call.operand_nodes(0)
     dim = call.int_argument(1, "dim", 0)
+    # An empty operand adds nothing; `cat` even takes one of a single axis.
+    tensors = [node for node in call.operand_nodes(0) if call.value_of(node).numel()]
     ids = [call.ids_of(node) for node in tensors]
     steady = [t is not None and bool((t == t.narrow(dim, 0, 1)).all()) for t in ids]
     if call.node.target is aten.stack.default or not any(steady):
@@ -165,9 +187,33 @@ def _align_state(call: Call) -> None:
             call.override(node, first.expand(call.value_of(node).shape).contiguous())
 
 
+def _scores_and_sinks(call: Call) -> Tensor | None:
+    """Ids of attention scores that are extended by a column of their own (attention sinks); None for other `cat`s."""
+    dim = call.int_argument(1, "dim", 0)
+    listed = [ids for node in call.operand_nodes(0) if (ids := call.ids_of(node)) is not None]
+    if not any(call.ledger.is_score(ids.numpy()).any() for ids in listed):
+        return None
+    if not all(bool((ids == ids.narrow(dim, 0, 1)).all()) for ids in listed):
+        return None
+    out: Tensor | None = None
+    for ids in listed:
+        out = combine(call, out, ids.narrow(dim, 0, 1))
+    return None if out is None else out.expand(call.output.shape)
+
+
 def _cast(call: Call) -> Ids:
+    _keep_addresses(call)
     ids = call.ids_of(call.tensor_nodes()[0])
     return [ids, None] if call.node.target is aten.native_dropout.default else ids
+
+
+def _mask(call: Call) -> Ids:
+    """A mask on its first operand; a gate's two operands are one stream."""
+    nodes = [node for node in call.tensor_nodes() if call.value_of(node).is_floating_point()]
+    out = call.ids_of(nodes[0])
+    for node in nodes[1:]:
+        out = combine(call, out, call.ids_of(node))
+    return out
 
 
 def _elementwise(call: Call) -> Ids:
@@ -195,14 +241,22 @@ def _linear(call: Call) -> Ids:
     return out.expand(call.output.shape)
 
 
-def _embedding(call: Call) -> Ids:
-    weight = call.parameter(0)
-    if weight is None:
-        return _pin(call)
-    rows = call.ledger.axis(weight.name, 0, weight.shape[0])
-    call.ledger.pins.append(Pin(rows.ids(), call.op, call.module, "rows are looked up by index"))
-    columns = call.ledger.axis(weight.name, 1, weight.shape[1]).ids()
-    return torch.from_numpy(columns).expand(call.output.shape)
+def _grouped_linear(call: Call) -> Ids:
+    """Every expert's rows and columns with one index are one channel; each expert may keep its own (see `groups`)."""
+    grouped = call.grouped
+    assert grouped is not None
+    name = call.weight.name
+    rows = call.ledger.axis(name, grouped.out_axis, grouped.out_features, "rows").ids()
+    columns = call.ledger.axis(name, grouped.in_axis, grouped.in_features, "columns").ids()
+    experts = call.ledger.axis(name, 0, grouped.experts, "experts").ids()
+    x, offsets = call.tensor_nodes()
+    meet_columns(call, call.ids_of(x), columns)
+    ends = call.ids_of(offsets)
+    if ends is None:
+        call.ledger.pins.append(Pin(experts, call.op, call.module, "its experts are not chosen by traced channels"))
+    else:
+        call.ledger.merge(ends.numpy(), experts)
+    return torch.from_numpy(rows).expand(call.output.shape)
 
 
 def _matmul(call: Call) -> Ids:
@@ -261,7 +315,11 @@ def _along_axis(call: Call) -> Ids:
     position = ALONG_AXIS[call.node.target]
     axes = [-1, -2] if position < 0 else [call.int_argument(position, "dim", -1)]
     for axis in axes:
-        if bool((ids != ids.narrow(axis, 0, 1)).any()):
+        if bool((ids == ids.narrow(axis, 0, 1)).all()):
+            continue
+        if position < 0 or (call.op == "cumsum" and not call.ledger.is_count(ids.numpy()).all()):
+            return _pin(call, "mixes channels along an axis")
+        if call.op != "cumsum" and not choice(call, ids, axis):
             return _pin(call, "mixes channels along an axis")
     return ids
 
@@ -289,6 +347,11 @@ def _pin(call: Call, reason: str = "no rule for this operator") -> Ids:
     return [None] * len(call.output) if isinstance(call.output, (tuple, list)) else None
 
 
+def _like(call: Call) -> Ids:
+    """A tensor shaped like another runs along the same channels."""
+    return call.ids_of(call.tensor_nodes()[0])
+
+
 def _nothing(call: Call) -> Ids:
     return [None] * len(call.output) if isinstance(call.output, (tuple, list)) else None
 
@@ -296,27 +359,30 @@ def _nothing(call: Call) -> Ids:
 _TABLE: list[tuple[frozenset[Any], Rule]] = [
     (MOVEMENT, _movement),
     (CASTS, _cast),
+    (LIKE, _like),
     (CREATION, _nothing),
     (MATMUL, _matmul),
     (ADD_MATMUL, _add_matmul),
+    (POINTWISE, _elementwise),
     (REDUCTIONS, _reduction),
     (frozenset(ALONG_AXIS), _along_axis),
     (NORMS, _norm),
     (frozenset({aten.scaled_dot_product_attention.default}), _attention),
-    (frozenset({aten.embedding.default}), _embedding),
 ]
-_RULES: dict[Any, Rule] = {target: rule for targets, rule in _TABLE for target in targets}
+_RULES: dict[Any, Rule] = {target: rule for targets, rule in _TABLE for target in targets} | LOOKUP_RULES
 
 
 def find_rule(call: Call) -> Rule:
     """The rule for a call: Linear modules, the table, then whatever torch tags as pointwise; the rest pins."""
     if call.is_linear:
         return _linear
+    if call.grouped is not None:
+        return _grouped_linear
     target = call.node.target
     if target in _RULES:
         return _RULES[target]
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return _elementwise
     if call.is_elementwise_module:
-        return _elementwise
+        return _mask
     return _pin

@@ -20,7 +20,8 @@ from torch.fx import Node
 
 from fxprune.channel_ids import ChannelLedger, ChannelMap, IdArray, Pin
 from fxprune.channel_rules import Ids, find_rule
-from fxprune.masks import ChannelMask
+from fxprune.grouped import GroupedLinear
+from fxprune.masks import UnitMask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +66,7 @@ class _Walk:
         self.values: dict[Node, Any] = {}
         self.ids: dict[Node, Ids] = {}
         self.input_ids: list[IdArray] = []
+        self.addresses: dict[tuple[Node, int], IdArray] = {}
         # A shared tensor has one name, whatever the node that reads it is called.
         self.names: dict[int, str] = {}
         for name, tensor in graph_module.state_dict(keep_vars=True).items():
@@ -112,17 +114,23 @@ class Call:
         )
 
     @property
+    def grouped(self) -> GroupedLinear | None:
+        """The grouped Linear that this calls, if it does."""
+        module = get_attribute(self._walk.root, str(self.node.target)) if self.node.op == "call_module" else None
+        return module if isinstance(module, GroupedLinear) else None
+
+    @property
     def is_elementwise_module(self) -> bool:
         """Whether this calls one of our masks, which scale channels without moving them."""
         return self.node.op == "call_module" and isinstance(
-            get_attribute(self._walk.root, str(self.node.target)), ChannelMask
+            get_attribute(self._walk.root, str(self.node.target)), UnitMask
         )
 
     @property
     def weight(self) -> Weight:
-        """The Linear's weight, shape (out, in)."""
+        """The weight of the Linear, (out, in), or of the grouped Linear, in its own layout."""
         linear = get_attribute(self._walk.root, str(self.node.target))
-        bias = None if linear.bias is None else self._walk.name_of(f"{self.node.target}.bias")
+        bias = None if getattr(linear, "bias", None) is None else self._walk.name_of(f"{self.node.target}.bias")
         return Weight(self._walk.name_of(f"{self.node.target}.weight"), tuple(linear.weight.shape), bias)
 
     def parameter(self, position: int) -> Weight | None:
@@ -161,6 +169,14 @@ class Call:
     def override(self, node: Node, ids: Tensor) -> None:
         """Use other ids for an argument of this call."""
         self._overrides[node] = ids
+
+    def addresses(self, node: Any) -> IdArray | None:
+        """The channels that a tensor of whole numbers names: number n stands for channel `addresses[n]`."""
+        return self._walk.addresses.get((node, 0)) if isinstance(node, Node) else None
+
+    def set_addresses(self, ids: IdArray, output: int = 0) -> None:
+        """Note that a result holds numbers of channels."""
+        self._walk.addresses[self.node, output] = ids
 
     def only_inputs(self, ids: Tensor) -> bool:
         """Whether all channels in `ids` are elements of graph inputs."""
@@ -290,6 +306,8 @@ def _apply(state: _Walk, call: Call) -> Ids:
     if node.op == "call_function" and node.target is operator.getitem:
         source, index = node.args[0], node.args[1]
         listed = state.ids.get(source) if isinstance(source, Node) else None
+        if isinstance(source, Node) and isinstance(index, int) and (source, index) in state.addresses:
+            state.addresses[node, 0] = state.addresses[source, index]
         return listed[index] if isinstance(listed, list) and isinstance(index, int) else None
     return find_rule(call)(call)
 

@@ -1,9 +1,10 @@
 """Checkpoints: a slim model as a directory that stands alone, written only when it is proved to load back.
 
-A *uniform* checkpoint has a `config.json` that says every shape: plain `from_pretrained` loads it, and so does
-everything built on it. A *mixed* one has layers that differ, or biases the class does not know; its `config.json` keeps
-the dense widths, with the layers' own in `per_layer_config` where the configuration class accepts them, and
-`fxprune.json` says the rest. Reading needs the model class, never the dense weights, pickles or foreign code.
+A *uniform* checkpoint has a `config.json` that says everything: plain `from_pretrained` loads it, and so does all that
+is built on it. A *mixed* one has layers that differ, or widths, biases or numbers that the configuration class does not
+allow; its `config.json` keeps the dense widths at the slim depth, with the layers' own in `per_layer_config` where the
+class accepts them, and `fxprune.json` says the rest. Reading needs the model class, never the dense weights, pickles or
+foreign code.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from fxprune.constants import apply_constants, float_changes
 from fxprune.errors import CheckpointError
-from fxprune.layout import Layout, classify, same_bits, without_constants
+from fxprune.layout import Layout, classify, mark_config, runs_grouped, same_bits
 from fxprune.manifest import Manifest, ShapeChange, SourceRecord, read_manifest, versions, write_manifest
 from fxprune.output import staged_directory
 from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, write_shards
@@ -30,7 +32,9 @@ from fxprune.skeleton import (
     aliases,
     build_layered_skeleton,
     build_skeleton,
+    config_with,
     fill_skeleton,
+    outer_lists,
     read_config,
     resize_projections,
     resolve_model_class,
@@ -41,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from fxprune.program import Source
     from fxprune.skeleton import Shape
@@ -65,8 +69,11 @@ class CheckpointInfo:
         files: SHA-256 of each weight file.
         parameters: number of elements in the weight files.
         bytes: size of the tensors in the weight files.
-        config_overrides: fields of `config.json` that differ from the dense configuration (uniform).
-        layer_overrides: configuration fields of each layer that differs (mixed).
+        kept_layers: for each module list that lost layers, the dense indices of those it keeps.
+        config_overrides: fields of `config.json` that differ from the dense configuration (uniform), or fields that
+            `load` sets on it although its class may refuse them (mixed).
+        layer_overrides: configuration fields of each layer that differs, by slim index (mixed).
+        constants: numbers that `load` sets on modules, by slim name and attribute (mixed).
         added_biases: biases that the dense class does not have.
     """
 
@@ -76,8 +83,10 @@ class CheckpointInfo:
     files: Mapping[str, str]
     parameters: int
     bytes: int
-    config_overrides: Mapping[str, int | bool]
+    kept_layers: Mapping[str, tuple[int, ...]]
+    config_overrides: Mapping[str, Any]
     layer_overrides: Mapping[int, Mapping[str, int]]
+    constants: Mapping[str, Mapping[str, float | int]]
     added_biases: tuple[str, ...]
 
 
@@ -88,6 +97,7 @@ def save(
     source: Source,
     plan: Mapping[str, Any],
     history: Sequence[Any],
+    epsilons: Mapping[str, float] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointInfo:
@@ -97,11 +107,12 @@ def save(
     one forward pass runs; a uniform checkpoint is loaded with plain `from_pretrained` too.
 
     Args:
-        tensors: as for `classify`; on any device.
+        tensors: as for `classify`: the slim state dict under dense names, removed layers left out; on any device.
         directory: where to.
         source: the dense model, with the tokenizer and the generation config to write beside the weights.
         plan: what stays of each group, JSON-able.
         history: what was done, JSON-able, oldest first.
+        epsilons: as for `classify`: the epsilon of each norm that needs another one, by dense module name.
         overwrite: whether an earlier output may be replaced.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
 
@@ -115,14 +126,15 @@ def save(
         UsageError: `max_shard_size` is not a size.
     """
     with staged_directory(directory, overwrite=overwrite) as staging:
-        layout = classify(tensors, source)
-        # Plain loading refuses other shapes, but leaves out biases it does not know: it must not find the weights.
+        layout = classify(tensors, source, epsilons)
+        # Plain loading refuses other shapes, but not other numbers, and leaves out biases that it does not know: where
+        # shapes are those of config.json, it must not find the weights.
         overlooked = layout.kind == "mixed" and not layout.changed
         files = write_shards(layout.tensors, staging, max_shard_size, "fxprune" if overlooked else "model")
         _write_config(layout, staging / _CONFIG_NAME)
         _write_companions(source, staging)
         write_manifest(staging, _manifest(layout, source, plan, history, files))
-        _prove(staging, layout, source, without_constants(tensors))
+        _prove(staging, layout, source)
     return CheckpointInfo(
         directory=Path(directory).expanduser().resolve(),
         kind=layout.kind,
@@ -130,8 +142,10 @@ def save(
         files=files,
         parameters=sum(tensor.numel() for tensor in layout.tensors.values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in layout.tensors.values()),
+        kept_layers=layout.kept_layers,
         config_overrides=layout.config_overrides,
         layer_overrides=layout.layer_overrides,
+        constants=layout.constants,
         added_biases=layout.added_biases,
     )
 
@@ -140,11 +154,11 @@ def _write_config(layout: Layout, path: Path) -> None:
     """Write `config.json`, with `per_layer_config` beside the dense values if its class accepts that.
 
     A class may refuse to be constructed with some field differing between layers (llama's validation reads the number
-    of heads globally). Then the record is in `fxprune.json` only: a part of it would describe no model, and what
-    cannot be constructed could not be read by anybody.
+    of heads globally), and there may be more to say than fields of layers. Then the record is in `fxprune.json` only: a
+    part of it would describe no model, and what cannot be constructed could not be read by anybody.
     """
     config = layout.config
-    if layout.layer_overrides:
+    if layout.layer_overrides and not layout.config_overrides and not layout.constants:
         candidate = copy.deepcopy(config)
         candidate.per_layer_config = {index: dict(fields) for index, fields in layout.layer_overrides.items()}
         try:
@@ -178,8 +192,10 @@ def _manifest(
             versions=versions(),
             plan=json.loads(json.dumps(dict(plan), allow_nan=False)),
             history=tuple(json.loads(json.dumps(list(history), allow_nan=False))),
+            kept_layers=dict(layout.kept_layers),
             config_overrides=dict(layout.config_overrides),
             layer_overrides={index: dict(fields) for index, fields in layout.layer_overrides.items()},
+            constants={name: dict(values) for name, values in layout.constants.items()},
             parameters={name: ShapeChange(dense=old, slim=new) for name, (old, new) in layout.changed.items()},
             added_biases=layout.added_biases,
             zero_biases=layout.zero_biases,
@@ -206,7 +222,8 @@ def load(
 
     Returns:
         The model in evaluation mode. The configuration of a mixed one is heterogeneous: `config.per_layer_config[i]`
-        answers for layer `i`, and reading globally what differs between layers raises.
+        answers for layer `i`, and reading globally what differs between layers raises. Experts whose widths the grouped
+        matrix product cannot take run one by one.
 
     Raises:
         CheckpointError: a file is missing, damaged, changed, or does not fit the others; the message says which.
@@ -237,6 +254,9 @@ def load(
         return torch.float32 if any(f".{part}." in f".{name}." for part in fp32) else dtype
 
     fill_skeleton(model, read_tensors(path, manifest.files, target, dtype_of), target)
+    apply_constants(model, manifest.constants)
+    if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
+        model.set_experts_implementation("eager")
     if manifest.layer_overrides:
         model.config.per_layer_config = {index: dict(fields) for index, fields in manifest.layer_overrides.items()}
     model.config.name_or_path = str(path)
@@ -261,23 +281,63 @@ def _fit(
                 f"{list(shapes[name]) if name in shapes else 'no such tensor'}; {again}"
             )
     if manifest.kind == "mixed":
-        dense = state_shapes(model)
-        for name, change in manifest.parameters.items():
-            if dense.get(name) != change.dense:
-                raise CheckpointError(f"{where}: config.json does not give {name} its dense shape; {again}")
-        model = build_layered_skeleton(type(model), model.config, manifest.layer_overrides, dtype)
-        named = {*manifest.parameters, *manifest.added_biases}
-        odd = [name for name in resize_projections(model, shapes) if name not in named]
-        if odd:
-            raise CheckpointError(f"{where}: fxprune.json does not mention the changed {odd[:4]}; {again}")
-    elif manifest.layer_overrides:
-        raise CheckpointError(f"{where}: a uniform checkpoint has no layer overrides; {again}")
+        model = _fit_mixed(model, manifest, shapes, dtype, where)
+    elif manifest.layer_overrides or manifest.constants:
+        raise CheckpointError(f"{where}: a uniform checkpoint has no layer overrides and no constants; {again}")
+    for name, indices in manifest.kept_layers.items():
+        if len(outer_lists(model).get(name, ())) != len(indices):
+            raise CheckpointError(f"{where}: fxprune.json says that {name} has {len(indices)} layers; {again}")
     built = state_shapes(model)
     if built != shapes:
         wrong = sorted(name for name in built.keys() | shapes.keys() if built.get(name) != shapes.get(name))
         details = ", ".join(f"{name} ({built.get(name)} built, {shapes.get(name)} stored)" for name in wrong[:4])
         raise CheckpointError(f"{where}: {details}; {again}")
     return model
+
+
+def _fit_mixed(
+    plain: PreTrainedModel, manifest: Manifest, shapes: Mapping[str, Shape], dtype: torch.dtype | None, where: str
+) -> PreTrainedModel:
+    """Build a skeleton with what only the manifest says: overrides, narrower projections, biases and constants."""
+    again = "restore the file that was changed, or write the checkpoint again"
+    dense = state_shapes(plain)
+    for name, change in manifest.parameters.items():
+        if dense.get(name) != change.dense:
+            raise CheckpointError(f"{where}: config.json does not give {name} its dense shape; {again}")
+    config = _overridden(plain.config, manifest.config_overrides, where)
+    try:
+        model = build_layered_skeleton(type(plain), config, manifest.layer_overrides, dtype)
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"{where}: {dict(manifest.config_overrides)}: {error}; {again}") from error
+    named = {*manifest.parameters, *manifest.added_biases}
+    odd = [name for name in resize_projections(model, shapes) if name not in named]
+    if odd:
+        raise CheckpointError(f"{where}: fxprune.json does not mention the changed {odd[:4]}; {again}")
+    try:
+        apply_constants(model, manifest.constants)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}; {again}") from error
+    numbers = float_changes(plain, model)
+    for name, values in manifest.constants.items():
+        numbers.setdefault(name, {}).update(values)
+    mark_config(model.config, {name: getattr(plain.config, name) for name in manifest.config_overrides}, numbers)
+    return model
+
+
+def _overridden(config: PreTrainedConfig, overrides: Mapping[str, Any], where: str) -> PreTrainedConfig:
+    """The configuration with the numbers that its class may refuse; what is no number of it stays out.
+
+    Fields with other values decide which code runs: a checkpoint may choose them through the configuration class only.
+    """
+    for name, value in overrides.items():
+        old = getattr(config, name, None)
+        allowed = {int: (int, type(None)), float: (float,)}.get(type(value), ())
+        if name.startswith("_") or not hasattr(config, name) or not isinstance(old, allowed) or isinstance(old, bool):
+            raise CheckpointError(
+                f"{where}: {type(config).__name__} has no number {name} that {value!r} could replace; restore the file "
+                "that was changed, or write the checkpoint again"
+            )
+    return config_with(config, overrides)
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[str]:
@@ -290,10 +350,10 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[s
     return kept
 
 
-def _prove(staging: Path, layout: Layout, source: Source, tensors: Mapping[str, Tensor]) -> None:
+def _prove(staging: Path, layout: Layout, source: Source) -> None:
     """Load a staged checkpoint back and compare it with what was given."""
     model = load(staging, verify_hash=False)
-    _compare(model, layout, source, tensors, "fxprune.load")
+    _compare(model, layout, source, "fxprune.load")
     _run_once(model, layout)
     if layout.kind == "uniform":
         del model
@@ -303,17 +363,19 @@ def _prove(staging: Path, layout: Layout, source: Source, tensors: Mapping[str, 
                 plain = model_class.from_pretrained(staging, local_files_only=True, use_safetensors=True)
         except (OSError, *BUILD_ERRORS) as error:
             raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
-        _compare(plain, layout, source, tensors, "from_pretrained")
+        _compare(plain, layout, source, "from_pretrained")
 
 
-def _compare(model: PreTrainedModel, layout: Layout, source: Source, tensors: Mapping[str, Tensor], how: str) -> None:
+def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str) -> None:
     """Raise unless a reloaded model has the class and the very tensors that were given, and no others."""
     classes = (type(model), source.model_class)
     if classes[0] is not classes[1]:
         raise CheckpointError(f"{how} gave a {classes[0].__name__}, not a {classes[1].__name__}")
     state: dict[str, Tensor] = model.state_dict()
     computed = dict(model.named_non_persistent_buffers())
-    wrong = [name for name, tensor in tensors.items() if not same_bits(state.get(name, computed.get(name)), tensor)]
+    wrong = [
+        name for name, tensor in layout.given.items() if not same_bits(state.get(name, computed.get(name)), tensor)
+    ]
     wrong += [name for name in layout.zero_biases if bool(state[name].any())]
     known = {*layout.tensors, *(name for name, owner in aliases(model).items() if owner in layout.tensors)}
     wrong += sorted(state.keys() - known)
@@ -348,7 +410,7 @@ def _run_once(model: PreTrainedModel, layout: Layout) -> None:
         block, names = _blame(entered, [*layout.changed, *layout.added_biases])
         raise CheckpointError(
             f"{block}: {type(model).__name__} cannot run with the slim shapes of {names[:8]} ({str(error).strip()}); "
-            "choose other widths, leave this group unpruned, or export the graph instead"
+            "choose other widths or counts, leave this group unpruned, or export the graph instead"
         ) from error
     finally:
         for hook in hooks:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from fxprune.skeleton import BUILD_ERRORS, Shape, build_skeleton, config_with, layer_list, state_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _MAX_FIELDS = 5
+_MAX_SOLUTIONS = 4
 _PROBES_OF_UNSET = (64, 128)
 
 
@@ -51,7 +53,7 @@ class UniformMatch:
     """
 
     config: PreTrainedConfig
-    overrides: Mapping[str, int | bool]
+    overrides: Mapping[str, float | bool]
     zero_biases: Mapping[str, Shape]
 
 
@@ -64,15 +66,17 @@ class NoMatch:
 
 @dataclass(frozen=True)
 class LayerMatch:
-    """Configuration fields by layer.
+    """Configuration fields for the whole model and by layer.
 
     Attributes:
         config: the dense configuration, with the size of a head made explicit if an override needs that.
+        everywhere: fields and values of the whole model; its class may refuse them.
         overrides: fields and values of every layer that has any.
         unexplained: parameters whose slim shape no field gives.
     """
 
     config: PreTrainedConfig
+    everywhere: Mapping[str, int] = field(default_factory=dict)
     overrides: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     unexplained: tuple[str, ...] = ()
 
@@ -106,6 +110,10 @@ class _Axes:
 
     def vector(self, shapes: Mapping[str, Shape]) -> npt.NDArray[np.float64]:
         return np.array([size for name in self.shapes for size in shapes[name]], dtype=np.float64)
+
+    def difference(self, shapes: Mapping[str, Shape]) -> npt.NDArray[np.float64]:
+        """How far shapes are from these, with 0 for tensors that only one of the two has."""
+        return self.vector(self.shapes | {name: shapes[name] for name in self.shapes if name in shapes}) - self.dense
 
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether other shapes have the same names and numbers of axes."""
@@ -213,6 +221,9 @@ def find_uniform(
     config: PreTrainedConfig,
     shapes: Mapping[str, Shape],
     new_biases: Sequence[str],
+    *,
+    pins: Mapping[str, float] | None = None,
+    objection: Callable[[PreTrainedModel], str] = lambda _: "",
 ) -> UniformMatch | NoMatch:
     """Look for one configuration from which the class builds the slim shapes.
 
@@ -221,17 +232,20 @@ def find_uniform(
         config: the dense configuration.
         shapes: slim shape of every parameter and persistent buffer, tied ones under their first name.
         new_biases: those among them that the dense class does not have.
+        pins: fields that must have other values than in the dense configuration.
+        objection: says what is wrong with a skeleton that has the slim shapes; empty if nothing is.
 
     Returns:
         The configuration, or why there is none.
     """
     reason = _uneven(build_skeleton(model_class, config), shapes)
-    flags: dict[str, bool] = {}
+    given: dict[str, float] = dict(pins or {})
     if not reason:
         flags, reason = _bias_flags(model_class, config, new_biases)
+        given |= flags
     if reason:
         return NoMatch(reason)
-    for base, pins in _bases(config_with(config, flags)):
+    for base, head_dim in _bases(config_with(config, given)):
         try:
             axes = _Axes(build_skeleton(model_class, base))
         except BUILD_ERRORS:
@@ -242,12 +256,13 @@ def find_uniform(
         solutions: Iterator[dict[str, int]] = iter([{}])
         if difference.any():
             effects = [
-                dataclasses.replace(effect, slopes=np.where(wanted, effect.slopes, 0.0))
+                replace(effect, slopes=np.where(wanted, effect.slopes, 0.0))
                 for effect in probe_fields(model_class, base, axes)
             ]
             solutions = _solutions(effects, difference, partial=False)
         for solution in solutions:
-            match = _proved(model_class, config, {**flags, **pins, **solution}, shapes, axes.buffers)
+            overrides = {**given, **head_dim, **solution}
+            match = _proved(model_class, config, overrides, shapes, buffers=axes.buffers, objection=objection)
             if isinstance(match, UniformMatch):
                 return match
             reason = reason or match.reason
@@ -289,14 +304,16 @@ def _bias_flags(
 def _proved(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
-    overrides: Mapping[str, int | bool],
+    overrides: Mapping[str, float],
     shapes: Mapping[str, Shape],
+    *,
     buffers: Mapping[str, Shape],
+    objection: Callable[[PreTrainedModel], str],
 ) -> UniformMatch | NoMatch:
     """Construct the configuration anew, as reading `config.json` does, build the class and compare every shape."""
     try:
         slim = type(config).from_dict({**config.to_dict(), **overrides})
-        model = build_skeleton(model_class, slim)
+        model = build_skeleton(model_class, slim, torch.float32)
     except BUILD_ERRORS as error:
         return NoMatch(f"{type(config).__name__} refuses {dict(overrides)}: {str(error).strip()}")
     built = state_shapes(model)
@@ -304,6 +321,9 @@ def _proved(
     same = built == {**shapes, **extra} and _buffer_shapes(model) == buffers
     if not same or any(not name.endswith(".bias") for name in extra):
         return NoMatch(f"{model_class.__name__} built with {dict(overrides)} has other shapes")
+    wrong = objection(model)
+    if wrong:
+        return NoMatch(f"{model_class.__name__} built with {dict(overrides)}: {wrong}")
     changed = {name: value for name, value in overrides.items() if getattr(config, name, None) != value}
     return UniformMatch(slim, changed, extra)
 
@@ -324,10 +344,11 @@ def _uneven(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> str:
 def find_layer_overrides(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, shapes: Mapping[str, Shape]
 ) -> LayerMatch:
-    """Look for configuration fields that give each layer's slim shapes.
+    """Look for configuration fields that give the slim shapes: some for the whole model, the rest by layer.
 
-    Only fields that move nothing outside the layers are used. A layer that no set of fields explains as a whole gets
-    the fields that explain most of it.
+    What lies outside the layers (embeddings, the last norm) decides the fields for the whole model, such as the hidden
+    size; they need not be accepted by the configuration class. Of the other fields only those that move nothing outside
+    the layers are used. A layer that no set of fields explains as a whole gets the fields that explain most of it.
 
     Args:
         model_class: the class.
@@ -337,23 +358,54 @@ def find_layer_overrides(
     Returns:
         The overrides of every layer, with the parameters they do not explain.
     """
-    best: LayerMatch | None = None
+    best = LayerMatch(config, unexplained=tuple(shapes))
     for base, _ in _bases(config):
-        try:
-            model = build_skeleton(model_class, base)
-        except BUILD_ERRORS:
-            continue  # a class that has no use for an explicit head_dim may refuse it
-        match = _match_layers(model, base, shapes)
-        if best is None or len(match.unexplained) < len(best.unexplained):
-            best = match
-        if not best.unexplained:
-            break
-    return best or LayerMatch(config, {}, tuple(shapes))
+        for everywhere in _everywhere(model_class, base, shapes):
+            try:
+                model = build_skeleton(model_class, config_with(base, everywhere))
+            except BUILD_ERRORS:
+                continue  # a class that has no use for an explicit head_dim may refuse it
+            overrides, unexplained = _match_layers(model, shapes)
+            if len(unexplained) < len(best.unexplained):
+                best = LayerMatch(base, everywhere, overrides, unexplained)
+            if not unexplained:
+                return best
+    return best
 
 
-def _match_layers(model: PreTrainedModel, config: PreTrainedConfig, shapes: Mapping[str, Shape]) -> LayerMatch:
+def _everywhere(
+    model_class: type[PreTrainedModel], base: PreTrainedConfig, shapes: Mapping[str, Shape]
+) -> Iterator[dict[str, int]]:
+    """Fields for the whole model: those that give all shapes, then those that give the ones outside the layers.
+
+    Of each the likeliest few, and none at all at the end.
+    """
+    try:
+        model = build_skeleton(model_class, base)
+    except BUILD_ERRORS:
+        return
     axes = _Axes(model)
-    difference = axes.vector(axes.shapes | {n: s for n, s in shapes.items() if n in axes.shapes}) - axes.dense
+    layers = layer_list(model)
+    inside = np.array([layers is not None and _layer_index(name, layers) >= 0 for name in axes.names])
+    difference = axes.difference(shapes)
+    if difference.any():
+        effects = probe_fields(model_class, base, axes)
+        if not _uneven(model, shapes):
+            yield from itertools.islice(_solutions(effects, difference, partial=False), _MAX_SOLUTIONS)
+        effects = tuple(replace(effect, slopes=np.where(inside, 0.0, effect.slopes)) for effect in effects)
+        outside = np.where(inside, 0.0, difference)
+        if outside.any():
+            yield from itertools.islice(_solutions(effects, outside, partial=True), _MAX_SOLUTIONS)
+    yield {}
+
+
+def _match_layers(
+    model: PreTrainedModel, shapes: Mapping[str, Shape]
+) -> tuple[dict[int, dict[str, int]], tuple[str, ...]]:
+    """Fields of every layer that differs from a skeleton, and the parameters that they leave unexplained."""
+    config = model.config
+    axes = _Axes(model)
+    difference = axes.difference(shapes)
     unexplained = difference != 0
     layers = layer_list(model)
     overrides: dict[int, dict[str, int]] = {}
@@ -365,7 +417,7 @@ def _match_layers(model: PreTrainedModel, config: PreTrainedConfig, shapes: Mapp
         known: dict[tuple[bytes, ...], dict[str, int]] = {}
         for index in sorted(set(layer_of[unexplained]) - {-1}):
             rows = layer_of == index
-            inside = [dataclasses.replace(effect, slopes=effect.slopes[rows]) for effect in effects]
+            inside = [replace(effect, slopes=effect.slopes[rows]) for effect in effects]
             key = (difference[rows].tobytes(), *(effect.slopes.tobytes() for effect in inside))
             if key not in known:
                 known[key] = _best_partial(inside, difference[rows])
@@ -375,7 +427,7 @@ def _match_layers(model: PreTrainedModel, config: PreTrainedConfig, shapes: Mapp
                     if effect.name in known[key]:
                         unexplained &= ~(rows & (effect.slopes != 0))
     names = dict.fromkeys(name for name, open_ in zip(axes.names, unexplained, strict=True) if open_)
-    return LayerMatch(config, overrides, tuple(names))
+    return overrides, tuple(names)
 
 
 def _layer_index(name: str, layers: str) -> int:

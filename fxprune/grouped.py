@@ -6,6 +6,8 @@ Its weight is one three-dimensional parameter. `offsets[e]` says where the rows 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,14 +26,16 @@ class GroupedLinear(nn.Module):
     Args:
         weight: (experts, out, in), or (experts, in, out) when `transposed`; taken as it is, not copied.
         transposed: whether the weight is stored with its inputs first.
+        op: the operator that multiplies, of (rows, in), (experts, in, out) and the ends of the experts' rows.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, weight: nn.Parameter, *, transposed: bool) -> None:
+    def __init__(self, weight: nn.Parameter, *, transposed: bool, op: Any) -> None:
         super().__init__()
         self.weight = weight
         self.transposed = transposed
+        self.op = op
 
     @property
     def experts(self) -> int:
@@ -61,7 +65,7 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Project (rows, in) to (rows, out); `offsets` (experts,) int32 are the ends of the experts' rows."""
         weight = self.weight if self.transposed else self.weight.transpose(-2, -1)
-        projected: Tensor = torch.ops.aten._grouped_mm.default(x, weight, offsets)
+        projected: Tensor = self.op(x, weight, offsets)
         return projected
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ each parameter that it touches, the indices along one axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -16,7 +16,23 @@ if TYPE_CHECKING:
 
     from fxprune.channel_ids import ChannelMap, IdArray, Role
 
-__all__ = ["AttentionGroup", "Group", "MlpGroup", "UnitSlice", "collect_slices", "common_owner", "signatures"]
+__all__ = [
+    "AttentionGroup",
+    "ExpertGroup",
+    "ExpertMlpGroup",
+    "Group",
+    "HiddenGroup",
+    "LayerGroup",
+    "MaskPlace",
+    "MlpGroup",
+    "UnitSlice",
+    "collect_slices",
+    "common_owner",
+    "signatures",
+]
+
+
+MaskPlace = Literal["consumers", "producers", "choices", "layers"]
 
 
 @dataclass(frozen=True)
@@ -63,21 +79,30 @@ class Group:
         slices: what each unit owns, one entry per parameter axis.
         shared: what several units own together (key and value rows of a KV group), indexed by sharing set.
         sharing: (units,) which sharing set each unit uses; None when nothing is shared.
+        multiple: what is kept must be a multiple of this (grouped products need rows of whole 16 bytes).
     """
 
+    # What kind of thing this is, what one unit is called, and where a mask of zeros removes a unit exactly.
     kind: ClassVar[str] = "group"
     unit: ClassVar[str] = "unit"
+    masked: ClassVar[MaskPlace] = "consumers"
 
     name: str
     layer: int
     slices: tuple[UnitSlice, ...]
     shared: tuple[UnitSlice, ...] = ()
     sharing: IdArray | None = None
+    multiple: int = 1
 
     @property
     def units(self) -> int:
         """How many units there are."""
         return int(self.slices[0].indices.shape[0])
+
+    @property
+    def least(self) -> int:
+        """How many units must stay."""
+        return self.multiple
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -175,6 +200,138 @@ class MlpGroup(Group):
         readers = ", ".join(s.parameter.removesuffix(".weight").rpartition(".")[2] for s in self.consumers)
         form = f"gated {self.activation}" if self.gated else self.activation
         return f"{self.units} channels, {form}, {writers} -> {readers}"
+
+
+@dataclass(frozen=True)
+class HiddenGroup(Group):
+    """Channels that are normalised together: the residual stream, or a latent with a norm of its own.
+
+    Removing one is exact when the norms are RMS norms whose weight and epsilon are rescaled (`fxprune.norms`).
+
+    Attributes:
+        norms: modules of the norms over these channels.
+    """
+
+    kind: ClassVar[str] = "hidden"
+    unit: ClassVar[str] = "hidden channel"
+    masked: ClassVar[MaskPlace] = "producers"
+
+    norms: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Width and norms."""
+        return f"{self.units} channels under {len(self.norms)} RMS norms, {len(self.producers)} Linears write them"
+
+
+@dataclass(frozen=True)
+class ExpertGroup(Group):
+    """The experts of one mixture, with the rows of their router.
+
+    Attributes:
+        per_token: how many experts a token is sent to; as many must stay.
+        choices: graph nodes that choose among the experts (softmax, top-k).
+    """
+
+    kind: ClassVar[str] = "experts"
+    unit: ClassVar[str] = "expert"
+    masked: ClassVar[MaskPlace] = "choices"
+
+    per_token: int = 1
+    choices: tuple[str, ...] = ()
+
+    @property
+    def least(self) -> int:
+        """A token needs as many experts as it is sent to."""
+        return self.per_token
+
+    def describe(self) -> str:
+        """Experts and how many a token sees."""
+        return f"{self.units} experts, {self.per_token} a token"
+
+
+@dataclass(frozen=True)
+class ExpertMlpGroup(Group):
+    """The intermediate channels inside the experts of one mixture.
+
+    Unit e*width + j is channel j of expert e. Every expert keeps the same number of channels, each its own. The slices
+    list the channels of one expert; all experts have the same.
+
+    Attributes:
+        experts: how many experts there are.
+        activation: name of the nonlinear operator between producers and consumer.
+        gated: whether two producers meet in a product.
+    """
+
+    kind: ClassVar[str] = "expert_mlp"
+    unit: ClassVar[str] = "expert channel"
+
+    experts: int = 1
+    activation: str = ""
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """Channels of one expert."""
+        return super().units
+
+    @property
+    def units(self) -> int:
+        """Channels of all experts."""
+        return self.experts * self.width
+
+    @property
+    def least(self) -> int:
+        """Every expert keeps a channel, or as many as the multiple asks for."""
+        return self.experts * self.multiple
+
+    def kept_channels(self, kept: Sequence[int] | IdArray) -> IdArray:
+        """Which channels each expert keeps, (experts, kept width); `kept` holds as many units of every expert."""
+        units = np.sort(np.asarray(kept, dtype=np.int64))
+        return (units % self.width).reshape(self.experts, -1)
+
+    def describe(self) -> str:
+        """Width, form, and where the channels come from and go to."""
+        form = f"gated {self.activation}" if self.gated else self.activation
+        return f"{self.width} channels in each of {self.experts} experts, {form}"
+
+
+@dataclass(frozen=True)
+class LayerGroup(Group):
+    """The layers of one stack, each of which can be left out.
+
+    Attributes:
+        entries: for each layer the graph node of what it reads from the residual stream.
+        exits: for each layer the graph node of what it hands on.
+        members: for each layer the qualified names of the parameters that only it uses.
+        sizes: for each layer how many parameters these hold.
+        labels: qualified name of each layer's module.
+        caches: for each layer the names of the graph outputs that hold its cache.
+    """
+
+    kind: ClassVar[str] = "layers"
+    unit: ClassVar[str] = "layer"
+    masked: ClassVar[MaskPlace] = "layers"
+
+    entries: tuple[str, ...] = ()
+    exits: tuple[str, ...] = ()
+    members: tuple[tuple[str, ...], ...] = ()
+    sizes: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    caches: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def units(self) -> int:
+        """How many layers there are."""
+        return len(self.exits)
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters of the average layer."""
+        return sum(self.sizes) // max(1, len(self.sizes))
+
+    def parameters_removed(self, kept: Sequence[int] | IdArray) -> int:
+        """Parameters that go when only the layers `kept` stay."""
+        return sum(self.sizes) - sum(self.sizes[int(layer)] for layer in kept)
 
 
 def signatures(channels: ChannelMap) -> IdArray:

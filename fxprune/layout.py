@@ -1,7 +1,12 @@
-"""The layout of a slim state dict on disk: whether a configuration can say its shapes, and what remains to be said.
+"""The layout of a slim state dict on disk: whether a configuration can say what it is, and what remains to be said.
 
-*Uniform*: one configuration, accepted by its class, gives every shape. *Mixed*: layers differ, or there are biases the
-class does not know; layers get configuration fields of their own, and projections that no field describes are listed.
+*Uniform*: one configuration, accepted by its class, gives every shape and every number that the class computes with.
+*Mixed*: layers differ, or there are widths, biases or numbers that the configuration class does not allow; layers and
+the whole model get configuration fields of their own, numbers are set on modules, and projections that no field
+describes are listed.
+
+Layers that are missing as a whole are the first thing settled: the tensors are renumbered, and everything else is said
+relative to the dense configuration with fewer layers.
 """
 
 from __future__ import annotations
@@ -15,6 +20,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fxprune.config_search import NoMatch, UniformMatch, find_layer_overrides, find_uniform
+from fxprune.constants import (
+    Constants,
+    differences,
+    epsilon_attributes,
+    expected,
+    find_float_fields,
+    numbers_of,
+)
+from fxprune.depth import kept_layers, reduce_depth, renumbered
 from fxprune.errors import CheckpointError
 from fxprune.skeleton import (
     BUILD_ERRORS,
@@ -33,12 +47,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from fxprune.constants import Numbers
     from fxprune.program import Source
     from fxprune.skeleton import Shape
 
-__all__ = ["Layout", "classify", "same_bits", "without_constants"]
+__all__ = ["Layout", "classify", "mark_config", "runs_grouped", "same_bits"]
 
 _CONSTANT = re.compile(r"(?:.*\.)?lifted_tensor_\d+")
+_GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
+_MARK = "fxprune"
 
 
 @dataclass(frozen=True)
@@ -48,65 +65,93 @@ class Layout:
     Attributes:
         kind: `"uniform"` or `"mixed"`.
         reason: why it is not uniform; empty if it is.
-        config: the configuration to build the class from: the slim one (uniform) or the dense one (mixed).
+        config: the configuration of `config.json`: the slim one (uniform), or the dense one with fewer layers (mixed).
         tensors: what the weight files hold: tied tensors once, under their first name, with `zero_biases`.
-        buffers: tensors that were given and that the class computes itself; they are checked, not stored.
+        given: the tensors that were given, all of them, under the names they have in the slim model.
         changed: dense and slim shape of every parameter whose shape changed.
         added_biases: given biases that the dense class does not have.
         zero_biases: biases of zeros, which the class has as soon as it has the added ones.
-        config_overrides: fields of `config` that differ from the dense configuration (uniform).
+        kept_layers: for each module list that lost layers, the dense indices of those it keeps. All other names and
+            indices are those of the slim model.
+        config_overrides: fields that differ from the dense configuration: fields of `config` (uniform), or fields that
+            its class need not accept and that are set on it before the model is built (mixed).
         layer_overrides: configuration fields of each layer that differs (mixed).
+        constants: numbers that the class would derive wrongly and that are set on its modules (mixed).
     """
 
     kind: Literal["uniform", "mixed"]
     reason: str
     config: PreTrainedConfig
     tensors: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     changed: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     added_biases: tuple[str, ...] = ()
     zero_biases: tuple[str, ...] = ()
-    config_overrides: Mapping[str, int | bool] = field(default_factory=dict)
+    kept_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
     layer_overrides: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    constants: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
 
 
-def classify(tensors: Mapping[str, Tensor], source: Source) -> Layout:
+def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[str, float] | None = None) -> Layout:
     """Find out how a slim state dict can be written; nothing is read or written.
 
     Args:
-        tensors: the slim state dict under the dense model's qualified names. A tied weight may come under one or all
-            of its names. Biases of `nn.Linear` modules that have none in the dense class are accepted.
-        source: the dense model. What is not a shape is taken from its configuration as it stands: a caller that
-            changed, say, the epsilon of a norm passes a source with a changed configuration.
+        tensors: the slim state dict under the dense model's qualified names, in the layout of the model class (Conv1D
+            weights as (in, out), expert weights with three axes). A tied weight may come under one or all of its
+            names. Biases of `nn.Linear` modules that have none in the dense class are accepted. Layers may be missing
+            as a whole; those that are there keep their dense indices.
+        source: the dense model. What is not a shape is taken from its configuration as it stands.
+        epsilons: for norms that need another epsilon than in the dense model, the epsilon by the norm module's dense
+            name. An RMSNorm narrowed from `d_old` to `d_new` is exact with `weight * sqrt(d_old / d_new)` and
+            `epsilon * d_old / d_new`.
 
     Returns:
         The layout.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or has no data, tied tensors differ, the class is unknown to
-            transformers' auto mappings, or a shape can be expressed neither by the configuration nor by a narrower
-            `nn.Linear`; blocks and parameters are named.
+            transformers' auto mappings; or the configuration cannot express which layers are left, a shape can be
+            expressed neither by it nor by a narrower `nn.Linear`, or a number can be set nowhere. The message names
+            layers, modules and parameters.
     """
     model_class: type[PreTrainedModel] = source.model_class
-    config = config_with(source.config, {})
+    config, carried = _unmarked(config_with(source.config, {}))
     if resolve_model_class(config, model_class.__name__) is not model_class:
         raise CheckpointError(
             f"{model_class.__qualname__} from {model_class.__module__} is not transformers' own class of this name; a "
             "checkpoint could not be loaded without it"
         )
     try:
-        dense = build_skeleton(model_class, config)
+        dense = build_skeleton(model_class, config, torch.float32)
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{model_class.__name__} cannot be built from the source's config: {error}") from error
-    given, buffers, added = _canonical(tensors, dense)
+    tensors = _without_constants(tensors)
+    new_numbers = _new_numbers(tensors, dense, epsilons or {}, carried)
+    kept = kept_layers(tensors, dense)
+    gone = [name for name in epsilons or {} if renumbered(name, kept) is None]
+    if gone:
+        raise CheckpointError(f"epsilons: {gone[0]} has no tensor left, its layer was removed; leave it out")
+    fewer: dict[str, Any] = {}
+    base = dense
+    if kept:
+        config, fewer = reduce_depth(model_class, config, dense, kept)
+        base = build_skeleton(model_class, config, torch.float32)
+    wanted = expected(numbers_of(dense), kept, new_numbers)
+    named = {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, kept)) is not None}
+    given, added = _canonical(named, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    before = state_shapes(dense)
+    before = state_shapes(base)
     changed = {name: (before[name], shape) for name, shape in shapes.items() if before.get(name, shape) != shape}
-    dtypes = sorted({str(tensor.dtype) for tensor in given.values() if tensor.is_floating_point()})
-    match: UniformMatch | NoMatch = NoMatch(f"tensors have several dtypes: {', '.join(dtypes)}")
-    if len(dtypes) == 1:
-        match = find_uniform(model_class, config, shapes, added)
-    common: dict[str, Any] = {"buffers": buffers, "changed": changed, "added_biases": added}
+    common: dict[str, Any] = {"given": named, "changed": changed, "added_biases": added, "kept_layers": kept}
+
+    pins = find_float_fields(model_class, config, wanted.floats)
+    reason = _not_plain(given, changed)
+    match: UniformMatch | NoMatch = NoMatch(reason)
+    if not reason:
+        match = find_uniform(
+            model_class, config, shapes, added, pins=pins, objection=lambda model: _objection(wanted, model)
+        )
     if isinstance(match, UniformMatch):
         any_given = next(tensor for tensor in given.values() if tensor.is_floating_point())
         zeros = {name: torch.zeros(shape, dtype=any_given.dtype) for name, shape in match.zero_biases.items()}
@@ -116,37 +161,108 @@ def classify(tensors: Mapping[str, Tensor], source: Source) -> Layout:
             _finished(match.config, model_class, given),
             {**given, **zeros},
             zero_biases=tuple(zeros),
-            config_overrides=match.overrides,
+            config_overrides={**fewer, **match.overrides},
             **common,
         )
-    layers = find_layer_overrides(model_class, config, shapes)
-    _check_expressible(model_class, layers.config, layers.overrides, shapes)
+    layers = find_layer_overrides(model_class, config_with(config, pins), shapes)
+    everywhere = {**pins, **layers.everywhere}
+    overrides, constants = _mixed(model_class, config_with(layers.config, everywhere), layers.overrides, shapes, wanted)
+    unpinned = {name: getattr(config, name) for name in pins}
     return Layout(
         "mixed",
         match.reason,
-        _finished(layers.config, model_class, given),
+        _finished(config_with(layers.config, unpinned), model_class, given),
         given,
-        layer_overrides=layers.overrides,
+        config_overrides=everywhere,
+        layer_overrides=overrides,
+        constants=constants,
         **common,
     )
 
 
-def without_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _new_numbers(
+    tensors: Mapping[str, Tensor], dense: PreTrainedModel, epsilons: Mapping[str, float], carried: Constants
+) -> Constants:
+    """Numbers that differ from those of the dense class: what the source carries already, and the epsilons."""
+    slim_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    numbers: Constants = {name: dict(values) for name, values in carried.items()}
+    for name, values in epsilon_attributes(dense, epsilons, slim_shapes).items():
+        numbers.setdefault(name, {}).update(values)
+    return numbers
+
+
+def _not_plain(given: Mapping[str, Tensor], changed: Mapping[str, tuple[Shape, Shape]]) -> str:
+    """Say why plain loading would not do, whatever the configuration; empty if it would."""
+    dtypes = sorted({str(tensor.dtype) for tensor in given.values() if tensor.is_floating_point()})
+    if len(dtypes) != 1:
+        return f"tensors have several dtypes: {', '.join(dtypes)}"
+    narrow = [name for name, (old, new) in changed.items() if old[-1] != new[-1] and not _is_aligned(given[name])]
+    if narrow:
+        return (
+            f"rows of {narrow[0]} are no multiple of {_GROUPED_ALIGNMENT} bytes, which the grouped matrix product that "
+            "transformers chooses for experts needs; fxprune.load chooses another one"
+        )
+    return ""
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.dim() != 3 or tensor.shape[-1] * tensor.element_size() % _GROUPED_ALIGNMENT == 0
+
+
+def runs_grouped(model: PreTrainedModel) -> bool:
+    """Whether the rows of all expert weights of a model have the strides that grouped matrix products need."""
+    return all(_is_aligned(parameter) for parameter in model.parameters())
+
+
+def _objection(wanted: Numbers, model: PreTrainedModel) -> str:
+    """Say which number a skeleton derives wrongly; empty if it derives all as wanted."""
+    constants, problem = differences(wanted, model)
+    for name, values in constants.items():
+        for attribute, value in values.items():
+            return f"{f'{name}.' if name else ''}{attribute} must be {value}"
+    return problem
+
+
+def mark_config(
+    config: PreTrainedConfig, overrides: Mapping[str, Any], constants: Mapping[str, Mapping[str, float | int]]
+) -> None:
+    """Note on the configuration of a loaded model what it cannot say, so that the model can be slimmed and saved again.
+
+    Args:
+        config: the configuration with the overrides, as the model uses it; it is changed.
+        overrides: the overrides, with the values that the configuration class accepts.
+        constants: the numbers of modules that are not those of the configuration with the accepted values.
+    """
+    if overrides or constants:
+        setattr(config, _MARK, {"accepted": dict(overrides), "constants": {k: dict(v) for k, v in constants.items()}})
+
+
+def _unmarked(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Constants]:
+    """The configuration as its class accepts it, and the numbers that were set on the modules of its model."""
+    mark = getattr(config, _MARK, None)
+    if mark is None:
+        return config, {}
+    delattr(config, _MARK)
+    floats = {
+        name: {attribute: value for attribute, value in values.items() if type(value) is float}
+        for name, values in mark["constants"].items()
+    }
+    return config_with(config, mark["accepted"]), floats
+
+
+def _without_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the scalars that `torch.export` lifts out of a model's code: they are the graph's, not the model's."""
     return {name: tensor for name, tensor in tensors.items() if not (_CONSTANT.fullmatch(name) and tensor.numel() == 1)}
 
 
-def _canonical(
-    tensors: Mapping[str, Tensor], dense: PreTrainedModel
-) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
-    """Sort given tensors into the class's state (tied ones once), its non-persistent buffers and added biases."""
+def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Sort given tensors into the class's state (tied ones once) and added biases, without what it computes itself."""
     name_of = aliases(dense)
     computed = {name for name, _ in dense.named_non_persistent_buffers()}
     given: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
     added: list[str] = []
     unknown: list[str] = []
-    for name, tensor in without_constants(tensors).items():
+    for name, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{name} is on the meta device and has no data; load the model's weights first")
         owner = name_of.get(name, name)
@@ -158,7 +274,7 @@ def _canonical(
         if name in name_of:
             given[owner] = tensor
         elif name in computed:
-            buffers[name] = tensor
+            continue
         elif _is_new_bias(dense, name):
             given[name] = tensor
             added.append(name)
@@ -172,7 +288,7 @@ def _canonical(
         )
     order = {name: position for position, name in enumerate(name_of)}
     ordered = sorted(given, key=lambda name: order.get(name, order.get(f"{name.removesuffix('.bias')}.weight", 0)))
-    return {name: given[name] for name in ordered}, buffers, tuple(added)
+    return {name: given[name] for name in ordered}, tuple(added)
 
 
 def _is_new_bias(dense: PreTrainedModel, name: str) -> bool:
@@ -196,14 +312,24 @@ def _finished(
     return config_with(config, {"architectures": [model_class.__name__], "dtype": dtype})
 
 
-def _check_expressible(
+def _mixed(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     overrides: Mapping[int, Mapping[str, int]],
     shapes: Mapping[str, Shape],
-) -> None:
-    """Raise unless overrides and narrower projections give every shape."""
-    model = build_layered_skeleton(model_class, config, overrides)
+    wanted: Numbers,
+) -> tuple[Mapping[int, Mapping[str, int]], Constants]:
+    """The layer overrides that the class accepts, and the numbers to set on the modules that it builds with them.
+
+    Raises:
+        CheckpointError: overrides and narrower projections do not give every shape, or a number cannot be had.
+    """
+    try:
+        model = build_layered_skeleton(model_class, config, overrides, torch.float32)
+    except CheckpointError:
+        # Sizes need not be linear in the fields, as probing takes them to be. Narrower projections may do alone.
+        overrides = {}
+        model = build_skeleton(model_class, config, torch.float32)
     resize_projections(model, shapes)
     built = state_shapes(model)
     wrong = [name for name in shapes if built.get(name) != shapes[name]]
@@ -213,6 +339,10 @@ def _check_expressible(
             f"no field of {type(config).__name__} gives the shape of {details}, and only nn.Linear can be narrowed "
             "without one; leave these groups unpruned, or export the graph instead"
         )
+    constants, problem = differences(wanted, model)
+    if problem:
+        raise CheckpointError(f"{problem}; leave this dimension and these layers unpruned, or export the graph instead")
+    return overrides, constants
 
 
 def same_bits(first: Tensor | None, second: Tensor) -> bool:

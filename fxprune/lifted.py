@@ -7,6 +7,7 @@ What is needed to write the weights back is kept on the module.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,9 +56,9 @@ def make_linear(weight: Tensor, bias: Tensor | None, origin: Origin | None) -> n
     return linear
 
 
-def make_grouped(weight: nn.Parameter, *, transposed: bool, origin: Origin | None) -> GroupedLinear:
+def make_grouped(weight: nn.Parameter, *, transposed: bool, op: Any, origin: Origin | None) -> GroupedLinear:
     """A `GroupedLinear` around an existing parameter."""
-    grouped = GroupedLinear(weight, transposed=transposed)
+    grouped = GroupedLinear(weight, transposed=transposed, op=op)
     if origin is not None:
         setattr(grouped, _ATTRIBUTE, origin)
     return grouped
@@ -67,6 +68,6 @@ def with_parameters(old: nn.Linear | GroupedLinear, weight: Tensor, bias: Tensor
     """A projection like `old` with other parameters."""
     if isinstance(old, GroupedLinear):
         parameter = nn.Parameter(weight, old.weight.requires_grad)
-        return make_grouped(parameter, transposed=old.transposed, origin=origin_of(old))
+        return make_grouped(parameter, transposed=old.transposed, op=old.op, origin=origin_of(old))
     weight = nn.Parameter(weight, old.weight.requires_grad)
     return make_linear(weight, None if bias is None else nn.Parameter(bias, weight.requires_grad), origin_of(old))

@@ -7,14 +7,12 @@ from a repository runs.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +36,6 @@ __all__ = [
     "quiet_transformers",
     "resolve_device",
     "resolve_dtype",
-    "source_hash",
     "weight_files",
 ]
 
@@ -67,11 +64,6 @@ class LoadedModel:
     config: PreTrainedConfig
     name: str
     path: Path
-
-    @cached_property
-    def source_hash(self) -> str:
-        """SHA-256 of the checkpoint's configuration and weights, see `source_hash`; computed when first asked for."""
-        return source_hash(self.path)
 
 
 def load_model(
@@ -231,29 +223,6 @@ def check_weights(path: Path) -> None:
     weight_map = _read_json(path / _INDEX)["weight_map"]
     if lost := sorted(name for name, file in weight_map.items() if (file, name) not in found):
         raise CheckpointError(f"{path}: tensors that {_INDEX} names are not in their shards: {_some(lost)}")
-
-
-def source_hash(path: str | Path) -> str:
-    """SHA-256 over `config.json` and the weight files of a local checkpoint, in the order of their names.
-
-    Each file counts with its name, its length and its content, so the same weights in other shards hash differently.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: a file is missing or cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        for file in sorted([Path(path) / "config.json", *weight_files(Path(path))]):
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"cannot hash the checkpoint {path}: {error}") from error
-    return digest.hexdigest()
 
 
 def _local_path(name_or_path: str | Path, patterns: tuple[str, ...]) -> Path:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fxprune.channels import trace_channels
 from fxprune.errors import PreconditionError
+from fxprune.groups import signatures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from numpy.typing import NDArray
+
+    from fxprune.channel_ids import ChannelMap, IdArray, ParameterAxis
     from fxprune.groups import Group
     from fxprune.program import Program
 
-__all__ = ["elements_per_index", "require_lifted", "unique_name", "with_channels"]
+__all__ = [
+    "activations",
+    "alike",
+    "between_linears",
+    "elements_per_index",
+    "expert_axes",
+    "normalised_together",
+    "pinned_reason",
+    "require_lifted",
+    "unique_name",
+    "with_channels",
+]
 
 
 def require_lifted(program: Program, name: str) -> None:
@@ -35,6 +52,65 @@ def elements_per_index(program: Program) -> dict[str, dict[int, int]]:
         name: {axis: tensor.numel() // max(1, size) for axis, size in enumerate(tensor.shape)}
         for name, tensor in program.graph_module.state_dict(keep_vars=True).items()
     }
+
+
+def between_linears(channels: ChannelMap) -> NDArray[np.bool_]:
+    """Which classes some Linears write as rows and others read as columns; heads do not count, (classes,)."""
+    rows, columns = np.zeros(channels.count, dtype=bool), np.zeros(channels.count, dtype=bool)
+    for axis in channels.axes:
+        if axis.role in {"rows", "columns"}:
+            (rows if axis.role == "rows" else columns)[channels.class_of[axis.ids()]] = True
+    found = rows & columns
+    for site in channels.attentions:
+        found[channels.class_of[site.heads]] = False
+    return found
+
+
+def expert_axes(channels: ChannelMap) -> dict[str, ParameterAxis]:
+    """The axis of experts of every grouped Linear's weight, by the weight's qualified name."""
+    return {axis.parameter: axis for axis in channels.axes if axis.role == "experts"}
+
+
+def alike(channels: ChannelMap, wanted: NDArray[np.bool_]) -> list[IdArray]:
+    """Wanted classes by the parameter axes they touch, each list in the order of the first Linear that reads them."""
+    signature = signatures(channels)
+    groups: dict[int, IdArray] = {}
+    for axis in channels.axes:
+        if axis.role != "columns":
+            continue
+        classes = channels.class_of[axis.ids()]
+        classes = classes[wanted[classes]]
+        _, first = np.unique(classes, return_index=True)
+        classes = classes[np.sort(first)]
+        for key in np.unique(signature[classes]):
+            groups.setdefault(int(key), classes[signature[classes] == key])
+    return list(groups.values())
+
+
+def normalised_together(channels: ChannelMap) -> NDArray[np.bool_]:
+    """Which classes a norm or a choice reduces together with others, (classes,)."""
+    normed = np.zeros(channels.count, dtype=bool)
+    for norm in channels.norms:
+        classes = np.unique(channels.class_of[norm.ids])
+        normed[classes] |= len(classes) > 1
+    return normed
+
+
+def pinned_reason(channels: ChannelMap, classes: IdArray) -> str | None:
+    """What pins any of `classes`, None when nothing does."""
+    pinned = classes[channels.pinned[classes]]
+    return f"pinned by {channels.pin_reasons(pinned)[0]}" if len(pinned) else None
+
+
+def activations(channels: ChannelMap) -> tuple[NDArray[np.bool_], dict[int, str]]:
+    """Which classes pass through an activation, and its name by class."""
+    active = np.zeros(channels.count, dtype=bool)
+    names: dict[int, str] = {}
+    for site in channels.activations:
+        classes = channels.class_of[site.ids]
+        active[classes] = True
+        names.setdefault(int(classes[0]), site.op)
+    return active, names
 
 
 def unique_name(owner: str, kind: str, groups: Iterable[Group]) -> str:

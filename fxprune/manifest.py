@@ -7,7 +7,16 @@ import platform
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+)
 
 from fxprune.errors import CheckpointError
 
@@ -31,6 +40,10 @@ SCHEMA_VERSION: Literal[1] = 1
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A plain name: it can point nowhere but into the checkpoint's own directory.
 _WeightFile = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors$")]
+
+
+_Number = int | Annotated[float, Field(allow_inf_nan=False)]
+_Value = bool | int | float | str | None
 
 
 class _Record(BaseModel):
@@ -63,8 +76,13 @@ class Manifest(_Record):
         versions: of fxprune and of the libraries that wrote the checkpoint.
         plan: the plan, as its writer gave it.
         history: what was done, oldest first.
-        config_overrides: fields of `config.json` that differ from the dense configuration (uniform).
+        kept_layers: for each module list that lost layers, the dense indices of those it keeps. `config.json` has the
+            slim depth; all other names and indices here are those of the slim model.
+        config_overrides: fields of `config.json` that differ from the dense configuration (uniform), or numbers that
+            are set on the configuration before the model is built, though its class may refuse them (mixed).
         layer_overrides: configuration fields by layer index (mixed).
+        constants: numbers that are set on modules, by module and attribute, because the class would derive others
+            (mixed).
         parameters: the parameters whose shape changed.
         added_biases: biases that the dense model does not have.
         zero_biases: biases, all zero, that are there only because the class has them all or none.
@@ -78,8 +96,10 @@ class Manifest(_Record):
     versions: dict[str, str]
     plan: dict[str, JsonValue]
     history: tuple[JsonValue, ...]
-    config_overrides: dict[str, bool | PositiveInt]
-    layer_overrides: dict[Annotated[int, Field(ge=0)], dict[str, PositiveInt]]
+    kept_layers: dict[str, Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]] = {}
+    config_overrides: dict[str, _Value | list[_Value]]
+    layer_overrides: dict[NonNegativeInt, dict[str, PositiveInt]]
+    constants: dict[str, dict[str, _Number]] = {}
     parameters: dict[str, ShapeChange]
     added_biases: tuple[str, ...]
     zero_biases: tuple[str, ...]

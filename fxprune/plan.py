@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fxprune.errors import PlanError
-from fxprune.groups import AttentionGroup
+from fxprune.groups import AttentionGroup, ExpertMlpGroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +43,8 @@ class Plan:
 
         Raises:
             PlanError: a group is unknown, a unit does not exist or is named twice, a group would be empty, or the
-                kept KV heads of an attention would have different numbers of query heads.
+                kept KV heads of an attention would have different numbers of query heads, or the experts of a mixture
+                different numbers of channels.
         """
         known = {group.name: group for group in groups}
         for name, units in self.kept.items():
@@ -57,6 +58,8 @@ class Plan:
                 raise PlanError(f"{name}: the plan names a {group.unit} twice")
             if not units:
                 raise PlanError(f"{name}: no {group.unit} would be left; keep at least one")
+            if len(units) < group.least:
+                raise PlanError(f"{name}: {len(units)} {group.unit}s would be left; it needs at least {group.least}")
             if isinstance(group, AttentionGroup) and group.sharing is not None:
                 counts = Counter(int(kv) for kv in group.sharing[np.asarray(units)])
                 if len(set(counts.values())) > 1:
@@ -64,6 +67,7 @@ class Plan:
                         f"{name}: kept KV heads would have different numbers of query heads "
                         f"({dict(sorted(counts.items()))}); keep the same number in every kept KV head"
                     )
+            _check_multiple(group, units)
 
     def is_uniform(self, groups: Sequence[Group]) -> bool:
         """Whether all groups of one kind keep the same number of units."""
@@ -75,3 +79,19 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data."""
         return {"kept": {name: list(units) for name, units in self.kept.items()}}
+
+
+def _check_multiple(group: Group, units: Sequence[int]) -> None:
+    """Every expert keeps the same number of channels, and a number that grouped products can work with."""
+    parts = group.experts if isinstance(group, ExpertMlpGroup) else 1
+    counts = np.bincount(np.asarray(units) // (group.units // parts), minlength=parts)
+    if len(set(counts.tolist())) > 1:
+        raise PlanError(
+            f"{group.name}: the experts would have different numbers of channels ({counts.min()} to {counts.max()}); "
+            "keep the same number in every expert"
+        )
+    if counts[0] % group.multiple and counts[0] < group.units // parts:
+        raise PlanError(
+            f"{group.name}: keeping {counts[0]} {group.unit}s is not a multiple of {group.multiple}, which grouped "
+            "matrix products need"
+        )

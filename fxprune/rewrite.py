@@ -18,14 +18,14 @@ from fxprune.channels import run_movement
 from fxprune.errors import UnsupportedOpError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from fxprune.channel_ids import IdArray
     from fxprune.channels import Call
 
-__all__ = ["Grid", "full_grid", "grid_of", "rewrite_movement", "take"]
+__all__ = ["Grid", "Scaled", "full_grid", "grid_of", "rewrite_movement", "take"]
 
 aten = torch.ops.aten
 
@@ -79,6 +79,13 @@ class Grid:
             raise ValueError(f"axis {axis} of shape {self.shape} keeps different positions in different places")
         return np.flatnonzero(kept)
 
+    def ragged(self, axis: int) -> bool:
+        """Whether an axis keeps different positions in different places."""
+        if self.mask is None:
+            return False
+        kept = self.mask.any(axis=tuple(other for other in range(self.mask.ndim) if other != axis))
+        return int(kept.sum()) != self.new_shape[axis]
+
     def select(self, axis: int, kept: IdArray) -> Grid:
         """The grid that keeps only some positions of an axis of what stays here."""
         mask = np.ones(self.shape, dtype=bool) if self.mask is None else self.mask
@@ -109,7 +116,7 @@ def grid_of(call: Call, ids: Tensor | None, keep: NDArray[np.bool_], shape: Sequ
     Raises:
         UnsupportedOpError: what stays does not pack, so no tensor can hold it.
     """
-    if ids is None:
+    if ids is None or 0 in shape:
         return full_grid(shape)
     stays = keep[ids.numpy()]
     if stays.all():
@@ -127,12 +134,36 @@ def grid_of(call: Call, ids: Tensor | None, keep: NDArray[np.bool_], shape: Sequ
     return Grid(tuple(shape), stays, tuple(new_shape))
 
 
-def _new_sizes(sizes: Sequence[Any], extents: Sequence[int]) -> list[Any]:
-    """Replace literal sizes by the new extents; symbolic sizes and -1 follow by themselves."""
-    return [new if isinstance(size, int) and size != -1 else size for size, new in zip(sizes, extents, strict=True)]
+@dataclass(frozen=True)
+class Scaled:
+    """A number computed in the graph that must become another: batch times heads, where heads went.
+
+    Attributes:
+        node: the old graph's number.
+        old: its value in the sample.
+        new: the value it must have.
+    """
+
+    node: torch.fx.Node
+    old: int
+    new: int
 
 
-def _candidates(call: Call, source: Grid, outputs: Sequence[Grid]) -> tuple[Any, list[Any]]:
+def _new_sizes(sizes: Sequence[Any], extents: Sequence[int], value_of: Callable[[torch.fx.Node], Any]) -> list[Any]:
+    """Replace sizes by the new extents; -1, and numbers that have the new value already, follow by themselves."""
+    new_sizes: list[Any] = []
+    for size, new in zip(sizes, extents, strict=True):
+        if isinstance(size, torch.fx.Node):
+            old = value_of(size)
+            new_sizes.append(size if old == new else Scaled(size, old, new))
+        else:
+            new_sizes.append(size if size == -1 else new)
+    return new_sizes
+
+
+def _candidates(
+    call: Call, source: Grid, outputs: Sequence[Grid], value_of: Callable[[torch.fx.Node], Any]
+) -> tuple[Any, list[Any]]:
     """New target and positional arguments of a movement operator, to be checked by the caller."""
     args: list[Any] = list(call.node.args)
     target: Any = call.node.target
@@ -144,7 +175,7 @@ def _candidates(call: Call, source: Grid, outputs: Sequence[Grid]) -> tuple[Any,
         aten.expand.default,
         aten.broadcast_to.default,
     }:
-        args[1] = _new_sizes(args[1], out.new_shape)
+        args[1] = _new_sizes(args[1], out.new_shape, value_of)
     elif target in {aten.repeat.default, aten.tile.default}:
         padded = (1,) * (len(out.shape) - len(source.shape)) + source.new_shape
         args[1] = [
@@ -156,7 +187,7 @@ def _candidates(call: Call, source: Grid, outputs: Sequence[Grid]) -> tuple[Any,
         args[1] = out.new_shape[dim] // source.new_shape[dim]
     elif target is aten.unflatten.int:
         dim = call.int_argument(1, "dim", 0) % len(source.shape)
-        args[2] = _new_sizes(args[2], out.new_shape[dim : dim + len(args[2])])
+        args[2] = _new_sizes(args[2], out.new_shape[dim : dim + len(args[2])], value_of)
     elif target is aten.slice.Tensor:
         dim = call.int_argument(1, "dim", 0) % len(source.shape)
         size = source.shape[dim]
@@ -193,7 +224,7 @@ def rewrite_movement(
         numbers: new values of nodes that hold numbers, where they changed.
 
     Returns:
-        Target, arguments and keyword arguments; the arguments name old nodes.
+        Target, arguments and keyword arguments; the arguments name old nodes, and `Scaled` numbers.
 
     Raises:
         UnsupportedOpError: no constants make the operator produce what stays of its old result.
@@ -201,7 +232,11 @@ def rewrite_movement(
     node = call.node
     if all(grid.full for grid in (*operands.values(), *outputs)):
         return node.target, node.args, node.kwargs
-    target, args = _candidates(call, next(iter(operands.values())), outputs)
+
+    def value_of(number: torch.fx.Node) -> Any:
+        return numbers.get(number, call.value_of(number))
+
+    target, args = _candidates(call, next(iter(operands.values())), outputs, value_of)
     positions: dict[torch.fx.Node, Tensor] = {}
     offset = 1
     for operand, grid in operands.items():
@@ -210,18 +245,25 @@ def rewrite_movement(
         offset += count
 
     def old(argument: torch.fx.Node) -> Any:
-        return positions.get(argument, call.value_of(argument))
+        value = call.value_of(argument)
+        if isinstance(value, Tensor) and argument not in positions:  # an empty part of a concatenation
+            return torch.zeros(0, dtype=torch.int64)
+        return positions.get(argument, value)
 
-    def new(argument: torch.fx.Node) -> Any:
+    def new(argument: Any) -> Any:
+        if isinstance(argument, Scaled):
+            return argument.new
+        if not isinstance(argument, torch.fx.Node):
+            return argument
         if argument in positions:
             return operands[argument].narrow(positions[argument])
-        return numbers.get(argument, call.value_of(argument))
+        return old(argument) if isinstance(call.value_of(argument), Tensor) else value_of(argument)
 
     expected = run_movement(node.target, *torch.fx.node.map_arg((node.args, node.kwargs), old))
     expected = expected if isinstance(expected, list) else [expected]
     kwargs = {} if target is not node.target else dict(node.kwargs)
     try:
-        result = run_movement(target, *torch.fx.node.map_arg((tuple(args), kwargs), new))
+        result = run_movement(target, *torch.fx.node.map_aggregate((tuple(args), kwargs), new))
     except (RuntimeError, IndexError) as error:
         raise _no_constants(call, operands, outputs) from error
     result = result if isinstance(result, list) else [result]

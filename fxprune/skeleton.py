@@ -43,7 +43,9 @@ __all__ = [
     "build_skeleton",
     "config_with",
     "fill_skeleton",
+    "initialize_buffers",
     "layer_list",
+    "outer_lists",
     "read_config",
     "resize_projections",
     "resolve_model_class",
@@ -67,7 +69,15 @@ BUILD_ERRORS = (
 # Taken from the model's own configuration every time a block runs, because users switch them on the model.
 _FOLLOWED = ("_attn_implementation", "_experts_implementation")
 # A checkpoint may not choose them: a value such as "owner/kernel" would fetch code from the hub.
-_NOT_READ = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_NOT_READ = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "per_layer_config",
+    "auto_map",
+    "fxprune",
+)
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -91,7 +101,7 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
             "comes with a checkpoint is never run)"
         )
-    values = {key: value for key, value in values.items() if key not in {*_NOT_READ, "per_layer_config", "auto_map"}}
+    values = {key: value for key, value in values.items() if key not in _NOT_READ}
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except BUILD_ERRORS as error:
@@ -173,14 +183,18 @@ def layer_list(model: PreTrainedModel) -> str | None:
     It is the outermost `ModuleList` with one module, of one class, for each of the configuration's hidden layers.
     """
     depth = getattr(model.config, "num_hidden_layers", None)
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != depth:
-            continue
-        nested = any(name.startswith(f"{outer}.") for outer in found)
-        if not nested and any(True for _ in module.parameters()):
-            found.append(name)
+    found = [name for name, layers in outer_lists(model).items() if len(layers) == depth]
     return found[0] if len(found) == 1 else None
+
+
+def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The module lists with parameters that lie in no other one, by qualified name: stacks of layers, mostly."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not nested and any(True for _ in module.parameters()):
+            found[name] = module
+    return found
 
 
 class _FollowModel:
@@ -360,7 +374,7 @@ def fill_skeleton(model: PreTrainedModel, tensors: Mapping[str, Tensor], device:
             parent, _, attribute = name.rpartition(".")
             source, _, source_attribute = owner.rpartition(".")
             setattr(model.get_submodule(parent), attribute, getattr(model.get_submodule(source), source_attribute))
-    _initialize_buffers(model, device)
+    initialize_buffers(model, device)
     rest = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if rest:
         raise CheckpointError(f"{type(model).__name__}: nothing was loaded for {rest}")
@@ -371,10 +385,17 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _initialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def initialize_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the non-persistent buffers the way `from_pretrained` does: the class's `_init_weights`, guarded.
 
     Buffers start as NaN (or the least integer), so that one which no initialisation touches is found.
+
+    Args:
+        model: a skeleton, filled or not; parameters and persistent buffers are left alone.
+        device: where the buffers are created.
+
+    Raises:
+        CheckpointError: the class leaves one of them uninitialised.
     """
     buffers = dict(model.named_non_persistent_buffers())
     if not buffers:

@@ -18,6 +18,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
+from fxprune.graphs import erase_dead
+from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
 
 if TYPE_CHECKING:
@@ -221,7 +223,8 @@ def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> 
             graph.erase_node(node)
     for node in [node for node in graph.nodes if node.op == "call_module" and node.target == "_guards_fn"]:
         graph.erase_node(node)
-    graph.eliminate_dead_code()
+    erase_dead(graph)
+    normalise(graph_module)
     names = _output_names(exported)
     kept = _drop_passed_through(graph, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -262,17 +265,25 @@ def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _by_products(names: tuple[str, ...], inputs: set[str]) -> set[str]:
+    """What a model with logits returns beside them: hidden states, and caches that it does not take back."""
+    return {name for name in names if name != "logits" and name not in inputs} if "logits" in names else set()
+
+
 def _drop_passed_through(graph: torch.fx.Graph, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Drop outputs that are inputs handed back untouched (token counters of some caches); return the names left."""
+    """Drop by-products, and inputs handed back untouched (token counters of some caches); return the names left."""
+    dropped = _by_products(names, {node.name for node in graph.nodes if node.op == "placeholder"})
     output = next(node for node in graph.nodes if node.op == "output")
     values = output.args[0]
     assert isinstance(values, (list, tuple))
     kept = [
         (name, value)
         for name, value in zip(names, values, strict=True)
-        if not (isinstance(value, torch.fx.Node) and value.op == "placeholder" and list(value.users) == [output])
+        if name not in dropped
+        and not (isinstance(value, torch.fx.Node) and value.op == "placeholder" and list(value.users) == [output])
     ]
     output.args = (tuple(value for _, value in kept),)
+    erase_dead(graph)
     return tuple(name for name, _ in kept)
 
 

@@ -45,7 +45,14 @@ __all__ = [
     "text_of_python",
 ]
 
-LOCATE = ("lift_linears", "locate_attention", "locate_mlp")
+LOCATE = (
+    "lift_linears",
+    "locate_attention",
+    "locate_mlp",
+    "locate_hidden",
+    "locate_experts",
+    "locate_layers",
+)
 
 
 class Stopwatch:

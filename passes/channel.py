@@ -16,6 +16,8 @@ Refused:
  1. a program without groups, or without a cache-carrying language-model interface to run text through;
  2. a ratio outside (0, 1), or one that no legal plan reaches;
  3. a consumer that two groups share (its bias could not be told apart).
+
+Heads and MLP channels are scored; hidden channels, experts, their channels and layers are left as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.graphs import copy_graph_module
+from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.lifted import make_linear, origin_of
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
@@ -110,6 +113,11 @@ def _nothing_found(program: Program) -> str:
     return f"no group that could be pruned was found. {'. '.join(listed) or 'The graph has no Linears between Linears'}"
 
 
+def _scored(program: Program) -> tuple[Group, ...]:
+    """The groups that this pass prunes."""
+    return tuple(group for group in program.groups if isinstance(group, (AttentionGroup, MlpGroup)))
+
+
 class ChannelPrune(Pass):
     """Choose which units go (see the module's docstring for scores, graph and refusals).
 
@@ -165,11 +173,12 @@ class ChannelPrune(Pass):
         Raises:
             PreconditionError: something is missing; the message lists what was found and what stood in the way.
         """
-        if not program.groups:
+        groups = _scored(program)
+        if not groups:
             raise PreconditionError(_nothing_found(program))
         if program.source is None or not program.interface.cache:
             raise PreconditionError("channel runs calibration text: it needs a Hugging Face causal language model")
-        consumers = [piece.parameter for group in program.groups for piece in group.consumers]
+        consumers = [piece.parameter for group in groups for piece in group.consumers]
         twice = sorted({name for name in consumers if consumers.count(name) > 1})
         if twice:
             raise PreconditionError(f"{twice[0]} reads two groups; its compensation bias could not be told apart")
@@ -177,7 +186,7 @@ class ChannelPrune(Pass):
     def call(self, program: Program) -> PassResult:
         """Calibrate, score, allocate and compensate; the plan is left in `Program.plan`."""
         assert program.source is not None
-        groups = program.groups
+        groups = _scored(program)
         spec = CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
         device = program.interface.example_inputs["input_ids"].device
         start = time.perf_counter()
@@ -213,14 +222,14 @@ class ChannelPrune(Pass):
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
         steps = {
             group.name: steps_of(group, scores[group.name], round_to=self.round_to, min_keep=self.min_keep)
-            for group in program.groups
+            for group in _scored(program)
         }
         choose = allocate_uniform if self.uniform else allocate
-        return choose(program.groups, steps, round(self.ratio * total), total)
+        return choose(_scored(program), steps, round(self.ratio * total), total)
 
     def _details(self, program: Program, plan: Plan, biases: Mapping[str, Tensor], calibrated: float) -> dict[str, Any]:
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
-        removed = sum(group.parameters_removed(plan.kept_units(group)) for group in program.groups)
+        removed = sum(group.parameters_removed(plan.kept_units(group)) for group in _scored(program))
         return {
             "requested": self.ratio,
             "removed_share": removed / total,

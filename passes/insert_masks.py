@@ -1,9 +1,12 @@
 """Writes the plan into the graph as masks.
 
-    x ─ down_proj          x ─ mask ─ down_proj          one mask on the input of every Linear that reads units
+    x ─ down_proj          x ─ mask ─ down_proj          heads, MLP channels: on what the Linears that read them read
+    o_proj ─ add           o_proj ─ mask ─ add           hidden channels: behind all that writes them
+    logits ─ top-k         logits ─ mask ─ top-k         experts: minus infinity wherever they are chosen among
+    x ─ layer ─ y          x ─ layer ─ gate(x) ─ y       layers: what went in goes on
 
-The masked graph computes exactly what the slim one will: removed units are zero where they are read. It is the
-reference of slimming's verification, and the place where gradients and learned gates attach.
+The masked graph computes exactly what the slim one will. It is the reference of slimming's verification, and the place
+where gradients and learned gates attach.
 
 Refused:
  1. a program without groups (nothing was located);
@@ -15,11 +18,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.fx import Node
 
 from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError
-from fxprune.graphs import copy_graph_module, linear_calls
-from fxprune.masks import ChannelMask
+from fxprune.graphs import copy_graph_module
+from fxprune.groups import ExpertGroup, ExpertMlpGroup, LayerGroup
+from fxprune.lifted import is_projection
+from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
 from fxprune.pass_base import Pass, PassResult
 from fxprune.plan import Plan
 
@@ -40,40 +46,127 @@ def _unit_of(piece: UnitSlice, size: int, device: torch.device) -> Tensor:
     return unit_of.to(device)
 
 
+class _Writer:
+    """Writes the masks of one plan into a copy of a graph."""
+
+    def __init__(self, graph_module: GraphModule, plan: Plan) -> None:
+        self.masked = copy_graph_module(graph_module)
+        self.graph = self.masked.graph
+        self.plan = plan
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.readers: dict[int, list[Node]] = {}  # calls of projections, by the identity of their weight
+        for node in self.graph.nodes:
+            if node.op == "call_module" and is_projection(module := get_attribute(self.masked, str(node.target))):
+                self.readers.setdefault(id(module.weight), []).append(node)
+        self.tensors = self.masked.state_dict(keep_vars=True)
+
+    def mask_of(self, group: Group, like: Tensor) -> Tensor:
+        """The plan as a mask, (units,)."""
+        mask = torch.zeros(group.units, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+        mask[list(self.plan.kept_units(group))] = 1
+        return mask
+
+    def _call(self, name: str, module: nn.Module, args: tuple[Node, ...], behind: Node) -> Node:
+        """Call a new module right behind a node."""
+        while name in dict(self.masked.named_modules()):
+            name += "_"
+        self.masked.add_submodule(name, module)
+        with self.graph.inserting_after(behind):
+            call = self.graph.call_module(name, args)
+        call.meta = dict(args[-1].meta)
+        return call
+
+    def consumers(self, group: Group) -> None:
+        """One mask on what every Linear that reads units is given; a weight may be shared by several Linears."""
+        for piece in group.consumers:
+            weight = self.tensors[piece.parameter]
+            mask = self.mask_of(group, weight)
+            unit_of = _unit_of(piece, weight.shape[piece.axis], weight.device)
+            for node in self.readers[id(weight)]:
+                source, *rest = node.args
+                assert isinstance(source, Node)
+                module: nn.Module = ChannelMask(mask, unit_of)
+                if isinstance(group, ExpertMlpGroup):
+                    module = ExpertChannelMask(mask.reshape(group.experts, group.width), unit_of)
+                name = f"{node.target}_mask"
+                if name in dict(self.masked.named_modules()):
+                    name = f"{name}_{node.name}"
+                self.masked.add_submodule(name, module)
+                with self.graph.inserting_before(node):
+                    call = self.graph.call_module(name, (source, *rest))
+                call.meta = dict(source.meta)
+                node.args = (call, *rest)
+
+    def producers(self, group: Group) -> None:
+        """One mask behind everything that writes units: Linears, embeddings, and norms whose weight spans them."""
+        for piece in group.slices:
+            weight = self.tensors[piece.parameter]
+            writers = self.readers.get(id(weight), []) if piece.produces else self._lookups(piece)
+            for node in writers:
+                unit_of = _unit_of(piece, weight.shape[piece.axis], weight.device)
+                others = list(node.users)
+                call = self._call(f"{node.name}_mask", ChannelMask(self.mask_of(group, weight), unit_of), (node,), node)
+                for user in others:
+                    user.replace_input_with(node, call)
+
+    def _lookups(self, piece: UnitSlice) -> list[Node]:
+        """Embeddings that look up rows of a parameter whose columns are units."""
+        if piece.axis != 1:
+            return []
+        weight = self.tensors[piece.parameter]
+        holders = [n for n in self.graph.nodes if n.op == "get_attr" and self.tensors.get(str(n.target)) is weight]
+        return [user for node in holders for user in node.users if user.target is torch.ops.aten.embedding.default]
+
+    def choices(self, group: Group) -> None:
+        """One mask on the scores of every softmax and top-k among the units."""
+        assert isinstance(group, ExpertGroup)
+        for name in group.choices:
+            node = self.nodes[name]
+            scores = node.args[0]
+            assert isinstance(scores, Node)
+            like = scores.meta["val"]
+            mask = self.mask_of(group, self.tensors[group.slices[0].parameter])
+            axis = next(
+                a
+                for a, size in reversed(list(enumerate(like.shape)))
+                if not isinstance(size, torch.SymInt) and size == group.units
+            )
+            call = self._call(f"{name}_mask", ChoiceMask(mask, axis - like.dim()), (scores,), scores)
+            node.args = (call, *node.args[1:])
+
+    def layers(self, group: Group) -> None:
+        """One gate behind every layer."""
+        assert isinstance(group, LayerGroup)
+        kept = set(self.plan.kept_units(group))
+        for index, (entry, left) in enumerate(zip(group.entries, group.exits, strict=True)):
+            before, after = self.nodes[entry], self.nodes[left]
+            others = list(after.users)
+            floating = next(t for t in self.tensors.values() if t.is_floating_point())
+            gate = LayerGate(torch.tensor(float(index in kept), dtype=floating.dtype, device=floating.device))
+            call = self._call(f"{group.labels[index].replace('.', '_')}_gate", gate, (before, after), after)
+            for user in others:
+                user.replace_input_with(after, call)
+
+
 def insert_masks(graph_module: GraphModule, groups: tuple[Group, ...], plan: Plan) -> GraphModule:
-    """Insert one mask in front of every consumer of every group that the plan prunes.
+    """Insert the masks of every group where its units can be taken out exactly (`Group.masked`).
 
     Args:
         graph_module: a lifted graph without masks; left as it is.
         groups: the groups.
-        plan: kept units; groups it does not name get a mask of ones, so that gradients reach every unit.
+        plan: kept units; heads and MLP channels that it does not name get a mask of ones, so that gradients reach
+            every unit.
 
     Returns:
         A new graph module that shares all parameters.
     """
-    masked = copy_graph_module(graph_module)
-    graph = masked.graph
-    calls = linear_calls(masked)
-    for group in groups:
-        for piece in group.consumers:
-            target = piece.parameter.removesuffix(".weight")
-            linear: nn.Linear = get_attribute(masked, target)
-            weight = linear.weight
-            mask = torch.zeros(group.units, dtype=weight.dtype, device=weight.device)
-            mask[list(plan.kept_units(group))] = 1
-            name = f"{target}_mask"
-            masked.add_submodule(name, ChannelMask(mask, _unit_of(piece, weight.shape[1], weight.device)))
-            # A weight may be shared by several Linears: all of them read the units.
-            readers = [
-                node for name, nodes in calls.items() if masked.get_submodule(name).weight is weight for node in nodes
-            ]
-            for node in readers:
-                with graph.inserting_before(node):
-                    call = graph.call_module(name, (node.args[0],))
-                call.meta = dict(node.all_input_nodes[0].meta)
-                node.args = (call, *node.args[1:])
-    masked.recompile()
-    return masked
+    writer = _Writer(graph_module, plan)
+    # Gates first: what goes past a layer is then masked like everything else.
+    for group in sorted(groups, key=lambda group: group.masked != "layers"):
+        if group.masked == "consumers" or group.name in plan.kept:
+            getattr(writer, group.masked)(group)
+    writer.masked.recompile()
+    return writer.masked
 
 
 class InsertMasks(Pass):
@@ -97,6 +190,6 @@ class InsertMasks(Pass):
         """Insert the masks and keep the masked graph as the reference `masked`."""
         plan = program.plan or Plan({})
         masked = insert_masks(program.graph_module, program.groups, plan)
-        count = sum(isinstance(module, ChannelMask) for module in masked.modules())
+        count = sum(isinstance(module, UnitMask) for module in masked.modules())
         changed = program.replace(graph_module=masked, channels=None).with_reference("masked", masked)
         return PassResult(changed, modified=True, details={"masks": count})

@@ -4,7 +4,7 @@ Before, as torch.export writes them, and after:
 
     aten.linear(x, W, b)                          call_module[model.layers.0.mlp.up_proj](x)
     aten.addmm(b, x, W)           (Conv1D)        call_module[transformer.h.0.mlp.c_fc](x)
-    aten.matmul(x, aten.t(W))     (mm, numpy_T)   call_module[...](x)
+    aten.matmul(x, aten.t(W))     (mm, numpy_T)   call_module[...](x)             and with aten.add(..., b) behind it
     aten._grouped_mm(x, W, ends)  (experts)       call_module[...](x, ends)       a GroupedLinear
 
 Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view. Each module
@@ -27,7 +27,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.errors import PostconditionError
-from fxprune.graphs import copy_graph_module
+from fxprune.graphs import copy_graph_module, erase_dead
 from fxprune.lifted import Origin, make_grouped, make_linear
 from fxprune.pass_base import Pass, PassResult
 
@@ -49,6 +49,7 @@ class _Projection:
     transposed: bool  # the parameter is stored (in, out)
     bias: str | None
     offsets: Node | None = None
+    op: Any = None
 
     @property
     def dimensions(self) -> int:
@@ -66,8 +67,19 @@ def _parameter(node: Any) -> str | None:
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
+def _uncast(node: Any) -> Any:
+    """The node behind casts to the dtype that it already has."""
+    while isinstance(node, Node) and node.target is aten.to.dtype and len(node.args) > 1:
+        source = node.args[0]
+        if not isinstance(source, Node) or "val" not in source.meta or source.meta["val"].dtype is not node.args[1]:
+            break
+        node = source
+    return node
+
+
 def _weight(node: Any, axes: int = 2) -> tuple[str, bool] | None:
     """The parameter of so many axes behind a weight operand, and whether its last two are seen swapped."""
+    node = _uncast(node)
     if (name := _parameter(node)) is not None:
         return name, False
     if not isinstance(node, Node) or node.op != "call_function":
@@ -76,8 +88,19 @@ def _weight(node: Any, axes: int = 2) -> tuple[str, bool] | None:
     swaps = axes == 2 and node.target in _TRANSPOSE
     swaps |= node.target is aten.transpose.int and {axis % axes for axis in node.args[1:3]} == last  # type: ignore[operator]
     swaps |= axes == 2 and node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
-    name = _parameter(node.args[0]) if swaps else None
+    name = _parameter(_uncast(node.args[0])) if swaps else None
     return None if name is None else (name, True)
+
+
+def _added_bias(product: Node) -> Any:
+    """The parameter that is added to a product and to nothing else."""
+    users = list(product.users)
+    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
+        return None
+    bias = next((operand for operand in users[0].args if operand is not product), None)
+    value = bias.meta.get("val") if isinstance(bias, Node) and bias.op == "get_attr" else None
+    same = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(product.meta["val"].shape[-1:])
+    return bias if same else None
 
 
 def _match(node: Node) -> _Projection | None:
@@ -93,13 +116,13 @@ def _match(node: Node) -> _Projection | None:
         weight, turned = _weight(w), True
     elif node.target in {aten.matmul.default, aten.mm.default}:
         x, w = node.args
-        weight, bias, turned = _weight(w), None, True
+        weight, bias, turned = _weight(w), _added_bias(node), True
     elif node.target in grouped_products() and len(node.args) == 3:
         x, w, offsets = node.args
         weight = _weight(w, axes=3)
         if weight is None or not isinstance(x, Node) or not isinstance(offsets, Node):
             return None
-        return _Projection(x, weight[0], not weight[1], None, offsets)
+        return _Projection(x, weight[0], not weight[1], None, offsets, node.target)
     else:
         return None
     name = None if bias is None else _parameter(bias)
@@ -124,7 +147,8 @@ def _module_name(root: nn.Module, match: _Projection) -> str:
         owner, _, leaf = match.bias.rpartition(".")
         leaf = leaf.replace("bias", "weight")
     module = root.get_submodule(owner)
-    others = {f"{owner}.{name}" for name, _ in module.named_parameters(recurse=False)} - {match.weight, match.bias}
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    others = {f"{owner}.{name}" for name, _ in own} - {match.weight, match.bias}
     if leaf == "weight" and owner and not others and not list(module.children()):
         return owner
     return f"{match.weight}_linear"
@@ -158,12 +182,17 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
             args = (match.x,) if match.offsets is None else (match.x, match.offsets)
             call = graph.call_module(made[key], args)
         call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
+        if match.bias is not None and node.target in {aten.matmul.default, aten.mm.default}:
+            (addition,) = node.users
+            addition.replace_all_uses_with(call)
+            graph.erase_node(addition)
+        else:
+            node.replace_all_uses_with(call)
         graph.erase_node(node)
         names.append(made[key])
-    graph.eliminate_dead_code()
-    lifted.recompile()
-    return lifted, list(dict.fromkeys(names))
+    erase_dead(graph)
+    # A module of its own again: what only the replaced nodes read is left behind.
+    return copy_graph_module(lifted), list(dict.fromkeys(names))
 
 
 def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) -> str:
@@ -172,7 +201,7 @@ def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) ->
     if taken:  # one weight, two biases
         name = f"{name}_{match.bias.replace('.', '_') if match.bias else 'plain'}"
     if match.offsets is not None:
-        lifted.add_submodule(name, make_grouped(weight, transposed=match.transposed, origin=match.origin))
+        lifted.add_submodule(name, make_grouped(weight, transposed=match.transposed, op=match.op, origin=match.origin))
     else:
         lifted.add_submodule(name, make_linear(weight.t() if match.transposed else weight, bias, match.origin))
     return name

@@ -11,7 +11,8 @@ Refused, and listed in the details with the reason:
  1. heads that are pinned (by an operator without a rule, or because the caller sees them);
  2. heads that are not independent units (one class for several heads);
  3. heads whose units own different numbers of weights;
- 4. heads that no Linear reads.
+ 4. heads that no Linear reads;
+ 5. heads that a norm over all of them ties together.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def _refusal(channels: ChannelMap, classes: IdArray) -> str | None:
         return "its heads are not independent of each other"  # refusal 2
     if not channels.source[classes].all():
         return "nothing reads its heads"
+    mine = np.zeros(channels.count, dtype=bool)
+    mine[classes] = True
+    for norm in channels.norms:
+        members = channels.class_of[norm.ids]
+        if mine[members].any() and len(np.unique(members)) > 1:
+            return f"{norm.module} ({norm.kind}) normalises several of its heads together"  # refusal 5
     return None
 
 

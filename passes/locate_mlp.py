@@ -8,7 +8,7 @@ between. Fused gate-and-up weights come out of channel tracing as two rows a cha
 
 Refused, and listed in the details with the reason:
  1. channels that are pinned;
- 2. channels that are normalised together (removing one changes the others): the hidden dimension, sub-norms;
+ 2. channels that are normalised together (removing one changes the others): sub-norms;
  3. channels without an activation between the Linears (a low-rank pair);
  4. channels that own different numbers of weights.
 """
@@ -17,13 +17,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fxprune.groups import Group, MlpGroup, collect_slices, common_owner, signatures
-from fxprune.locate import elements_per_index, require_lifted, unique_name, with_channels
+from fxprune.groups import Group, MlpGroup, collect_slices, common_owner
+from fxprune.locate import (
+    activations,
+    alike,
+    between_linears,
+    elements_per_index,
+    expert_axes,
+    normalised_together,
+    pinned_reason,
+    require_lifted,
+    unique_name,
+    with_channels,
+)
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from fxprune.channel_ids import ChannelMap, IdArray
@@ -32,54 +42,18 @@ if TYPE_CHECKING:
 __all__ = ["LocateMlp"]
 
 
-def _candidates(channels: ChannelMap) -> list[IdArray]:
-    """Classes between two Linears, by the parameter axes they touch, each list in the order of the first axis."""
-    rows, columns = np.zeros(channels.count, dtype=bool), np.zeros(channels.count, dtype=bool)
-    for axis in channels.axes:
-        if axis.role in {"rows", "columns"}:
-            (rows if axis.role == "rows" else columns)[channels.class_of[axis.ids()]] = True
-    wanted = rows & columns
-    for site in channels.attentions:
-        wanted[channels.class_of[site.heads]] = False
-    signature = signatures(channels)
-    groups: dict[int, IdArray] = {}
-    for axis in channels.axes:
-        if axis.role != "columns":
-            continue
-        classes = channels.class_of[axis.ids()]
-        classes = classes[wanted[classes]]
-        if len(classes) == 0:
-            continue
-        _, first = np.unique(classes, return_index=True)
-        classes = classes[np.sort(first)]
-        for key in np.unique(signature[classes]):
-            groups.setdefault(int(key), classes[signature[classes] == key])
-    return list(groups.values())
-
-
 def _refusal(
     channels: ChannelMap, classes: IdArray, normed: NDArray[np.bool_], active: NDArray[np.bool_]
 ) -> str | None:
     """Why channels are no MLP, None when they are."""
-    pinned = classes[channels.pinned[classes]]
-    if len(pinned):
-        return f"pinned by {channels.pin_reasons(pinned)[0]}"  # refusal 1
+    reason = pinned_reason(channels, classes)
+    if reason is not None:
+        return reason  # refusal 1
     if normed[classes].any():
         return "normalised together: removing a channel changes the others"  # refusal 2
     if not active[classes].all():
         return "no activation between the Linears"  # refusal 3
     return None
-
-
-def _activations(channels: ChannelMap) -> tuple[NDArray[np.bool_], dict[int, str]]:
-    """Which classes pass through an activation, and its name by class."""
-    active = np.zeros(channels.count, dtype=bool)
-    names: dict[int, str] = {}
-    for site in channels.activations:
-        classes = channels.class_of[site.ids]
-        active[classes] = True
-        names.setdefault(int(classes[0]), site.op)
-    return active, names
 
 
 class LocateMlp(Pass):
@@ -101,12 +75,15 @@ class LocateMlp(Pass):
         channels = program.channels
         assert channels is not None
         elements = elements_per_index(program)
-        normed = np.zeros(channels.count, dtype=bool)
-        for norm in channels.norms:
-            classes = np.unique(channels.class_of[norm.ids])
-            normed[classes] |= len(classes) > 1
-        active, activation = _activations(channels)
-        candidates = _candidates(channels)
+        normed = normalised_together(channels)
+        active, activation = activations(channels)
+        wanted = between_linears(channels)
+        experts = expert_axes(channels)
+        for axis in channels.axes:
+            if axis.role == "columns" and axis.parameter in experts:
+                wanted[channels.class_of[axis.ids()]] = False  # what experts read is for locate_experts to name
+        # Channels under a norm and without an activation are a residual stream, or a latent: locate_hidden's.
+        candidates = [c for c in alike(channels, wanted) if not normed[c].any() or active[c].all()]
         refused: dict[str, str] = {}
         kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         groups: list[Group] = []

@@ -16,10 +16,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch.fx import GraphModule
+
+from fxprune.channels import module_of
 from fxprune.checkpoint import save
 from fxprune.errors import PreconditionError
 from fxprune.graphs import state_tensors
 from fxprune.masks import has_masks
+from fxprune.norms import rms_norms
 from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult
 
@@ -27,6 +31,18 @@ if TYPE_CHECKING:
     from fxprune.program import Program
 
 __all__ = ["Save"]
+
+
+def _epsilons(program: Program) -> dict[str, float]:
+    """Epsilons of norms that slimming changed, by the norm's module."""
+    lifted = program.references.get("lifted")
+    if lifted is None or not isinstance(lifted.module, GraphModule):
+        return {}
+    before, after = (
+        {module_of(norm.site): norm.epsilon for norm in rms_norms(module)}
+        for module in (lifted.module, program.graph_module)
+    )
+    return {name: epsilon for name, epsilon in after.items() if before.get(name) != epsilon}
 
 
 class Save(Pass):
@@ -65,6 +81,7 @@ class Save(Pass):
             source=program.source,
             plan=program.plan.to_json() if program.plan else {},
             history=[event.to_json() for event in program.history],
+            epsilons=_epsilons(program),
             overwrite=self.overwrite,
         )
         details = {"directory": str(info.directory), "kind": info.kind, "reason": info.reason, "bytes": info.bytes}

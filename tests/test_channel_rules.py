@@ -114,10 +114,14 @@ def test_movement_does_to_the_ids_what_it_does_to_the_values(name: str) -> None:
 
 def test_casts_hand_ids_on_and_creation_makes_none() -> None:
     walked = Walked(
-        lambda x: aten.add.Tensor(aten.to.dtype(x, torch.float64), aten.ones_like.default(x)), x=values(B, S, 3)
+        lambda x: aten.add.Tensor(
+            aten.add.Tensor(aten.to.dtype(x, torch.float64), aten.ones_like.default(x)), aten.new_ones.default(x, [3])
+        ),
+        x=values(B, S, 3),
     )
     assert torch.equal(walked.of("to_dtype"), walked.of("x"))
-    assert walked.by_node["ones_like_default"] is None
+    assert torch.equal(walked.of("ones_like_default"), walked.of("x"))  # as long as x is, along the same channels
+    assert walked.by_node["new_ones_default"] is None
     assert torch.equal(walked.out, walked.of("x"))
 
 
@@ -323,13 +327,17 @@ def test_query_heads_that_share_a_kv_head_stay_independent_and_need_it(function:
             assert reached & set(blocks.tolist()) == set(blocks[kv * 3 : kv * 3 + 3].tolist())
 
 
-def test_softmax_over_positions_is_harmless_and_along_channels_pins() -> None:
+def test_softmax_over_positions_is_harmless_and_along_channels_a_choice() -> None:
     harmless = Walked(lambda x: aten.softmax.int(x, 1), x=values(B, S, 3))
     assert torch.equal(harmless.out, harmless.of("x"))
     assert not harmless.ledger.pins
-    mixing = Walked(lambda x: aten.softmax.int(x, -1), x=values(B, S, 3))
+    choosing = Walked(lambda x: aten.softmax.int(x, -1), x=values(B, S, 3))
+    (norm,) = choosing.ledger.norms
+    assert (norm.kind, norm.ids.tolist(), norm.choice) == ("softmax", [1, 2, 3], True)
+    assert torch.equal(choosing.out, choosing.of("x"))
+    mixing = Walked(lambda x: aten.cumsum.default(x, -1), x=values(B, S, 3))
     (pin,) = mixing.ledger.pins
-    assert (pin.op, pin.ids.tolist(), pin.reason) == ("softmax", [1, 2, 3], "mixes channels along an axis")
+    assert (pin.op, pin.ids.tolist(), pin.reason) == ("cumsum", [1, 2, 3], "mixes channels along an axis")
 
 
 # --- reductions, lookups, the rest ----------------------------------------------------------------------------------
@@ -390,15 +398,15 @@ def test_an_operator_without_a_rule_pins_what_it_touches_and_says_where_and_why(
             self.other = nn.Linear(3, 5, bias=False)
 
         def forward(self, x: Any) -> Any:
-            return aten.sort.default(self.up(x))[0], self.other(x)
+            return aten.cummax.default(self.up(x), -1)[0], self.other(x)
 
     walked = Walked(Inner(), x=values(B, S, 3))
     (pin,) = walked.ledger.pins
-    assert (pin.op, pin.reason) == ("sort", "no rule for this operator")
+    assert (pin.op, pin.reason) == ("cummax", "no rule for this operator")
     assert pin.ids.tolist() == walked.axis("up.weight", 0).tolist()
     assert walked.map.pinned[walked.classes(walked.axis("up.weight", 0))].all()
     reasons = walked.map.pin_reasons(np.array(walked.classes(walked.axis("up.weight", 0))))
-    assert [reason.op for reason in reasons] == ["sort"]
+    assert [reason.op for reason in reasons] == ["cummax"]
 
 
 def test_a_cache_that_is_extended_has_the_channels_of_what_extends_it_and_is_not_pinned() -> None:

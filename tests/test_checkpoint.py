@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from fxprune.checkpoint import load, save
 from fxprune.errors import CheckpointError
-from fxprune.program import Source
+from tests.slices import (
+    SMALL,
+    Keep,
+    consumer_cuts_of,
+    cut,
+    cuts_of,
+    json_of,
+    logits,
+    make_model,
+    masked,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,22 +30,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
-
-HEAD_DIM = 8
-HIDDEN = 32
-UNKNOWN = "<unk>"
-SMALL: dict[str, object] = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,15 +41,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Keep:
-    """What one layer keeps: query heads, KV heads, MLP channels; None for all."""
-
-    heads: Sequence[int] | None = None
-    kv: Sequence[int] | None = None
-    mlp: Sequence[int] | None = None
-
-
 WIDE = Keep()
 MLP = Keep(mlp=range(3, 19))
 NARROW_MLP = Keep(mlp=range(7))
@@ -66,92 +49,13 @@ KV1_MLP = Keep(heads=(2, 3), kv=(1,), mlp=range(3, 19))
 ONE_PER_GROUP = Keep(heads=(0, 3))
 
 
-def make_model(name: str, **changes: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config_class = getattr(transformers, f"{name}Config")
-    values = {**SMALL, **changes}
-    if name == "GPT2":
-        values |= {"n_positions": 64}
-    if name == "OPT":
-        values |= {"ffn_dim": values.pop("intermediate_size"), "word_embed_proj_dim": 32}
-    if name == "Qwen3":
-        values |= {"head_dim": HEAD_DIM}
-    model_class = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
-    model = model_class(config_class(**values)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: what is zero by default hides mistakes
-            parameter.copy_(
-                torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
-            )
-    return model
-
-
-def source_of(model: PreTrainedModel, **changes: Any) -> Source:
-    source = Source("tiny", copy.deepcopy(model.config), type(model), generation_config=model.generation_config)
-    return replace(source, **changes)
-
-
-def rows(heads: Sequence[int]) -> list[int]:
-    return [head * HEAD_DIM + channel for head in heads for channel in range(HEAD_DIM)]
-
-
 def slim_state(model: PreTrainedModel, keeps: Sequence[Keep]) -> dict[str, Tensor]:
-    """The state dict with removed heads and channels cut out, in the class's own layout."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def cut(prefix: str, index: Sequence[int], axis: int) -> None:
-        weight = f"{prefix}.weight"
-        state[weight] = state[weight].index_select(axis, torch.tensor(list(index)))
-        bias = f"{prefix}.bias"
-        if bias in state and produces(model, prefix) == axis:
-            state[bias] = state[bias][list(index)]
-
-    for layer, keep in enumerate(keeps):
-        names = projections(model, layer)
-        for prefix in names["producers"] if keep.mlp is not None else ():
-            cut(prefix, keep.mlp or (), produces(model, prefix))
-        if keep.mlp is not None:
-            cut(names["consumer"], keep.mlp, 1 - produces(model, names["consumer"]))
-        if keep.heads is not None:
-            attention = f"{names['layer']}.self_attn"
-            cut(f"{attention}.q_proj", rows(keep.heads), 0)
-            cut(f"{attention}.{'out' if 'OPT' in type(model).__name__ else 'o'}_proj", rows(keep.heads), 1)
-        if keep.kv is not None:
-            for name in ("k_proj", "v_proj"):
-                cut(f"{names['layer']}.self_attn.{name}", rows(keep.kv), 0)
-    return state
+    return cut(model.state_dict(), cuts_of(model, keeps))
 
 
-def projections(model: PreTrainedModel, layer: int) -> dict[str, Any]:
-    if hasattr(model, "transformer"):
-        block = f"transformer.h.{layer}"
-        first, second = ("dense_h_to_4h", "dense_4h_to_h") if "Bloom" in type(model).__name__ else ("c_fc", "c_proj")
-        return {"layer": block, "producers": [f"{block}.mlp.{first}"], "consumer": f"{block}.mlp.{second}"}
-    if hasattr(model.model, "decoder"):
-        block = f"model.decoder.layers.{layer}"
-        return {"layer": block, "producers": [f"{block}.fc1"], "consumer": f"{block}.fc2"}
-    block = f"model.layers.{layer}"
-    producers = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
-    return {"layer": block, "producers": producers, "consumer": f"{block}.mlp.down_proj"}
-
-
-def produces(model: PreTrainedModel, prefix: str) -> int:
-    """The axis of a projection's weight that its outputs lie on: Conv1D holds its weight transposed."""
-    return 0 if isinstance(model.get_submodule(prefix), torch.nn.Linear) else 1
-
-
-def masked(model: PreTrainedModel, keeps: Sequence[Keep], biases: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The dense model with the removed units' consumer columns zeroed, and biases added: the exact reference."""
-    reference = copy.deepcopy(model)
-    for layer, keep in enumerate(keeps):
-        names = projections(model, layer)
-        for index, consumer in ((keep.mlp, names["consumer"]), (keep.heads and rows(keep.heads), None)):
-            if index is None:
-                continue
-            module = reference.get_submodule(consumer or f"{names['layer']}.self_attn.o_proj")
-            axis = 1 if isinstance(module, torch.nn.Linear) else 0
-            dropped = sorted(set(range(module.weight.shape[axis])) - set(index))
-            module.weight.data.index_fill_(axis, torch.tensor(dropped, dtype=torch.long), 0.0)
+def reference_of(model: PreTrainedModel, keeps: Sequence[Keep], biases: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The masked dense model, with biases added: the exact reference."""
+    reference = masked(model, consumer_cuts_of(model, keeps))
     for name, bias in biases.items():
         reference.get_submodule(name.removesuffix(".bias")).bias = torch.nn.Parameter(bias)
     return reference
@@ -159,18 +63,7 @@ def masked(model: PreTrainedModel, keeps: Sequence[Keep], biases: Mapping[str, T
 
 def compensation(layers: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    return {f"model.layers.{layer}.{name}.bias": torch.randn(HIDDEN) for layer in layers for name in names}
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    """Logits of a batch of two rows, the second left-padded; padding is cut off."""
-    ids = torch.tensor([[3, 14, 15, 9, 26, 5], [0, 0, 35, 8, 9, 7]])
-    mask = (ids != 0).long()
-    with torch.no_grad():
-        output: Tensor = model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits
-    return torch.cat([output[0], output[1, 2:]])
+    return {f"model.layers.{layer}.{name}.bias": torch.randn(32) for layer in layers for name in names}
 
 
 def text(model: PreTrainedModel, **options: object) -> list[int]:
@@ -181,47 +74,47 @@ def text(model: PreTrainedModel, **options: object) -> list[int]:
 
 Case = tuple[str, dict[str, object], list[Keep], tuple[str, ...], str]
 CASES: dict[str, Case] = {
-    "llama, MLP": ("Llama", {}, [MLP] * 3, (), "uniform"),
-    "llama, heads and MLP": ("Llama", {}, [KV1_MLP] * 3, (), "uniform"),
-    "llama, a query head of each group": ("Llama", {}, [ONE_PER_GROUP] * 3, (), "uniform"),
-    "llama, biases": ("Llama", {}, [KV1_MLP] * 3, ("self_attn.o_proj", "mlp.down_proj"), "uniform"),
-    "llama, tied": ("Llama", {"tie_word_embeddings": True}, [MLP] * 3, (), "uniform"),
-    "llama, mixed": ("Llama", {}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
-    "llama, mixed and tied": ("Llama", {"tie_word_embeddings": True}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
-    "llama, one KV group of one layer": ("Llama", {}, [WIDE, KV1, WIDE], (), "mixed"),
-    "llama, mixed heads and biases": ("Llama", {}, [KV1_MLP, ONE_PER_GROUP, MLP], ("mlp.down_proj",), "mixed"),
+    "llama, MLP": ("llama", {}, [MLP] * 3, (), "uniform"),
+    "llama, heads and MLP": ("llama", {}, [KV1_MLP] * 3, (), "uniform"),
+    "llama, a query head of each group": ("llama", {}, [ONE_PER_GROUP] * 3, (), "uniform"),
+    "llama, biases": ("llama", {}, [KV1_MLP] * 3, ("self_attn.o_proj", "mlp.down_proj"), "uniform"),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}, [MLP] * 3, (), "uniform"),
+    "llama, mixed": ("llama", {}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
+    "llama, mixed and tied": ("llama", {"tie_word_embeddings": True}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
+    "llama, one KV group of one layer": ("llama", {}, [WIDE, KV1, WIDE], (), "mixed"),
+    "llama, mixed heads and biases": ("llama", {}, [KV1_MLP, ONE_PER_GROUP, MLP], ("mlp.down_proj",), "mixed"),
     "llama, heads that do not divide": (
-        "Llama",
+        "llama",
         {"num_key_value_heads": 4},
         [Keep(heads=(0, 1, 3), kv=(0, 1, 3))] * 3,
         (),
         "mixed",
     ),
-    "mistral, heads and MLP": ("Mistral", {}, [KV1_MLP] * 3, (), "uniform"),
-    "mistral, mixed": ("Mistral", {"sliding_window": 3}, [KV1_MLP, WIDE, MLP], (), "mixed"),
-    "mistral, biases": ("Mistral", {}, [KV1_MLP] * 3, ("self_attn.o_proj",), "mixed"),
-    "qwen2, MLP": ("Qwen2", {}, [MLP] * 3, (), "uniform"),
-    "qwen2, heads and MLP": ("Qwen2", {}, [KV1_MLP] * 3, (), "uniform"),
-    "qwen2, mixed heads": ("Qwen2", {}, [KV1, WIDE, ONE_PER_GROUP], ("self_attn.o_proj",), "mixed"),
-    "qwen3, heads and MLP": ("Qwen3", {}, [KV1_MLP] * 3, (), "uniform"),
-    "qwen3, mixed": ("Qwen3", {}, [KV1, MLP, ONE_PER_GROUP], (), "mixed"),
-    "gpt2, MLP": ("GPT2", {"n_inner": 24}, [MLP] * 3, (), "uniform"),
-    "gpt2, MLP width not set": ("GPT2", {}, [Keep(mlp=range(5, 85))] * 3, (), "uniform"),
-    "gpt2, mixed": ("GPT2", {"n_inner": 24}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
-    "opt, MLP": ("OPT", {}, [MLP] * 3, (), "uniform"),
-    "opt, mixed": ("OPT", {}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
-    "bloom, MLP that no field describes": ("Bloom", {}, [Keep(mlp=range(5, 85))] * 3, (), "mixed"),
-    "nothing narrowed": ("Llama", {}, [WIDE] * 3, (), "uniform"),
+    "mistral, heads and MLP": ("mistral", {}, [KV1_MLP] * 3, (), "uniform"),
+    "mistral, mixed": ("mistral", {"sliding_window": 3}, [KV1_MLP, WIDE, MLP], (), "mixed"),
+    "mistral, biases": ("mistral", {}, [KV1_MLP] * 3, ("self_attn.o_proj",), "mixed"),
+    "qwen2, MLP": ("qwen2", {}, [MLP] * 3, (), "uniform"),
+    "qwen2, heads and MLP": ("qwen2", {}, [KV1_MLP] * 3, (), "uniform"),
+    "qwen2, mixed heads": ("qwen2", {}, [KV1, WIDE, ONE_PER_GROUP], ("self_attn.o_proj",), "mixed"),
+    "qwen3, heads and MLP": ("qwen3", {"head_dim": 8}, [KV1_MLP] * 3, (), "uniform"),
+    "qwen3, mixed": ("qwen3", {"head_dim": 8}, [KV1, MLP, ONE_PER_GROUP], (), "mixed"),
+    "gpt2, MLP": ("gpt2", {}, [MLP] * 3, (), "uniform"),
+    "gpt2, MLP width not set": ("gpt2", {"n_inner": None}, [Keep(mlp=range(5, 85))] * 3, (), "uniform"),
+    "gpt2, mixed": ("gpt2", {}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
+    "opt, MLP": ("opt", {"word_embed_proj_dim": 32}, [MLP] * 3, (), "uniform"),
+    "opt, mixed": ("opt", {"word_embed_proj_dim": 32}, [MLP, WIDE, NARROW_MLP], (), "mixed"),
+    "bloom, MLP that no field describes": ("bloom", {}, [Keep(mlp=range(5, 85))] * 3, (), "mixed"),
+    "nothing narrowed": ("llama", {}, [WIDE] * 3, (), "uniform"),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_reloaded_model_computes_what_the_masked_one_does(case: Case, tmp_path: Path) -> None:
     name, changes, keeps, biased, kind = case
-    model = make_model(name, **changes)
+    model = make_model(name, **{**SMALL, **changes})
     biases = compensation([0, 2], biased)
     tensors = slim_state(model, keeps) | biases
-    reference = masked(model, keeps, biases)
+    reference = reference_of(model, keeps, biases)
     info = save(tensors, tmp_path / "out", source=source_of(model), plan={"a": [1, 2]}, history=[{"pass": "x"}])
     assert info.kind == kind
     assert (info.reason == "") == (kind == "uniform")
@@ -238,18 +131,13 @@ def test_reloaded_model_computes_what_the_masked_one_does(case: Case, tmp_path: 
         assert text(plain) == text(reference)
 
 
-def json_of(directory: Path, name: str = "fxprune.json") -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((directory / name).read_text())
-    return values
-
-
 Written = tuple["PreTrainedModel", "dict[str, Tensor]", "Path"]
 
 
 @pytest.fixture(name="written", scope="module")
 def _written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A mixed llama checkpoint that no test may change."""
-    model = make_model("Llama")
+    model = make_model("llama", **SMALL)
     keeps = [KV1_MLP, ONE_PER_GROUP, MLP]
     tensors = slim_state(model, keeps) | compensation([1], ["mlp.down_proj"])
     directory = tmp_path_factory.mktemp("written") / "out"
@@ -258,7 +146,7 @@ def _written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 def test_mixed_config_keeps_dense_values_and_records_layers(tmp_path: Path) -> None:
-    model = make_model("Qwen3")
+    model = make_model("qwen3", **{**SMALL, "head_dim": 8})
     save(slim_state(model, [KV1_MLP, WIDE, MLP]), tmp_path / "out", source=source_of(model), plan={}, history=[])
     config = json_of(tmp_path / "out", "config.json")
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 24)
@@ -343,7 +231,7 @@ def test_a_loaded_mixed_model_can_be_slimmed_and_saved_again(written: Written, t
 
 
 def test_heads_that_no_field_can_express_are_refused_by_block(tmp_path: Path) -> None:
-    model = make_model("OPT")
+    model = make_model("opt", **SMALL, word_embed_proj_dim=32)
     keep = Keep(heads=(0, 1, 3), kv=(0, 1, 3))  # the class derives the size of a head from the number of heads
     tensors = slim_state(model, [MLP, keep, WIDE])
     with pytest.raises(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from fxprune.checkpoint import load, save
+from fxprune.checkpoint import load
 from fxprune.errors import CheckpointError
-from fxprune.program import Source
+from tests.slices import SMALL, Keep, cut, cuts_of, make_model, save_slim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,23 +24,10 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 @pytest.fixture(name="written", scope="module")
 def _written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixed checkpoint that no test may change: layer 0 has 16 of 24 channels, layer 1 all of them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=24,
-        vocab_size=61,
-    )
-    model = LlamaForCausalLM(config)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in ("gate_proj", "up_proj"):
-        tensors[f"model.layers.0.mlp.{name}.weight"] = tensors[f"model.layers.0.mlp.{name}.weight"][:16]
-    tensors[DOWN] = tensors[DOWN][:, :16]
+    model = make_model("llama", **{**SMALL, "num_hidden_layers": 2})
+    tensors = cut(model.state_dict(), cuts_of(model, [Keep(mlp=range(16)), Keep()]))
     directory = tmp_path_factory.mktemp("written") / "out"
-    source = Source("tiny", config, LlamaForCausalLM)
-    assert save(tensors, directory, source=source, plan={}, history=[]).kind == "mixed"
+    assert save_slim(tensors, model, directory).kind == "mixed"
     return directory
 
 
@@ -123,6 +110,33 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
         edit("fxprune.json", "layer_overrides", "0", "head_dim", value=4),
         "does not mention|do not belong",
     ),
+    "constant of no module": (edit("fxprune.json", "constants", value={"model.nothing": {"eps": 1.0}}), "no module"),
+    "constant of no number": (
+        edit("fxprune.json", "constants", value={"model.norm": {"weight": 1.0}}),
+        "model.norm .* has no number called weight",
+    ),
+    "constant of another type": (
+        edit("fxprune.json", "constants", value={"model.norm": {"variance_epsilon": 1}}),
+        "has no number called variance_epsilon",
+    ),
+    "constant of text": (edit("fxprune.json", "constants", value={"model.norm": {"x": "y"}}), "breaks the schema"),
+    "constant that is no number": (
+        edit("fxprune.json", "constants", value={"model.norm": {"variance_epsilon": math.nan}}),
+        "breaks the schema",
+    ),
+    "override of everything with text": (
+        edit("fxprune.json", "config_overrides", value={"_attn_implementation": "someone/kernel"}),
+        "has no number _attn_implementation",
+    ),
+    "override of a switch": (edit("fxprune.json", "config_overrides", value={"attention_bias": 1}), "has no number"),
+    "override of nothing": (edit("fxprune.json", "config_overrides", value={"no_field": 2}), "no number no_field"),
+    "override that does not fit": (
+        edit("fxprune.json", "config_overrides", value={"hidden_size": 31}),
+        "do not belong together",
+    ),
+    "other depth": (edit("fxprune.json", "kept_layers", value={"model.layers": [0, 2, 5]}), "has 3 layers"),
+    "no depth": (edit("fxprune.json", "kept_layers", value={"model.layers": []}), "breaks the schema: kept_layers"),
+    "layers of nothing": (edit("fxprune.json", "kept_layers", value={"model.norm": [0]}), "model.norm has 1 layers"),
     "wrong kind": (edit("fxprune.json", "kind", value="uniform"), "has no layer overrides"),
     "config not JSON": (write("config.json", b"nothing"), r"config\.json cannot be read as JSON"),
     "unknown model type": (edit("config.json", "model_type", value="no_such_model"), "no model_type 'no_such_model'"),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,13 +10,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from fxprune.checkpoint import classify, load, save
 from fxprune.errors import CheckpointError, OutputError, UsageError
-from fxprune.program import Source
 from fxprune.shards import write_shards
 from fxprune.skeleton import fill_skeleton
+from tests.slices import SMALL, Keep, cut, cuts_of, json_of, logits, make_model, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,49 +27,18 @@ if TYPE_CHECKING:
 UNKNOWN = "<unk>"
 
 
-def make_model(**changes: object) -> PreTrainedModel:
+def tiny_llama(**changes: Any) -> PreTrainedModel:
     """A llama of three layers with 24 MLP channels and 2 KV heads of 8 channels."""
-    torch.manual_seed(0)
-    values: dict[str, object] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 61,
-    }
-    return transformers.LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
-
-
-def source_of(model: PreTrainedModel, **changes: Any) -> Source:
-    source = Source("tiny", copy.deepcopy(model.config), type(model), generation_config=model.generation_config)
-    return replace(source, **changes)
+    return make_model("llama", **SMALL, **changes)
 
 
 def narrowed(model: PreTrainedModel, widths: Sequence[int]) -> dict[str, torch.Tensor]:
     """The state dict with the first channels of each layer's MLP."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for layer, width in enumerate(widths):
-        prefix = f"model.layers.{layer}.mlp"
-        for name in ("gate_proj", "up_proj"):
-            state[f"{prefix}.{name}.weight"] = state[f"{prefix}.{name}.weight"][:width]
-        state[f"{prefix}.down_proj.weight"] = state[f"{prefix}.down_proj.weight"][:, :width]
-    return state
-
-
-def json_of(directory: Path, name: str = "fxprune.json") -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((directory / name).read_text())
-    return values
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        output: torch.Tensor = model(input_ids=torch.tensor([[3, 14, 15, 9, 26, 5]])).logits
-    return output
+    return cut(model.state_dict(), cuts_of(model, [Keep(mlp=range(width)) for width in widths]))
 
 
 def test_manifest_records_what_was_done(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     dense = tmp_path / "dense"
     model.save_pretrained(dense)
     biases = {"model.layers.1.mlp.down_proj.bias": torch.randn(32)}
@@ -100,7 +66,7 @@ def test_manifest_records_what_was_done(tmp_path: Path) -> None:
 
 
 def test_loading_allocates_nothing_before_the_tensors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
+    model = tiny_llama()
     save(narrowed(model, (16, 24, 8)), tmp_path / "out", source=source_of(model), plan={}, history=[])
     seen: list[bool] = []
 
@@ -117,7 +83,7 @@ def test_loading_allocates_nothing_before_the_tensors_are_read(tmp_path: Path, m
 
 
 def test_half_precision_is_kept_and_dtype_converts(tmp_path: Path) -> None:
-    model = make_model().to(torch.bfloat16)
+    model = tiny_llama().to(torch.bfloat16)
     tensors = narrowed(model, (16, 16, 16))
     save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[])
     assert json_of(tmp_path / "out", "config.json")["dtype"] == "bfloat16"
@@ -129,7 +95,7 @@ def test_half_precision_is_kept_and_dtype_converts(tmp_path: Path) -> None:
 
 
 def test_tensors_of_several_dtypes_are_kept_as_they_are(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     tensors = narrowed(model, (16, 16, 16))
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.bfloat16)
     info = save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[])
@@ -139,7 +105,7 @@ def test_tensors_of_several_dtypes_are_kept_as_they_are(tmp_path: Path) -> None:
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     tensors = narrowed(model, (16, 16, 16))
     info = save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[], max_shard_size=20_000)
     assert len(info.files) > 2
@@ -150,7 +116,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 
 def test_views_and_shared_storage_are_written_apart(tmp_path: Path) -> None:
-    model = make_model()  # not tied by its configuration
+    model = tiny_llama()  # not tied by its configuration
     tensors = narrowed(model, (16, 16, 16))
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     large = torch.randn(100, 100)
@@ -163,7 +129,7 @@ def test_views_and_shared_storage_are_written_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_tied_weights_may_come_under_either_name_and_stay_tied(name: str, tmp_path: Path) -> None:
-    model = make_model(tie_word_embeddings=True)
+    model = tiny_llama(tie_word_embeddings=True)
     tensors = narrowed(model, (16, 16, 16))
     both = {"lm_head.weight", "model.embed_tokens.weight"}
     given = {key: tensor for key, tensor in tensors.items() if key not in both - {name}}
@@ -177,7 +143,7 @@ def test_tied_weights_may_come_under_either_name_and_stay_tied(name: str, tmp_pa
 
 
 def test_tokenizer_chat_template_and_generation_config_are_written(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     words = Tokenizer(WordLevel({UNKNOWN: 0, "a": 1, "b": 2}, unk_token=UNKNOWN))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=UNKNOWN)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -191,7 +157,7 @@ def test_tokenizer_chat_template_and_generation_config_are_written(tmp_path: Pat
 
 
 def test_computed_buffers_may_be_given_and_are_checked(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     name = "model.rotary_emb.inv_freq"
     tensors = narrowed(model, (16, 16, 16)) | {name: model.model.rotary_emb.inv_freq}
     save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[])
@@ -202,7 +168,7 @@ def test_computed_buffers_may_be_given_and_are_checked(tmp_path: Path) -> None:
 
 
 def test_shapes_that_nothing_can_express_are_refused() -> None:
-    model = make_model()
+    model = tiny_llama()
     tensors = narrowed(model, (24, 24, 24))
     tensors["model.layers.1.input_layernorm.weight"] = torch.ones(31)
     with pytest.raises(CheckpointError, match=r"layers\.1\.input_layernorm\.weight \[31\]"):
@@ -219,7 +185,7 @@ def test_shapes_that_nothing_can_express_are_refused() -> None:
     ],
 )
 def test_state_dicts_of_something_else_are_refused(change: Callable[[Any], Any], message: str) -> None:
-    model = make_model()
+    model = tiny_llama()
     tensors = narrowed(model, (16, 16, 16))
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
@@ -233,7 +199,7 @@ def test_classes_unknown_to_transformers_are_refused() -> None:
     class Other(transformers.LlamaForCausalLM):  # type: ignore[misc]
         pass
 
-    model = make_model()
+    model = tiny_llama()
     for model_class, message in ((LlamaForCausalLM, "not transformers' own"), (Other, "no model class called 'Other'")):
         with pytest.raises(CheckpointError, match=message):
             classify(model.state_dict(), source_of(model, model_class=model_class))
@@ -243,14 +209,14 @@ def test_classes_unknown_to_transformers_are_refused() -> None:
 def test_plans_that_are_not_json_are_refused(
     plan: Mapping[str, object], history: Sequence[object], tmp_path: Path
 ) -> None:
-    model = make_model()
+    model = tiny_llama()
     with pytest.raises(CheckpointError, match="must be JSON"):
         save(model.state_dict(), tmp_path / "out", source=source_of(model), plan=plan, history=history)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_proof_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
+    model = tiny_llama()
     tensors = narrowed(model, (16, 24, 8))
     target = tmp_path / "out"
     save(tensors, target, source=source_of(model), plan={}, history=[])
@@ -275,7 +241,7 @@ def test_a_failed_proof_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypa
 
 
 def test_scalars_of_the_graph_are_not_of_the_model(tmp_path: Path) -> None:
-    model = make_model()
+    model = tiny_llama()
     name = "model.layers.0.self_attn.lifted_tensor_0"
     tensors = narrowed(model, (16, 16, 16)) | {name: torch.tensor([-1.0])}
     save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[])
@@ -285,11 +251,7 @@ def test_scalars_of_the_graph_are_not_of_the_model(tmp_path: Path) -> None:
 
 
 def test_a_bias_alone_cannot_be_overlooked_by_plain_loading(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24
-    )
-    model = transformers.MistralForCausalLM(config)
+    model = make_model("mistral", **SMALL)
     name = "model.layers.1.mlp.down_proj.bias"
     tensors = {**model.state_dict(), name: torch.ones(32)}
     info = save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[])

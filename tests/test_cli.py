@@ -142,7 +142,12 @@ def test_inspect_needs_only_a_config(
     assert status == 0, err
     assert "6 query heads on 2 KV heads of 10" in out
     data = json.loads(figures.read_text())
-    assert {(g["kind"], g["dense"]) for g in data["groups"]} == {("attention", 6), ("mlp", 80)}
+    assert {(g["kind"], g["dense"]) for g in data["groups"]} == {
+        ("attention", 6),
+        ("mlp", 80),
+        ("hidden", 48),
+        ("layers", 2),
+    }
     assert any("looked up by index" in pin for pin in data["pins"])
 
 

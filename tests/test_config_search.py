@@ -117,6 +117,28 @@ def test_every_layer_gets_its_own_fields() -> None:
     assert config.intermediate_size == 24  # the caller's is untouched
 
 
+def test_fields_for_the_whole_model_come_before_those_of_layers() -> None:
+    model_class, config = dense("llama", head_dim=8)
+    narrow = config_with(config, {"hidden_size": 30})  # LlamaConfig refuses it: no multiple of four heads
+    shapes = shapes_of(model_class, narrow, {1: {"intermediate_size": 16}})
+    found = find_layer_overrides(model_class, config, shapes)
+    assert (found.everywhere, found.overrides) == ({"hidden_size": 30}, {1: {"intermediate_size": 16}})
+    assert (found.unexplained, found.config.hidden_size) == ((), 32)
+    both = config_with(config, {"hidden_size": 30, "intermediate_size": 16})
+    found = find_layer_overrides(model_class, config, state_shapes(build_skeleton(model_class, both)))
+    assert (found.everywhere, found.overrides) == ({"hidden_size": 30, "intermediate_size": 16}, {})
+
+
+def test_an_objection_to_what_a_configuration_builds_is_the_reason() -> None:
+    model_class, config = dense("llama")
+    shapes = shapes_of(model_class, config, {layer: {"intermediate_size": 16} for layer in range(3)})
+    found = find_uniform(model_class, config, shapes, (), objection=lambda model: f"{type(model).__name__} is no good")
+    assert found == NoMatch("LlamaForCausalLM built with {'intermediate_size': 16}: LlamaForCausalLM is no good")
+    pinned = find_uniform(model_class, config, shapes, (), pins={"rms_norm_eps": 0.5})
+    assert isinstance(pinned, UniformMatch)
+    assert pinned.overrides == {"intermediate_size": 16, "rms_norm_eps": 0.5}
+
+
 def test_bias_flags_are_found_and_what_they_add_too_much() -> None:
     model_class, config = dense("llama")
     new = [f"model.layers.{layer}.{name}.bias" for layer in (0, 2) for name in ("self_attn.o_proj", "mlp.down_proj")]

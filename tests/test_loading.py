@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -25,7 +24,6 @@ from fxprune.loading import (
     max_positions,
     resolve_device,
     resolve_dtype,
-    source_hash,
     weight_files,
 )
 
@@ -135,7 +133,6 @@ def test_a_hub_id_loads_from_the_hub_cache(
     assert same(loaded.model, tiny_llama)
     assert loaded.name == "some/model"
     assert loaded.path == snapshot
-    assert loaded.source_hash == source_hash(tiny_llama_dir)
     assert load_config("some/model").vocab_size == 97
     assert load_tokenizer("some/model").eos_token_id == 2
 
@@ -279,23 +276,6 @@ def test_tensors_that_are_left_out_are_reported(checkpoint: Path, caplog: pytest
     with caplog.at_level(logging.WARNING, logger="fxprune.loading"):
         load_model(checkpoint)
     assert "model.layers.1" in caplog.text
-
-
-def test_source_hash_follows_content(checkpoint: Path, tiny_llama_dir: Path, sharded: Path) -> None:
-    expected = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        content = (checkpoint / name).read_bytes()
-        expected.update(f"{name}\0{len(content)}\0".encode() + content)
-    loaded = load_model(checkpoint)
-    assert loaded.source_hash == expected.hexdigest() == source_hash(tiny_llama_dir)
-    assert source_hash(sharded) != source_hash(checkpoint)
-    changed = bytearray((checkpoint / "model.safetensors").read_bytes())
-    changed[-1] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(changed)
-    assert source_hash(checkpoint) != loaded.source_hash
-    (checkpoint / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="cannot hash"):
-        source_hash(checkpoint)
 
 
 def test_fxprune_checkpoints_are_left_to_their_own_loader(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, StableLmConfig, StableLmForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer
 
 from fxprune.errors import CheckpointError
@@ -16,6 +23,7 @@ from fxprune.skeleton import (
     config_with,
     fill_skeleton,
     layer_list,
+    outer_lists,
     resize_projections,
     resolve_model_class,
     state_shapes,
@@ -80,6 +88,13 @@ def test_layer_list_is_the_outermost_one() -> None:
     model = build_skeleton(type(mixtral), config_with(mixtral.config, {"num_hidden_layers": 3}))
     model.config.num_hidden_layers = 7
     assert layer_list(model) is None
+
+
+def test_outer_lists_are_the_stacks_of_layers() -> None:
+    config = CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4)
+    model = build_skeleton(AutoModelForSeq2SeqLM._model_mapping[type(config)], config)
+    lists = outer_lists(model)  # not the list of sublayers that every block has
+    assert {name: len(layers) for name, layers in lists.items()} == {"encoder.block": 2, "decoder.block": 3}
 
 
 def test_overrides_that_the_class_refuses_are_named() -> None:

@@ -1,0 +1,173 @@
+"""Finds the mixtures of a graph: their experts, and the channels inside them.
+
+    router = Linear(x) ─ softmax ─ top-k ─ where each expert's rows end ─┐
+    rows of x by expert ─ gate_up = GroupedLinear ─ act, mul ─ down = GroupedLinear    =>  ExpertGroup, ExpertMlpGroup
+
+An expert goes with its row of the router: it is never chosen again. Channels inside the experts go like an MLP's, the
+same number in every expert, each expert its own: experts do not see each other's order of channels.
+
+Refused, and listed in the details with the reason:
+ 1. experts or channels that are pinned, or that a norm reduces together with others;
+ 2. experts that nothing chooses among;
+ 3. channels that own different numbers of weights, or weights without an axis of experts;
+ 4. channels without an activation between the grouped Linears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fxprune.groups import ExpertGroup, ExpertMlpGroup, collect_slices, common_owner
+from fxprune.locate import (
+    activations,
+    alike,
+    between_linears,
+    elements_per_index,
+    expert_axes,
+    pinned_reason,
+    require_lifted,
+    unique_name,
+    with_channels,
+)
+from fxprune.pass_base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fxprune.channel_ids import ChannelMap, IdArray, NormSite
+    from fxprune.groups import Group, UnitSlice
+    from fxprune.program import Program
+
+__all__ = ["LocateExperts"]
+
+
+def _sites(channels: ChannelMap, classes: IdArray) -> list[NormSite]:
+    mine = np.zeros(channels.count, dtype=bool)
+    mine[classes] = True
+    sites = [norm for norm in channels.norms if mine[channels.class_of[norm.ids]].any()]
+    return [norm for norm in sites if len(np.unique(channels.class_of[norm.ids])) > 1]
+
+
+def _per_token(program: Program, sites: Sequence[NormSite]) -> int:
+    """The largest k of a top-k among the experts."""
+    counts = [1]
+    for site in sites:
+        node = next(node for node in program.graph_module.graph.nodes if node.name == site.node)
+        counts += [node.args[1]] if site.kind == "topk" and isinstance(node.args[1], int) else []
+    return max(counts)
+
+
+class LocateExperts(Pass):
+    """Name the experts and their channels (see the module's docstring for the graph and the refusals)."""
+
+    name = "locate_experts"
+
+    def requires(self, program: Program) -> None:
+        """Projections are lifted.
+
+        Raises:
+            PreconditionError: they are not.
+        """
+        require_lifted(program, self.name)
+
+    def call(self, program: Program) -> PassResult:
+        """Add the groups of every mixture; `details["refused"]` lists the others with reasons."""
+        program = with_channels(program)
+        channels = program.channels
+        assert channels is not None
+        refused: dict[str, str] = {}
+        kept = tuple(g for g in program.groups if not isinstance(g, (ExpertGroup, ExpertMlpGroup)))
+        experts = self._experts(program, channels, kept, refused)
+        inner = self._channels(program, channels, (*kept, *experts), refused)
+        details = {"groups": len(experts) + len(inner), "refused": refused}
+        return PassResult(program.replace(groups=(*kept, *experts, *inner)), modified=True, details=details)
+
+    def _experts(
+        self, program: Program, channels: ChannelMap, known: tuple[Group, ...], refused: dict[str, str]
+    ) -> list[ExpertGroup]:
+        listed: dict[tuple[int, ...], IdArray] = {}
+        for axis in expert_axes(channels).values():
+            classes = channels.class_of[axis.ids()]
+            listed.setdefault(tuple(classes.tolist()), classes)
+        candidates = list(listed.values())
+        groups: list[ExpertGroup] = []
+        slices_of = collect_slices(channels, candidates, elements_per_index(program))
+        for classes, slices in zip(candidates, slices_of, strict=True):
+            sites = _sites(channels, classes)
+            reason = pinned_reason(channels, classes)
+            if reason is None and slices is None:
+                reason = "its experts own different numbers of weights"
+            if reason is None and not any(site.kind == "topk" for site in sites):
+                reason = "nothing chooses among its experts"  # refusal 2
+            if reason is None and not all(site.choice for site in sites):
+                reason = "its experts are normalised together"
+            if reason is None and not channels.source[classes].all():
+                reason = "something else needs its experts"
+            owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
+            if reason is not None or slices is None:
+                refused[f"{owner or 'model'}: {len(classes)} experts"] = str(reason)
+                continue
+            name = unique_name(owner, ExpertGroup.kind, (*known, *groups))
+            choices = tuple(site.node for site in sites)
+            per_token = _per_token(program, sites)
+            groups.append(ExpertGroup(name, len(groups), slices, per_token=per_token, choices=choices))
+        return groups
+
+    def _channels(
+        self, program: Program, channels: ChannelMap, known: tuple[Group, ...], refused: dict[str, str]
+    ) -> list[ExpertMlpGroup]:
+        experts = expert_axes(channels)
+        inside = np.zeros(channels.count, dtype=bool)
+        for axis in channels.axes:
+            if axis.role == "columns" and axis.parameter in experts:
+                inside[channels.class_of[axis.ids()]] = True
+        for axis in channels.axes:  # a class that any other Linear touches is not inside the experts
+            if axis.role in {"rows", "columns"} and axis.parameter not in experts:
+                inside[channels.class_of[axis.ids()]] = False
+        candidates = alike(channels, between_linears(channels) & inside)
+        active, activation = activations(channels)
+        groups: list[ExpertMlpGroup] = []
+        slices_of = collect_slices(channels, candidates, elements_per_index(program))
+        for classes, slices in zip(candidates, slices_of, strict=True):
+            reason = pinned_reason(channels, classes)
+            if reason is None and _sites(channels, classes):
+                reason = "normalised together: removing a channel changes the others"
+            if reason is None and not active[classes].all():
+                reason = "no activation between the grouped Linears"  # refusal 4
+            count = 0
+            if reason is None:
+                count, reason = _experts_of(program, channels, slices)
+            owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
+            if reason is not None or slices is None:
+                refused[f"{owner or 'model'}: {len(classes)} expert channels"] = str(reason)
+                continue
+            members = set(classes.tolist())
+            op = next(op for first, op in activation.items() if first in members)
+            name = unique_name(owner, ExpertMlpGroup.kind, (*known, *groups))
+            gated = sum(s.per_unit for s in slices if s.produces) > 1
+            tensors = program.graph_module.state_dict(keep_vars=True)
+            multiple = 16 // tensors[slices[0].parameter].element_size()
+            own = tuple(replace(s, elements=s.elements // count) for s in slices)
+            groups.append(
+                ExpertMlpGroup(name, len(groups), own, multiple=multiple, experts=count, activation=op, gated=gated)
+            )
+        return groups
+
+
+def _experts_of(program: Program, channels: ChannelMap, slices: tuple[UnitSlice, ...] | None) -> tuple[int, str | None]:
+    """How many experts own the channels, or why that is not one number (refusal 3)."""
+    if slices is None:
+        return 0, "they own different numbers of weights"
+    tensors = program.graph_module.state_dict(keep_vars=True)
+    weights = expert_axes(channels)
+    classes = {name: channels.class_of[axis.ids()] for name, axis in weights.items()}
+    first = next(classes[s.parameter] for s in slices if s.parameter in classes)
+    for piece in slices:
+        rows = next((a for a in channels.axes if a.parameter == piece.parameter and a.axis == 0), None)
+        along = piece.axis > 0 and rows is not None and tensors[piece.parameter].shape[0] == len(first)
+        if not along or rows is None or not np.array_equal(channels.class_of[rows.ids()], first):
+            return 0, f"{piece.parameter} has no axis of experts"
+    return len(first), None

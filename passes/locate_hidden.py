@@ -1,0 +1,116 @@
+"""Finds the hidden dimension, and latents with a norm of their own, and names their channels.
+
+    embedding ─┬───────────── add ─ ... ─ norm ─ lm_head
+               └ norm ─ q ... o ┘                               =>  HiddenGroup: every weight along the residual stream
+
+    q_a = Linear(x) ─ norm ─ q_b = Linear(...)                   =>  HiddenGroup: the latent between them
+
+Its channels are normalised together. That is no obstacle where the norms are RMS norms with a weight: slimming rescales
+weight and epsilon (`fxprune.norms`).
+
+Refused, and listed in the details with the reason:
+ 1. channels that are pinned;
+ 2. a norm that cannot be rescaled exactly, by name: LayerNorm, a norm without a weight, a weight of something else;
+ 3. channels that own different numbers of weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fxprune.groups import HiddenGroup, collect_slices, common_owner
+from fxprune.locate import (
+    alike,
+    between_linears,
+    elements_per_index,
+    expert_axes,
+    normalised_together,
+    pinned_reason,
+    require_lifted,
+    unique_name,
+    with_channels,
+)
+from fxprune.norms import find_rms_norm
+from fxprune.pass_base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.fx import Node
+
+    from fxprune.channel_ids import ChannelMap, IdArray, NormSite
+    from fxprune.program import Program
+
+__all__ = ["LocateHidden"]
+
+
+def _norms_over(channels: ChannelMap, classes: IdArray) -> list[NormSite]:
+    mine = np.zeros(channels.count, dtype=bool)
+    mine[classes] = True
+    return [norm for norm in channels.norms if mine[channels.class_of[norm.ids]].any()]
+
+
+def _cannot_rescale(
+    program: Program, channels: ChannelMap, norm: NormSite, classes: IdArray, nodes: Mapping[str, Node]
+) -> str | None:
+    """Why a norm cannot be made narrower exactly, None when it can."""
+    node = nodes[norm.node]
+    where = f"{norm.module or 'the model'} ({norm.kind})"
+    if find_rms_norm(program.graph_module, node) is None:
+        return f"{where} is not an RMS norm with a weight of its own: it cannot be narrowed exactly"
+    if not np.isin(channels.class_of[norm.ids], classes).all() or len(norm.ids) != norm.width:
+        return f"{where} normalises these channels together with others"
+    return None
+
+
+def _multiple(program: Program, names: list[str]) -> int:
+    """Grouped products need rows of whole 16 bytes."""
+    tensors = program.graph_module.state_dict(keep_vars=True)
+    return max((16 // tensors[name].element_size() for name in names), default=1)
+
+
+class LocateHidden(Pass):
+    """Name the channels of residual streams and latents (see the module's docstring for graph and refusals)."""
+
+    name = "locate_hidden"
+
+    def requires(self, program: Program) -> None:
+        """Projections are lifted.
+
+        Raises:
+            PreconditionError: they are not.
+        """
+        require_lifted(program, self.name)
+
+    def call(self, program: Program) -> PassResult:
+        """Add a `HiddenGroup` for every normalised dimension; `details["refused"]` lists the others with reasons."""
+        program = with_channels(program)
+        channels = program.channels
+        assert channels is not None
+        normed = normalised_together(channels)
+        candidates = [c for c in alike(channels, between_linears(channels) & normed) if normed[c].all()]
+        nodes = {node.name: node for node in program.graph_module.graph.nodes}
+        elements, experts = elements_per_index(program), expert_axes(channels)
+        refused: dict[str, str] = {}
+        kept = tuple(group for group in program.groups if not isinstance(group, HiddenGroup))
+        groups: list[HiddenGroup] = []
+        for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
+            norms = _norms_over(channels, classes)
+            reason = pinned_reason(channels, classes)  # refusal 1
+            if reason is None:  # refusal 2
+                why = (_cannot_rescale(program, channels, norm, classes, nodes) for norm in norms)
+                reason = next((text for text in why if text), None)
+            if reason is None and slices is None:
+                reason = "its channels own different numbers of weights"  # refusal 3
+            owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
+            if reason is not None or slices is None:
+                refused[f"{owner or 'model'}: {len(classes)} channels"] = str(reason)
+                continue
+            name = unique_name(owner or "model", HiddenGroup.kind, (*kept, *groups))
+            modules = tuple(dict.fromkeys(norm.module for norm in norms))
+            multiple = _multiple(program, [s.parameter for s in slices if s.parameter in experts])
+            groups.append(HiddenGroup(name, len(groups), slices, norms=modules, multiple=multiple))
+        details = {"groups": len(groups), "refused": refused}
+        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
