@@ -22,7 +22,7 @@ demo: install
 
 # Two workers with one torch thread each: faster on two cores than one worker with two threads.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

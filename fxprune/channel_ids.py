@@ -22,7 +22,9 @@ __all__ = [
     "AttentionSite",
     "ChannelLedger",
     "ChannelMap",
+    "Edges",
     "IdArray",
+    "IdSet",
     "NormSite",
     "ParameterAxis",
     "Pin",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 IdArray = NDArray[np.int64]
+Edges = NDArray[np.int32]
+"""Ends of edges between ids: there are more edges than anything else, and 2^31 ids would not fit into memory."""
 Role = Literal["", "rows", "columns", "experts"]
 
 
@@ -125,16 +129,34 @@ class Pin:
         return f"{self.op}{where}: {self.reason}"
 
 
+class IdSet:
+    """A growing set of ids that can be asked for many at once: one boolean per id, doubled when it is full."""
+
+    def __init__(self) -> None:
+        self._has = np.zeros(1024, dtype=bool)
+
+    def append(self, ids: IdArray) -> None:
+        """Add ids."""
+        if len(ids) and (needed := int(ids.max()) + 1) > len(self._has):
+            self._has = np.concatenate([self._has, np.zeros(max(needed, len(self._has)), dtype=bool)])
+        self._has[ids] = True
+
+    def contains(self, ids: IdArray) -> NDArray[np.bool_]:
+        """Which of `ids` are in the set, in their shape."""
+        found: NDArray[np.bool_] = self._has[np.minimum(ids, len(self._has) - 1)] & (ids < len(self._has))
+        return found
+
+
 @dataclass
 class ChannelLedger:
     """Everything that the rules write down while the graph is walked. Ids start at 1; 0 means no channel."""
 
     next_id: int = 1
     axes: dict[tuple[str, int], ParameterAxis] = field(default_factory=dict)
-    merges: list[tuple[IdArray, IdArray]] = field(default_factory=list)
-    needs: list[tuple[IdArray, IdArray]] = field(default_factory=list)
+    merges: list[tuple[Edges, Edges]] = field(default_factory=list)
+    needs: list[tuple[Edges, Edges]] = field(default_factory=list)
     consumed: list[IdArray] = field(default_factory=list)
-    scores: list[IdArray] = field(default_factory=list)
+    scores: IdSet = field(default_factory=IdSet)
     states: list[IdArray] = field(default_factory=list)
     inputs: list[Pin] = field(default_factory=list)
     outputs: list[Pin] = field(default_factory=list)
@@ -142,7 +164,7 @@ class ChannelLedger:
     norms: list[NormSite] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
     activations: list[ActivationSite] = field(default_factory=list)
-    counts: list[IdArray] = field(default_factory=list)
+    counts: IdSet = field(default_factory=IdSet)
 
     def fresh(self, count: int) -> IdArray:
         """Hand out `count` new ids."""
@@ -162,27 +184,28 @@ class ChannelLedger:
     def merge(self, a: IdArray, b: IdArray) -> None:
         """Record that a[i] and b[i] go or stay together."""
         if len(a):
-            self.merges.append((a, b))
+            self.merges.append((a.astype(np.int32), b.astype(np.int32)))
 
     def need(self, a: IdArray, b: IdArray) -> None:
         """Record that b[i] stays as long as a[i] does."""
         if len(a):
-            self.needs.append((a, b))
+            self.needs.append((a.astype(np.int32), b.astype(np.int32)))
 
     def is_score(self, ids: IdArray) -> NDArray[np.bool_]:
         """Which of `ids` are attention scores."""
-        return np.isin(ids, np.concatenate(self.scores)) if self.scores else np.zeros(ids.shape, dtype=bool)
+        return self.scores.contains(ids)
 
     def is_count(self, ids: IdArray) -> NDArray[np.bool_]:
         """Which of `ids` count how often a channel was chosen: 0 once it is gone."""
-        return np.isin(ids, np.concatenate(self.counts)) if self.counts else np.zeros(ids.shape, dtype=bool)
+        return self.counts.contains(ids)
 
 
-def _edges(pairs: list[tuple[IdArray, IdArray]]) -> tuple[IdArray, IdArray]:
-    if not pairs:
-        empty = np.zeros(0, dtype=np.int64)
-        return empty, empty
-    return np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])
+def _graph(pairs: list[tuple[Edges, Edges]], size: int, of: Edges | None = None) -> csr_matrix:
+    """The edges between `size` nodes as a matrix; with `of`, between what it says for each end."""
+    a, b = (np.concatenate([pair[end] for pair in pairs] or [np.zeros(0, np.int32)]) for end in (0, 1))
+    if of is not None:
+        a, b = of[a], of[b]
+    return csr_matrix((np.ones(len(a), bool), (a, b)), (size, size))
 
 
 class ChannelMap:
@@ -198,20 +221,15 @@ class ChannelMap:
     """
 
     def __init__(self, ledger: ChannelLedger) -> None:
-        size = ledger.next_id
-        a, b = _edges(ledger.merges)
-        _, merged = connected_components(csr_matrix((np.ones(len(a), np.int8), (a, b)), (size, size)), directed=False)
-        a, b = _edges(ledger.needs)
-        a, b = merged[a].astype(np.int64), merged[b].astype(np.int64)
+        count, merged = connected_components(_graph(ledger.merges, ledger.next_id), directed=False)
         # Classes that need each other are one class.
-        graph = csr_matrix((np.ones(len(a), np.int8), (a, b)), (size, size))
-        self.count, strong_of = connected_components(graph, directed=True, connection="strong")
-        strong = strong_of.astype(np.int64)
-        self.class_of: IdArray = strong[merged]
-        a, b = strong[a], strong[b]
-        other = a != b
-        edges = np.unique(np.stack([a[other], b[other]], 1), axis=0) if other.any() else np.zeros((0, 2), np.int64)
-        self.needs = csr_matrix((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), (self.count, self.count))
+        needs = _graph(ledger.needs, count, of=merged)
+        self.count, strong = connected_components(needs, directed=True, connection="strong")
+        self.class_of: IdArray = strong[merged].astype(np.int64)
+        a, b = (strong[ends].astype(np.int64) for ends in needs.nonzero())
+        edges = np.unique(a[a != b] * self.count + b[a != b])
+        ends = (edges // self.count, edges % self.count)
+        self.needs = csr_matrix((np.ones(len(edges), bool), ends), (self.count, self.count))
         self.axes = tuple(ledger.axes.values())
         self.norms = tuple(ledger.norms)
         self.attentions = tuple(ledger.attentions)
@@ -228,6 +246,10 @@ class ChannelMap:
         needed = np.asarray(self.needs.sum(axis=0)).ravel() > 0
         self.base = self._flag(ledger.consumed) | self.pinned | ~needed
         self.source = self.base & ~self.pinned
+
+    def of_axis(self, axis: ParameterAxis) -> IdArray:
+        """The class of each index of a parameter axis, (size,); a view."""
+        return self.class_of[axis.first : axis.first + axis.size]
 
     def _flag(self, groups: list[IdArray]) -> NDArray[np.bool_]:
         flag = np.zeros(self.count, dtype=bool)

@@ -17,7 +17,50 @@ from fxprune.channel_ids import AttentionSite, IdArray, NormSite, Pin
 if TYPE_CHECKING:
     from fxprune.channels import Call
 
-__all__ = ["combine", "contract", "distinct_rows", "meet_columns", "reduce_last"]
+__all__ = [
+    "Ids",
+    "combine",
+    "contract",
+    "distinct_rows",
+    "keep_addresses",
+    "meet_columns",
+    "pin",
+    "reduce_last",
+    "steady",
+]
+
+Ids = Tensor | None | list[Tensor | None]
+
+
+def steady(ids: Tensor, axis: int) -> bool:
+    """Whether ids do not vary along an axis: it is one of positions, not of channels."""
+    return bool((ids == ids.narrow(axis, 0, 1)).all())
+
+
+def pin(call: Call, reason: str = "no rule for this operator") -> list[Tensor | None] | None:
+    """Keep all channels that an operator touches, and all parameters that it reads directly.
+
+    Returns:
+        Ids of its result: none.
+    """
+    touched = [call.ids_of(node) for node in call.tensor_nodes()]
+    ids = [np.unique(t[t > 0].numpy()) for t in touched if t is not None]
+    for node, carried in zip(call.tensor_nodes(), touched, strict=True):
+        weight = call.parameter_of(node) if carried is None else None
+        if weight is not None and call.value_of(node).is_floating_point():
+            ids += [call.ledger.axis(weight.name, axis, size).ids() for axis, size in enumerate(weight.shape)]
+    ids = [found for found in ids if len(found)]
+    if ids:
+        call.ledger.pins.append(Pin(np.concatenate(ids), call.op, call.module, reason))
+    return [None] * len(call.output) if isinstance(call.output, (tuple, list)) else None
+
+
+def keep_addresses(call: Call) -> None:
+    """Numbers that are moved or cast still name the same channels."""
+    nodes = call.tensor_nodes()
+    known = call.addresses(nodes[0]) if nodes else None
+    if known is not None and isinstance(call.output, Tensor):
+        call.set_addresses(known)
 
 
 def _counts(keys: IdArray) -> IdArray:
@@ -66,11 +109,21 @@ def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def distinct_rows(ids: Tensor) -> tuple[IdArray, IdArray]:
-    """Distinct rows along the last axis, and for each leading position which row it has."""
+    """Distinct rows along the last axis, in the order they come in, and for each leading position which row it has."""
     flat = ids.reshape(-1, ids.shape[-1])
     if len(flat) and bool((flat == flat[:1]).all()):
         return flat[:1].numpy(), np.zeros(len(flat), dtype=np.int64)
-    rows, inverse = np.unique(flat.numpy(), axis=0, return_inverse=True)
+    every = np.ascontiguousarray(flat.numpy())
+    # Rows are compared by a random sum, which sorts much faster than the rows themselves; the result is checked.
+    factors = np.random.default_rng(0).integers(1, 2**63, size=every.shape[1], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        sums = every.view(np.uint64) @ factors
+    _, first, inverse = np.unique(sums, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    rows, inverse = every[np.sort(first)], rank[inverse.reshape(-1)]
+    if not np.array_equal(rows[inverse], every):
+        rows, inverse = np.unique(every, axis=0, return_inverse=True)
     return rows, inverse.reshape(-1)
 
 
@@ -93,19 +146,20 @@ def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None
         return None
     ledger = call.ledger
     rows, inverse = distinct_rows(ids)
+    row_of, member = np.nonzero(rows)[0], rows[rows > 0]
+    scale = ledger.next_id
+    keys = np.unique(row_of * scale + member)
+    row_of, member = keys // scale, keys % scale
+    sizes = np.bincount(row_of, minlength=len(rows))
     out = np.zeros(len(rows), dtype=np.int64)
-    for index, row in enumerate(rows):  # distinct rows: at most one per head, never one per channel
-        members = np.unique(row[row > 0])
-        if len(members) == 0:
-            continue
-        if len(members) == 1:
-            out[index] = members[0]
-            continue
-        new = ledger.fresh(1)
-        out[index] = new[0]
-        (ledger.merge if merge else ledger.need)(members, np.repeat(new, len(members)))
-        if norm is not None:
-            ledger.norms.append(NormSite(call.node.name, call.module, norm, members, len(row)))
+    single = sizes[row_of] == 1
+    out[row_of[single]] = member[single]
+    out[sizes > 1] = ledger.fresh(int((sizes > 1).sum()))
+    row_of, member = row_of[~single], member[~single]
+    (ledger.merge if merge else ledger.need)(member, out[row_of])
+    if norm is not None:
+        for members in np.split(member, np.flatnonzero(np.diff(row_of)) + 1) if len(member) else ():
+            ledger.norms.append(NormSite(call.node.name, call.module, norm, members, rows.shape[1]))
     return torch.from_numpy(out[inverse]).reshape(ids.shape[:-1])
 
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fxprune.channel_ids import NormSite, Pin
-from fxprune.channel_relations import combine, distinct_rows
+from fxprune.channel_relations import combine, distinct_rows, keep_addresses, pin, steady
 
 if TYPE_CHECKING:
+    from fxprune.channel_relations import Ids
     from fxprune.channels import Call
 
-    Ids = Tensor | None | list[Tensor | None]
 
 __all__ = ["LOOKUP_RULES", "choice"]
 
@@ -46,18 +45,10 @@ def choice(call: Call, ids: Tensor, axis: int) -> bool:
     return True
 
 
-def _pin(call: Call, reason: str) -> None:
-    touched = [call.ids_of(node) for node in call.tensor_nodes()]
-    ids = [np.unique(t[t > 0].numpy()) for t in touched if t is not None]
-    if ids:
-        call.ledger.pins.append(Pin(np.concatenate(ids), call.op, call.module, reason))
-
-
 def _embedding(call: Call) -> Ids:
     weight = call.parameter(0)
     if weight is None:
-        _pin(call, "looks up rows of something computed")
-        return None
+        return pin(call, "looks up rows of something computed")
     rows = call.ledger.axis(weight.name, 0, weight.shape[0])
     call.ledger.pins.append(Pin(rows.ids(), call.op, call.module, "rows are looked up by index"))
     columns = call.ledger.axis(weight.name, 1, weight.shape[1]).ids()
@@ -68,25 +59,28 @@ def _ordered(call: Call) -> Ids:
     """`topk`, `sort`, `max` with a dimension: values, and the positions they had."""
     source = call.tensor_nodes()[0]
     ids = call.ids_of(source)
-    position = 2 if call.node.target is aten.topk.default else 1
-    axis = call.int_argument(position, "dim", -1)
+    axis = call.argument("dim", -1)
     known = call.addresses(source)
     if known is not None:  # numbers that are put in order still mean the same
         call.set_addresses(known, output=0)
     if ids is None:
         return [None, None]
-    if bool((ids == ids.narrow(axis, 0, 1)).all()):  # in order along an axis of positions
-        value = ids.narrow(axis, 0, 1)
-        kept = value if value.dim() == call.output[0].dim() else value.squeeze(axis)
-        same = kept.expand(call.output[0].shape)
+    if steady(ids, axis):  # in order along an axis of positions
+        same = _without(ids.narrow(axis, 0, 1), axis, call.output[0])
         return [same, same]
     line = _axis_ids(ids, axis)
-    if call.op == "sort" or not choice(call, ids, axis):  # a sorted axis stays as long as it was
-        _pin(call, "puts channels in an order that depends on their values")
-        return [None, None]
+    if line is None and len(torch.unique(ids)) == ids.shape[axis] * len(distinct_rows(ids.movedim(axis, -1))[0]):
+        return pin(call, "chooses inside groups of channels, each of which would have to keep equally many")
+    if call.op in {"sort", "median", "kthvalue", "mode"} or not choice(call, ids, axis):  # all others count there
+        return pin(call, "puts channels in an order that depends on their values")
     assert line is not None
     call.set_addresses(line.numpy(), output=1)
     return [None, None]
+
+
+def _without(ids: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Ids with one element along an axis in the shape of a result that may have lost the axis."""
+    return (ids if ids.dim() == like.dim() else ids.squeeze(axis)).expand(like.shape)
 
 
 def _argmax(call: Call) -> Ids:
@@ -94,12 +88,13 @@ def _argmax(call: Call) -> Ids:
     ids = call.ids_of(source)
     if ids is None:
         return None
-    axis = call.int_argument(1, "dim", -1)
-    line = _axis_ids(ids, axis)
-    if line is None or not choice(call, ids, axis):
-        _pin(call, "chooses among channels that vary")
-    else:
-        call.set_addresses(line.numpy())
+    axis = call.argument("dim")
+    if axis is not None and steady(ids, axis):
+        return None
+    line = None if axis is None else _axis_ids(ids, axis)
+    if line is None or call.op == "argsort" or not choice(call, ids, axis):
+        return pin(call, "chooses among channels that vary")
+    call.set_addresses(line.numpy())
     return None
 
 
@@ -108,9 +103,7 @@ def _count(call: Call) -> Ids:
     source = call.tensor_nodes()[0]
     known = call.addresses(source)
     if known is None or len(known) != call.output.shape[0]:
-        if call.any_ids():
-            _pin(call, "counts values of channels")
-        return None
+        return pin(call, "counts values of channels")
     call.ledger.counts.append(known)
     return torch.from_numpy(known)
 
@@ -118,7 +111,7 @@ def _count(call: Call) -> Ids:
 def _one_hot(call: Call) -> Ids:
     known = call.addresses(call.tensor_nodes()[0])
     if known is None or len(known) != call.output.shape[-1]:
-        return None
+        return pin(call, "spreads numbers that do not name channels") if call.any_ids() else None
     return torch.from_numpy(known).expand(call.output.shape)
 
 
@@ -133,6 +126,7 @@ def _index(call: Call) -> Ids:
     """`index.Tensor`: positions may be picked freely; channels only by numbers that address them."""
     source: Any = call.node.args[0]
     weight = call.parameter(0)
+    keep_addresses(call)
     used = _indexed_axes(call)
     ids = call.ids_of(source)
     if weight is not None and len(weight.shape) == 2 and [axis for axis, _ in used] == [0]:
@@ -140,18 +134,17 @@ def _index(call: Call) -> Ids:
     if ids is None:
         return None
     for axis, index in used:
-        if bool((ids == ids.narrow(axis, 0, 1)).all()):
+        if steady(ids, axis):
             continue
         line, known = _axis_ids(ids, axis), call.addresses(index)
         if line is None or known is None or len(known) != len(line):
-            _pin(call, "picks channels by computed positions")
-            return None
+            return pin(call, "picks channels by computed positions")
         call.ledger.merge(line.numpy(), known)
     positions = {axis for axis, _ in used}
     first = ids
     for axis in positions:
         first = first.narrow(axis, 0, 1)
-        if bool((ids != ids.narrow(axis, 0, 1)).any()):
+        if not steady(ids, axis):
             first = torch.zeros_like(first)
     # The picked axes become those of the index tensors; they carry nothing, so only the others matter.
     rest = [axis for axis in range(ids.dim()) if axis not in positions]
@@ -181,15 +174,40 @@ def _index_table(call: Call, index: Any) -> Ids:
 def _gather(call: Call) -> Ids:
     source, index = call.tensor_nodes()[:2]
     ids = call.ids_of(source)
-    axis = call.int_argument(1, "dim", 0)
+    axis = call.argument("dim", None)
+    known = call.addresses(source)
+    if known is not None:  # some of the numbers
+        call.set_addresses(known)
     if ids is None:
         return None
-    if bool((ids == ids.narrow(axis, 0, 1)).all()):
+    if axis is not None and steady(ids, axis):
         return ids.narrow(axis, 0, 1).expand(call.output.shape)
+    line, named = None if axis is None else _axis_ids(ids, axis), call.addresses(index)
+    if line is None or named is None or len(named) != len(line):
+        return pin(call, "picks channels by computed positions")
+    call.ledger.merge(line.numpy(), named)
+    return None
+
+
+def _index_select(call: Call) -> Ids:
+    """Positions along one axis: constant ones may pick channels, others only numbers that address these."""
+    source, index = call.node.args[0], call.node.args[2]
+    axis = call.argument("dim")
+    keep_addresses(call)
+    weight = call.parameter(0)
+    if weight is not None and len(weight.shape) == 2 and axis == 0:
+        return _index_table(call, index)
+    ids = call.ids_of(source)  # type: ignore[arg-type]
+    if ids is None:
+        return None
+    if steady(ids, axis):
+        return ids.narrow(axis, 0, 1).expand(call.output.shape)
+    positions = call.constant(index)
+    if positions is not None:
+        return ids.index_select(axis, positions)
     line, known = _axis_ids(ids, axis), call.addresses(index)
     if line is None or known is None or len(known) != len(line):
-        _pin(call, "picks channels by computed positions")
-        return None
+        return pin(call, "picks channels by computed positions")
     call.ledger.merge(line.numpy(), known)
     return None
 
@@ -197,14 +215,15 @@ def _gather(call: Call) -> Ids:
 def _scatter(call: Call) -> Ids:
     """`scatter` at numbers that address an axis: the result runs along that axis."""
     nodes = call.tensor_nodes()
-    axis = call.int_argument(1, "dim", 0)
-    known = call.addresses(nodes[1])
+    axis = call.argument("dim", 0)
+    known = call.addresses(call.argument_node("index"))
     ids = call.ids_of(nodes[0])
+    source = call.argument_node("src")
+    added = None if source is None else call.ids_of(source)
     if known is None or len(known) != call.output.shape[axis]:
-        if ids is not None and bool((ids != ids.narrow(axis, 0, 1)).any()):
-            _pin(call, "writes to channels at computed positions")
-            return None
-        return ids
+        if any(found is not None and not steady(found, axis) for found in (ids, added)):
+            return pin(call, "writes to channels at computed positions")
+        return _written(call, ids, added, (axis,))
     shape = [1] * call.output.dim()
     shape[axis] = -1
     addressed = torch.from_numpy(known).reshape(shape)
@@ -213,20 +232,79 @@ def _scatter(call: Call) -> Ids:
     return out.expand(call.output.shape)
 
 
+def _written(call: Call, ids: Tensor | None, added: Tensor | None, axes: tuple[int, ...]) -> Ids:
+    """Ids of a tensor into which another was written at positions along some axes."""
+    for axis in axes:
+        added = None if added is None else added.narrow(axis, 0, 1)
+        ids = None if ids is None else ids.narrow(axis, 0, 1)
+    out = combine(call, ids, added)
+    return None if out is None else out.expand(call.output.shape)
+
+
+def _index_write(call: Call) -> Ids:
+    """`index_add`, `index_copy`, `index_fill`: rows are written at positions along one axis."""
+    axis = call.argument("dim")
+    source = call.argument_node("source")
+    ids, added = call.ids_of(call.tensor_nodes()[0]), None if source is None else call.ids_of(source)
+    if any(found is not None and not steady(found, axis) for found in (ids, added)):
+        return pin(call, "writes to channels at computed positions")
+    return _written(call, ids, added, (axis,))
+
+
+def _index_put(call: Call) -> Ids:
+    """`index_put`: values are written at positions along some axes; the others must be as they are in the values."""
+    used = [axis for axis, _ in _indexed_axes(call)]
+    values = call.argument_node("values")
+    ids, added = call.ids_of(call.tensor_nodes()[0]), None if values is None else call.ids_of(values)
+    if ids is None and added is None:
+        return None
+    if used != list(range(len(used))) or (ids is not None and any(not steady(ids, axis) for axis in used)):
+        return pin(call, "writes to channels at computed positions")
+    if added is not None:
+        rest = call.output.dim() - len(used)
+        leading = range(added.dim() - rest)
+        if any(not steady(added, axis) for axis in leading):
+            return pin(call, "writes channels that vary from position to position")
+        for axis in leading:
+            added = added.narrow(axis, 0, 1)
+        added = added.reshape([1] * len(used) + list(added.shape[len(leading) :]))
+    for axis in used:
+        ids = None if ids is None else ids.narrow(axis, 0, 1)
+    out = combine(call, ids, added)
+    return None if out is None else out.expand(call.output.shape)
+
+
 LOOKUP_RULES: dict[Any, Any] = {
     aten.embedding.default: _embedding,
     aten.topk.default: _ordered,
     aten.sort.default: _ordered,
+    aten.sort.stable: _ordered,
+    aten.msort.default: pin,
+    aten.kthvalue.default: _ordered,
+    aten.median.dim: _ordered,
+    aten.mode.default: _ordered,
     aten.max.dim: _ordered,
     aten.min.dim: _ordered,
     aten.argmax.default: _argmax,
+    aten.argmin.default: _argmax,
+    aten.argsort.default: _argmax,
+    aten.argsort.stable: _argmax,
     aten.histc.default: _count,
     aten.bincount.default: _count,
     aten.one_hot.default: _one_hot,
     aten.index.Tensor: _index,
     aten.gather.default: _gather,
+    aten.take_along_dim.default: _gather,
+    aten.index_select.default: _index_select,
+    aten.index_add.default: _index_write,
+    aten.index_copy.default: _index_write,
+    aten.index_fill.int_Scalar: _index_write,
+    aten.index_put.default: _index_put,
+    aten._unsafe_index.Tensor: _index,
     aten.scatter.src: _scatter,
     aten.scatter.value: _scatter,
-    aten.scatter_.src: _scatter,
-    aten.scatter_.value: _scatter,
+    aten.scatter.reduce: _scatter,
+    aten.scatter.value_reduce: _scatter,
+    aten.scatter_add.default: _scatter,
+    aten.scatter_reduce.two: _scatter,
 }

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx import Node
 
-from fxprune.channel_ids import ChannelLedger, ChannelMap, IdArray, Pin
+from fxprune.channel_ids import ChannelLedger, ChannelMap, IdArray, IdSet, Pin
 from fxprune.channel_rules import Ids, find_rule
+from fxprune.errors import UnsupportedOpError
 from fxprune.grouped import GroupedLinear
 from fxprune.masks import UnitMask
 
@@ -65,7 +70,7 @@ class _Walk:
         self.ledger = ChannelLedger()
         self.values: dict[Node, Any] = {}
         self.ids: dict[Node, Ids] = {}
-        self.input_ids: list[IdArray] = []
+        self.input_ids = IdSet()
         self.addresses: dict[tuple[Node, int], IdArray] = {}
         # A shared tensor has one name, whatever the node that reads it is called.
         self.names: dict[int, str] = {}
@@ -81,9 +86,8 @@ class _Walk:
 
     def is_input(self, ids: Tensor) -> bool:
         """Whether all channels in `ids` are elements of graph inputs."""
-        known = np.concatenate(self.input_ids) if self.input_ids else np.zeros(0, np.int64)
         mine = ids[ids > 0].numpy()
-        return bool(len(mine)) and bool(np.isin(mine, known).all())
+        return bool(len(mine)) and bool(self.input_ids.contains(mine).all())
 
 
 class Call:
@@ -135,11 +139,22 @@ class Call:
 
     def parameter(self, position: int) -> Weight | None:
         """The parameter that is read directly as positional argument `position`, if it is one."""
-        node = self.node.args[position]
+        return self.parameter_of(self.node.args[position]) if len(self.node.args) > position else None
+
+    def parameter_of(self, node: Any) -> Weight | None:
+        """The parameter, buffer or constant that a node reads, if it reads one."""
         if not isinstance(node, Node) or node.op != "get_attr":
             return None
         tensor = get_attribute(self._walk.root, str(node.target))
-        return Weight(self._walk.name_of(str(node.target)), tuple(tensor.shape))
+        return Weight(self._walk.name_of(str(node.target)), tuple(tensor.shape)) if isinstance(tensor, Tensor) else None
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The whole numbers that a node reads from a constant of the graph; None for anything else."""
+        if not isinstance(node, Node) or node.op != "get_attr":
+            return None
+        tensor = get_attribute(self._walk.root, str(node.target))
+        known = isinstance(tensor, Tensor) and not tensor.is_meta and tensor.dtype in {torch.int64, torch.int32}
+        return tensor.detach().cpu().long() if known else None
 
     def tensor_nodes(self) -> list[Node]:
         """Argument nodes that hold tensors, in order, keyword arguments last."""
@@ -185,6 +200,21 @@ class Call:
     def concrete(self, argument: Any) -> Any:
         """An argument with nodes that hold numbers replaced by the numbers."""
         return torch.fx.node.map_arg(argument, lambda node: self._walk.values[node])
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by the name that the operator's schema gives it, numbers instead of nodes that hold numbers."""
+        return self.concrete(self._given(name, default))
+
+    def argument_node(self, name: str) -> Node | None:
+        """The node that is given for an argument of the operator's schema, if one is."""
+        given = self._given(name, None)
+        return given if isinstance(given, Node) else None
+
+    def _given(self, name: str, default: Any) -> Any:
+        target: Any = self.node.target
+        names = [argument.name for argument in target._schema.arguments]
+        position = names.index(name) if name in names else len(names)
+        return self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name, default)
 
     def int_argument(self, position: int, name: str, default: int) -> int:
         """A positional or keyword integer."""
@@ -249,27 +279,44 @@ def _get_attr(walk: _Walk, node: Node) -> tuple[Any, Ids]:
 
 def _evaluate(walk: _Walk, node: Node) -> Any:
     """The fake result of a call."""
+    args: Any
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda argument: walk.values[argument])
     if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UnsupportedOpError(
+                f"{node.target} in {module_of(node) or 'the model'} (node {node.name}): the shapes behind it depend on "
+                "values, so channels cannot be followed; use an implementation of this module with fixed shapes"
+            ) from error
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     module = walk.root.get_submodule(str(node.target))
+    if isinstance(module, (nn.Linear, GroupedLinear)):
+        shape = (*args[0].shape[:-1], module.out_features)
+        return args[0].new_empty(shape, dtype=torch.promote_types(args[0].dtype, module.weight.dtype))
     state = {name: walk.fake(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     return torch.func.functional_call(module, state, args, kwargs)
 
 
-def walk(graph_module: torch.fx.GraphModule, interface: Interface, visitor: Visitor | None = None) -> ChannelLedger:
+def walk(
+    graph_module: torch.fx.GraphModule,
+    interface: Interface,
+    visitor: Visitor | None = None,
+    results: dict[Node, Any] | None = None,
+) -> ChannelLedger:
     """Walk a graph with ids beside its values.
 
     Args:
         graph_module: a lifted flat graph.
         interface: how it is called; its example inputs set the size of the walk.
         visitor: called after each node with the call and the ids of its result.
+        results: fake results of the calls: filled by one walk, they spare the next one the work.
 
     Returns:
         The ledger. Two walks of one graph hand out the same ids.
     """
+    results = {} if results is None else results
     state = _Walk(graph_module, interface)
     uses = Counter(source for node in graph_module.graph.nodes for source in node.all_input_nodes)
     for node in graph_module.graph.nodes:
@@ -284,12 +331,14 @@ def walk(graph_module: torch.fx.GraphModule, interface: Interface, visitor: Visi
         elif node.op == "get_attr":
             value, ids = _get_attr(state, node)
         else:
-            with state.mode, torch.no_grad():  # ids are real tensors: the rules run outside the fake mode
-                value = _evaluate(state, node)
+            if node not in results:
+                with state.mode, torch.no_grad():  # ids are real tensors: the rules run outside the fake mode
+                    results[node] = _evaluate(state, node)
+            value = results[node]
         state.values[node] = value
         call = Call(state, node, value)
         if node.op not in {"placeholder", "get_attr"}:
-            ids = _apply(state, call)
+            ids = _repeated(_apply(state, call))
         state.ids[node] = ids
         if visitor is not None:
             visitor(call, ids)
@@ -310,6 +359,23 @@ def _apply(state: _Walk, call: Call) -> Ids:
             state.addresses[node, 0] = state.addresses[source, index]
         return listed[index] if isinstance(listed, list) and isinstance(index, int) else None
     return find_rule(call)(call)
+
+
+def _repeated(ids: Ids) -> Ids:
+    """The same ids with one copy in memory of what repeats along an axis: all that follows is the faster for it."""
+    if isinstance(ids, list):
+        return [None if tensor is None else _repeat_first(tensor) for tensor in ids]
+    return None if ids is None else _repeat_first(ids)
+
+
+def _repeat_first(ids: Tensor) -> Tensor:
+    shape = ids.shape
+    for axis in range(ids.dim()):
+        if shape[axis] > 1:
+            first = ids.narrow(axis, 0, 1)
+            if ids.stride(axis) == 0 or bool((ids == first).all()):
+                ids = first
+    return ids.expand(shape)
 
 
 def _record_outputs(state: _Walk, node: Node) -> None:

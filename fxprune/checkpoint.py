@@ -40,6 +40,7 @@ from fxprune.skeleton import (
     resolve_model_class,
     state_shapes,
 )
+from fxprune.trial import ExpectedLogits, relative_error, run_once, tolerance_of, wrong_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,12 +51,11 @@ if TYPE_CHECKING:
     from fxprune.program import Source
     from fxprune.skeleton import Shape
 
-__all__ = ["CheckpointInfo", "Layout", "classify", "load", "save"]
+__all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "save"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONFIG_NAME = "config.json"
 _GENERATION_NAME = "generation_config.json"
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,16 @@ def save(
     plan: Mapping[str, Any],
     history: Sequence[Any],
     epsilons: Mapping[str, float] | None = None,
+    expected: ExpectedLogits | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointInfo:
     """Write a slim model as a directory, and prove that it loads back before the directory takes its name.
 
     The proof: the directory is loaded again, every tensor has the same bits, dtype and shape as the one given, and
-    one forward pass runs; a uniform checkpoint is loaded with plain `from_pretrained` too.
+    one forward pass runs, which gives the expected logits if there are any; a uniform checkpoint is loaded with plain
+    `from_pretrained` too. Without expected logits, a class that takes head counts from its dense widths is refused
+    where these do not fit: shapes do not prove which numbers are right.
 
     Args:
         tensors: as for `classify`: the slim state dict under dense names, removed layers left out; on any device.
@@ -113,6 +116,7 @@ def save(
         plan: what stays of each group, JSON-able.
         history: what was done, JSON-able, oldest first.
         epsilons: as for `classify`: the epsilon of each norm that needs another one, by dense module name.
+        expected: inputs, and the logits that the slim model gives for them.
         overwrite: whether an earlier output may be replaced.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
 
@@ -120,13 +124,13 @@ def save(
         What was written.
 
     Raises:
-        CheckpointError: as `classify`; or the plan or the history is not JSON, or the checkpoint does not load back.
-            What was at `directory` before is untouched.
+        CheckpointError: as `classify`; or the plan or the history is not JSON, or the checkpoint does not load back, or
+            it loads and computes something else. What was at `directory` before is untouched.
         OutputError: `directory` cannot be used.
         UsageError: `max_shard_size` is not a size.
     """
     with staged_directory(directory, overwrite=overwrite) as staging:
-        layout = classify(tensors, source, epsilons)
+        layout = classify(tensors, source, epsilons, expected)
         # Plain loading refuses other shapes, but not other numbers, and leaves out biases that it does not know: where
         # shapes are those of config.json, it must not find the weights.
         overlooked = layout.kind == "mixed" and not layout.changed
@@ -134,7 +138,7 @@ def save(
         _write_config(layout, staging / _CONFIG_NAME)
         _write_companions(source, staging)
         write_manifest(staging, _manifest(layout, source, plan, history, files))
-        _prove(staging, layout, source)
+        _prove(staging, layout, source, expected)
     return CheckpointInfo(
         directory=Path(directory).expanduser().resolve(),
         kind=layout.kind,
@@ -350,11 +354,11 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[s
     return kept
 
 
-def _prove(staging: Path, layout: Layout, source: Source) -> None:
-    """Load a staged checkpoint back and compare it with what was given."""
+def _prove(staging: Path, layout: Layout, source: Source, expected: ExpectedLogits | None) -> None:
+    """Load a staged checkpoint back and compare it, and what it computes, with what was given."""
     model = load(staging, verify_hash=False)
     _compare(model, layout, source, "fxprune.load")
-    _run_once(model, layout)
+    _compute(model, layout, expected, "fxprune.load")
     if layout.kind == "uniform":
         del model
         model_class: Any = source.model_class
@@ -364,6 +368,22 @@ def _prove(staging: Path, layout: Layout, source: Source) -> None:
         except (OSError, *BUILD_ERRORS) as error:
             raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
         _compare(plain, layout, source, "from_pretrained")
+        _compute(plain, layout, expected, "from_pretrained")
+
+
+def _compute(model: PreTrainedModel, layout: Layout, expected: ExpectedLogits | None, how: str) -> None:
+    """Raise unless a reloaded model runs and gives the expected logits; it may have another dtype afterwards."""
+    if expected is None:
+        run_once(model, [*layout.changed, *layout.added_biases])
+        return
+    if expected.dtype is not None:
+        model = model.to(expected.dtype)
+    try:
+        error = relative_error(model, expected)
+    except BUILD_ERRORS as problem:
+        raise CheckpointError(f"{type(model).__name__} rebuilt with {how} cannot run: {problem}") from problem
+    if error > tolerance_of(model, expected):
+        raise wrong_result(model, expected, error, how)
 
 
 def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str) -> None:
@@ -384,47 +404,6 @@ def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str) -
             f"the checkpoint does not load back with {how}: {wrong[:8]} differ from the given tensors; nothing was "
             f"written ({type(model).__name__}, {layout.kind})"
         )
-
-
-def _run_once(model: PreTrainedModel, layout: Layout) -> None:
-    """Run one short forward pass, so that a shape the class's code cannot work with is found now, with its block.
-
-    The sequence length is a prime that divides no number in the configuration: code that folds heads it believes in
-    into the sequence axis then fails instead of computing something else. Attention is eager, which uses the block's
-    own group counts where a fused kernel takes them from the shapes.
-    """
-    numbers = [value for value in layout.config.to_dict().values() if type(value) is int and value > 0]
-    length = next((prime for prime in _PRIMES if all(value % prime for value in numbers)), _PRIMES[-1])
-    entered: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, _args, name=name: entered.append(name))
-        for name, module in model.named_modules()
-    ]
-    ids = torch.arange(length)[None] % model.get_input_embeddings().num_embeddings
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
-    except BUILD_ERRORS as error:
-        block, names = _blame(entered, [*layout.changed, *layout.added_biases])
-        raise CheckpointError(
-            f"{block}: {type(model).__name__} cannot run with the slim shapes of {names[:8]} ({str(error).strip()}); "
-            "choose other widths or counts, leave this group unpruned, or export the graph instead"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _blame(entered: Sequence[str], changed: Sequence[str]) -> tuple[str, list[str]]:
-    """The innermost module around the one entered last that holds changed parameters, with these parameters."""
-    block = entered[-1] if entered else ""
-    names: list[str] = []
-    while block and not names:
-        block = block.rpartition(".")[0]
-        names = [name for name in changed if name.startswith(f"{block}." if block else "")]
-    return block or "model", names
 
 
 @contextmanager

@@ -306,6 +306,7 @@ class LayerGroup(Group):
         sizes: for each layer how many parameters these hold.
         labels: qualified name of each layer's module.
         caches: for each layer the names of the graph outputs that hold its cache.
+        others: how many layers of the stack cannot be left out.
     """
 
     kind: ClassVar[str] = "layers"
@@ -318,6 +319,12 @@ class LayerGroup(Group):
     sizes: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     caches: tuple[tuple[str, ...], ...] = ()
+    others: int = 0
+
+    @property
+    def least(self) -> int:
+        """One layer, unless others stay anyway."""
+        return 0 if self.others else 1
 
     @property
     def units(self) -> int:
@@ -340,12 +347,15 @@ def signatures(channels: ChannelMap) -> IdArray:
     total = np.zeros(channels.count, dtype=np.uint64)
     for axis in channels.axes:
         weight = random.integers(1, 2**63, dtype=np.uint64)
-        np.add.at(total, channels.class_of[axis.ids()], weight)
+        np.add.at(total, channels.of_axis(axis), weight)
     return total.view(np.int64)
 
 
 def collect_slices(
-    channels: ChannelMap, groups: Sequence[IdArray], elements: Mapping[str, Mapping[int, int]]
+    channels: ChannelMap,
+    groups: Sequence[IdArray],
+    elements: Mapping[str, Mapping[int, int]],
+    units: Sequence[IdArray] | None = None,
 ) -> list[tuple[UnitSlice, ...] | None]:
     """What each unit of each group owns.
 
@@ -353,27 +363,31 @@ def collect_slices(
         channels: the channel map.
         groups: for each group the classes of its units, in unit order; no class is in two groups.
         elements: for each parameter and axis, how many elements stand behind one index.
+        units: for each group which unit each of its classes belongs to; without it every class is a unit.
 
     Returns:
         The slices of each group, or None for a group whose units own different numbers of indices of one axis.
     """
     group_of = np.full(channels.count, -1, dtype=np.int64)
     unit_of = np.zeros(channels.count, dtype=np.int64)
+    counts = [len(classes) for classes in groups] if units is None else [int(u.max()) + 1 for u in units]
     for index, classes in enumerate(groups):
-        group_of[classes], unit_of[classes] = index, np.arange(len(classes))
+        group_of[classes], unit_of[classes] = index, np.arange(len(classes)) if units is None else units[index]
     slices: list[list[UnitSlice]] = [[] for _ in groups]
     uneven: set[int] = set()
     for axis in channels.axes:
-        classes = channels.class_of[axis.ids()]
+        classes = channels.of_axis(axis)
         owners = group_of[classes]
+        if owners.max() < 0:
+            continue
         for index in np.unique(owners[owners >= 0]):
             positions = np.flatnonzero(owners == index)
-            units = unit_of[classes[positions]]
-            count = np.bincount(units, minlength=len(groups[index]))
+            owned = unit_of[classes[positions]]
+            count = np.bincount(owned, minlength=counts[index])
             if (count != count[0]).any():
                 uneven.add(int(index))
                 continue
-            order = np.argsort(units, kind="stable")
+            order = np.argsort(owned, kind="stable")
             indices = positions[order].reshape(len(count), int(count[0]))
             size = elements[axis.parameter][axis.axis]
             slices[index].append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.role))

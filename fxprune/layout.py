@@ -11,6 +11,8 @@ relative to the dense configuration with fewer layers.
 
 from __future__ import annotations
 
+import copy
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,24 +24,28 @@ from transformers.pytorch_utils import Conv1D
 from fxprune.config_search import NoMatch, UniformMatch, find_layer_overrides, find_uniform
 from fxprune.constants import (
     Constants,
+    apply_constants,
     differences,
     epsilon_attributes,
-    expected,
     find_float_fields,
     numbers_of,
 )
+from fxprune.constants import expected as numbers_expected
 from fxprune.depth import kept_layers, reduce_depth, renumbered
 from fxprune.errors import CheckpointError
+from fxprune.head_counts import find_head_counts
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
     build_layered_skeleton,
     build_skeleton,
     config_with,
+    fill_skeleton,
     resize_projections,
     resolve_model_class,
     state_shapes,
 )
+from fxprune.trial import relative_error, tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,9 +56,11 @@ if TYPE_CHECKING:
     from fxprune.constants import Numbers
     from fxprune.program import Source
     from fxprune.skeleton import Shape
+    from fxprune.trial import ExpectedLogits
 
 __all__ = ["Layout", "classify", "mark_config", "runs_grouped", "same_bits"]
 
+_LOGGER = logging.getLogger(__name__)
 _CONSTANT = re.compile(r"(?:.*\.)?lifted_tensor_\d+")
 _GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
 _MARK = "fxprune"
@@ -93,7 +101,12 @@ class Layout:
     constants: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
 
 
-def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[str, float] | None = None) -> Layout:
+def classify(
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    epsilons: Mapping[str, float] | None = None,
+    expected: ExpectedLogits | None = None,
+) -> Layout:
     """Find out how a slim state dict can be written; nothing is read or written.
 
     Args:
@@ -105,6 +118,9 @@ def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[st
         epsilons: for norms that need another epsilon than in the dense model, the epsilon by the norm module's dense
             name. An RMSNorm narrowed from `d_old` to `d_new` is exact with `weight * sqrt(d_old / d_new)` and
             `epsilon * d_old / d_new`.
+        expected: logits that the slim model gives. With them the integers are found that a class derives from its
+            dense widths and that no field gives a layer (head counts, split sizes), and a configuration that has the
+            right shapes and computes something else is passed over.
 
     Returns:
         The layout.
@@ -112,8 +128,8 @@ def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[st
     Raises:
         CheckpointError: a tensor is missing, unknown or has no data, tied tensors differ, the class is unknown to
             transformers' auto mappings; or the configuration cannot express which layers are left, a shape can be
-            expressed neither by it nor by a narrower `nn.Linear`, or a number can be set nowhere. The message names
-            layers, modules and parameters.
+            expressed neither by it nor by a narrower `nn.Linear`, a number can be set nowhere, or no layout gives the
+            expected logits. The message names layers, modules and parameters.
     """
     model_class: type[PreTrainedModel] = source.model_class
     config, carried = _unmarked(config_with(source.config, {}))
@@ -137,7 +153,7 @@ def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[st
     if kept:
         config, fewer = reduce_depth(model_class, config, dense, kept)
         base = build_skeleton(model_class, config, torch.float32)
-    wanted = expected(numbers_of(dense), kept, new_numbers)
+    wanted = numbers_expected(numbers_of(dense), kept, new_numbers)
     named = {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, kept)) is not None}
     given, added = _canonical(named, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
@@ -150,7 +166,12 @@ def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[st
     match: UniformMatch | NoMatch = NoMatch(reason)
     if not reason:
         match = find_uniform(
-            model_class, config, shapes, added, pins=pins, objection=lambda model: _objection(wanted, model)
+            model_class,
+            config,
+            shapes,
+            added,
+            pins=pins,
+            objection=lambda model: _objection(wanted, model) or _miscomputes(model, given, expected),
         )
     if isinstance(match, UniformMatch):
         any_given = next(tensor for tensor in given.values() if tensor.is_floating_point())
@@ -166,7 +187,9 @@ def classify(tensors: Mapping[str, Tensor], source: Source, epsilons: Mapping[st
         )
     layers = find_layer_overrides(model_class, config_with(config, pins), shapes)
     everywhere = {**pins, **layers.everywhere}
-    overrides, constants = _mixed(model_class, config_with(layers.config, everywhere), layers.overrides, shapes, wanted)
+    overrides, constants = _mixed(
+        model_class, config_with(layers.config, everywhere), layers.overrides, given, wanted, expected=expected
+    )
     unpinned = {name: getattr(config, name) for name in pins}
     return Layout(
         "mixed",
@@ -251,8 +274,8 @@ def _unmarked(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Constants]:
 
 
 def _without_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the scalars that `torch.export` lifts out of a model's code: they are the graph's, not the model's."""
-    return {name: tensor for name, tensor in tensors.items() if not (_CONSTANT.fullmatch(name) and tensor.numel() == 1)}
+    """Leave out what `torch.export` lifts out of a model's code, scalars and empty tensors: they are the graph's."""
+    return {name: tensor for name, tensor in tensors.items() if not (_CONSTANT.fullmatch(name) and tensor.numel() <= 1)}
 
 
 def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -312,37 +335,102 @@ def _finished(
     return config_with(config, {"architectures": [model_class.__name__], "dtype": dtype})
 
 
+def _miscomputes(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: ExpectedLogits | None) -> str:
+    """Say how a skeleton of the slim shapes fails to give the expected logits; empty if it gives them."""
+    if expected is None:
+        return ""
+    model = _filled(skeleton, given, expected)
+    try:
+        error = relative_error(model, expected)
+    except BUILD_ERRORS as problem:
+        return f"it cannot run: {str(problem).strip()}"
+    return "" if error <= tolerance_of(model, expected) else f"the relative error of its logits is {error:.3g}"
+
+
+def _filled(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: ExpectedLogits) -> PreTrainedModel:
+    """A skeleton's copy with the given weights, and zeros where it has biases that are not given."""
+    model = copy.deepcopy(skeleton)
+    device = next(iter(given.values())).device
+    tensors = {
+        name: tensor.detach().to(device, expected.dtype if tensor.is_floating_point() else None)
+        for name, tensor in given.items()
+    }
+    floating = next(tensor for tensor in tensors.values() if tensor.is_floating_point())
+    rest = {name: floating.new_zeros(shape) for name, shape in state_shapes(model).items() if name not in tensors}
+    fill_skeleton(model, {**tensors, **rest}, device)
+    return model
+
+
 def _mixed(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     overrides: Mapping[int, Mapping[str, int]],
-    shapes: Mapping[str, Shape],
+    given: Mapping[str, Tensor],
     wanted: Numbers,
+    *,
+    expected: ExpectedLogits | None,
 ) -> tuple[Mapping[int, Mapping[str, int]], Constants]:
     """The layer overrides that the class accepts, and the numbers to set on the modules that it builds with them.
 
     Raises:
-        CheckpointError: overrides and narrower projections do not give every shape, or a number cannot be had.
+        CheckpointError: overrides and narrower projections do not give every shape, a number cannot be had, or nothing
+            gives the expected logits.
     """
+    plain = build_skeleton(model_class, config, torch.float32)
     try:
-        model = build_layered_skeleton(model_class, config, overrides, torch.float32)
+        built = build_layered_skeleton(model_class, config, overrides, torch.float32)
     except CheckpointError:
         # Sizes need not be linear in the fields, as probing takes them to be. Narrower projections may do alone.
-        overrides = {}
-        model = build_skeleton(model_class, config, torch.float32)
+        overrides, built = {}, plain
+    if expected is None:
+        return overrides, _constants(built, given, wanted, expected=None, search=False)
+    # Fields say most; where a class derives other numbers from them than it should, numbers are set on dense layers.
+    trials: list[tuple[dict[int, Mapping[str, int]], PreTrainedModel, bool]] = [({}, plain, True)]
+    if overrides:
+        trials = [(dict(overrides), built, False), ({}, plain, True), (dict(overrides), built, True)]
+    for fields, skeleton, search in trials[:-1]:
+        try:
+            return fields, _constants(skeleton, given, wanted, expected=expected, search=search)
+        except CheckpointError as error:
+            _LOGGER.info("%s with %s: %s", model_class.__name__, fields, error)
+    fields, skeleton, search = trials[-1]
+    return fields, _constants(skeleton, given, wanted, expected=expected, search=search)
+
+
+def _constants(
+    skeleton: PreTrainedModel,
+    given: Mapping[str, Tensor],
+    wanted: Numbers,
+    *,
+    expected: ExpectedLogits | None,
+    search: bool,
+) -> Constants:
+    """The numbers to set on a skeleton with narrower projections.
+
+    Raises:
+        CheckpointError: it has other shapes, a number cannot be had, or it does not give the expected logits.
+    """
+    model = copy.deepcopy(skeleton)
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     resize_projections(model, shapes)
     built = state_shapes(model)
     wrong = [name for name in shapes if built.get(name) != shapes[name]]
     if wrong:
         details = ", ".join(f"{name} {list(shapes[name])} (the class gives {list(built[name])})" for name in wrong[:4])
         raise CheckpointError(
-            f"no field of {type(config).__name__} gives the shape of {details}, and only nn.Linear can be narrowed "
-            "without one; leave these groups unpruned, or export the graph instead"
+            f"no field of {type(model.config).__name__} gives the shape of {details}, and only nn.Linear can be "
+            "narrowed without one; leave these groups unpruned, or export the graph instead"
         )
     constants, problem = differences(wanted, model)
     if problem:
         raise CheckpointError(f"{problem}; leave this dimension and these layers unpruned, or export the graph instead")
-    return overrides, constants
+    if expected is not None:
+        filled = _filled(model, given, expected)
+        apply_constants(filled, constants)
+        found = find_head_counts(filled, skeleton, expected, search=search)
+        for name, values in found.items():
+            constants.setdefault(name, {}).update(values)
+    return constants
 
 
 def same_bits(first: Tensor | None, second: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csc_matrix
 
 from fxprune.channels import trace_channels
 from fxprune.errors import PreconditionError
@@ -15,17 +16,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fxprune.channel_ids import ChannelMap, IdArray, ParameterAxis
+    from fxprune.channel_ids import ChannelMap, IdArray, NormSite, ParameterAxis
     from fxprune.groups import Group
     from fxprune.program import Program
 
 __all__ = [
-    "activations",
+    "NormIndex",
+    "activation_sites",
     "alike",
     "between_linears",
     "elements_per_index",
     "expert_axes",
-    "normalised_together",
     "pinned_reason",
     "require_lifted",
     "unique_name",
@@ -59,7 +60,7 @@ def between_linears(channels: ChannelMap) -> NDArray[np.bool_]:
     rows, columns = np.zeros(channels.count, dtype=bool), np.zeros(channels.count, dtype=bool)
     for axis in channels.axes:
         if axis.role in {"rows", "columns"}:
-            (rows if axis.role == "rows" else columns)[channels.class_of[axis.ids()]] = True
+            (rows if axis.role == "rows" else columns)[channels.of_axis(axis)] = True
     found = rows & columns
     for site in channels.attentions:
         found[channels.class_of[site.heads]] = False
@@ -78,7 +79,7 @@ def alike(channels: ChannelMap, wanted: NDArray[np.bool_]) -> list[IdArray]:
     for axis in channels.axes:
         if axis.role != "columns":
             continue
-        classes = channels.class_of[axis.ids()]
+        classes = channels.of_axis(axis)
         classes = classes[wanted[classes]]
         _, first = np.unique(classes, return_index=True)
         classes = classes[np.sort(first)]
@@ -87,13 +88,28 @@ def alike(channels: ChannelMap, wanted: NDArray[np.bool_]) -> list[IdArray]:
     return list(groups.values())
 
 
-def normalised_together(channels: ChannelMap) -> NDArray[np.bool_]:
-    """Which classes a norm or a choice reduces together with others, (classes,)."""
-    normed = np.zeros(channels.count, dtype=bool)
-    for norm in channels.norms:
-        classes = np.unique(channels.class_of[norm.ids])
-        normed[classes] |= len(classes) > 1
-    return normed
+class NormIndex:
+    """Which norms and choices reduce which classes.
+
+    Attributes:
+        together: which classes one of them reduces together with others, (classes,).
+    """
+
+    def __init__(self, channels: ChannelMap) -> None:
+        self._norms = channels.norms
+        members = [np.unique(channels.class_of[norm.ids]) for norm in channels.norms]
+        self.together = np.zeros(channels.count, dtype=bool)
+        for classes in members:
+            self.together[classes] |= len(classes) > 1
+        self._several = [len(classes) > 1 for classes in members]
+        norms = np.repeat(np.arange(len(members)), [len(classes) for classes in members])
+        of_class = (norms, np.concatenate(members or [np.zeros(0, np.int64)]))
+        self._by_class = csc_matrix((np.ones(len(norms), bool), of_class), (len(members), channels.count))
+
+    def over(self, classes: IdArray, *, together: bool = False) -> list[NormSite]:
+        """The norms that reduce any of `classes`, in graph order; with `together` only those over several classes."""
+        found = np.unique(self._by_class[:, classes].indices)
+        return [self._norms[index] for index in found if self._several[index] or not together]
 
 
 def pinned_reason(channels: ChannelMap, classes: IdArray) -> str | None:
@@ -102,15 +118,12 @@ def pinned_reason(channels: ChannelMap, classes: IdArray) -> str | None:
     return f"pinned by {channels.pin_reasons(pinned)[0]}" if len(pinned) else None
 
 
-def activations(channels: ChannelMap) -> tuple[NDArray[np.bool_], dict[int, str]]:
-    """Which classes pass through an activation, and its name by class."""
-    active = np.zeros(channels.count, dtype=bool)
-    names: dict[int, str] = {}
-    for site in channels.activations:
-        classes = channels.class_of[site.ids]
-        active[classes] = True
-        names.setdefault(int(classes[0]), site.op)
-    return active, names
+def activation_sites(channels: ChannelMap) -> IdArray:
+    """The first of `channels.activations` that each class passes through, -1 for none, (classes,)."""
+    site = np.full(channels.count, -1, dtype=np.int64)
+    for index in reversed(range(len(channels.activations))):
+        site[channels.class_of[channels.activations[index].ids]] = index
+    return site
 
 
 def unique_name(owner: str, kind: str, groups: Iterable[Group]) -> str:

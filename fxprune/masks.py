@@ -11,6 +11,8 @@ gates, and are the reference that slimming is verified against.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -43,13 +45,15 @@ class ChannelMask(UnitMask):
     Attributes:
         mask: (units,).
         unit_of: (channels,) int64, the unit of each channel; -1 for channels that belong to no unit.
+        place: whether it stands on the `input` of what reads the channels or the `output` of what writes them.
     """
 
     unit_of: Tensor
 
-    def __init__(self, mask: Tensor, unit_of: Tensor) -> None:
+    def __init__(self, mask: Tensor, unit_of: Tensor, place: Literal["input", "output"] = "input") -> None:
         super().__init__(mask)
         self.register_buffer("unit_of", unit_of)
+        self.place = place
 
     def per_channel(self) -> Tensor:
         """The mask spread over the channels, (channels,)."""
@@ -105,7 +109,12 @@ class LayerGate(UnitMask):
 
     Attributes:
         mask: () one value.
+        label: qualified name of the layer's module.
     """
+
+    def __init__(self, mask: Tensor, label: str) -> None:
+        super().__init__(mask)
+        self.label = label
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Blend two tensors of one shape."""

@@ -1,7 +1,9 @@
 """Normalising traced graphs: several ways to write one thing become one way.
 
     index(x, [None, None, [-2]])          slice(x, 2, n - 2, n - 1)      a constant position is a slice
-    lift_fresh_copy(constant)             constant
+    index(x, [None, None, [0, 2, 1]])     index_select(x, 2, [0, 2, 1])    constant positions along one axis
+    writes into tensors                   what they compute                see `fxprune.normalise_writes`
+    einsum, tensordot                     matrix products                  see `fxprune.normalise_products`
 
 Nothing changes in what is computed; `traced = eager` is verified after it.
 """
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxprune.graphs import erase_dead
+from fxprune.normalise_products import lower_products
+from fxprune.normalise_writes import concatenate_pieces, functionalise
 
 __all__ = ["normalise"]
 
@@ -26,6 +30,9 @@ _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 def normalise(graph_module: GraphModule) -> None:
     """Rewrite a flat graph in place."""
     graph = graph_module.graph
+    functionalise(graph)
+    concatenate_pieces(graph)
+    lower_products(graph)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is aten.index.Tensor:
             _slice_constant_positions(graph_module, node)
@@ -33,10 +40,16 @@ def normalise(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
-def _constant(graph_module: GraphModule, node: Any) -> Tensor | None:
-    """The value of a small integer constant; None for anything else."""
+def _unfresh(node: Any) -> Any:
+    """The constant behind copies of it."""
     while isinstance(node, Node) and node.target in _FRESH:
         node = node.args[0]
+    return node
+
+
+def _constant(graph_module: GraphModule, node: Any) -> Tensor | None:
+    """The value of a small integer constant; None for anything else."""
+    node = _unfresh(node)
     if not isinstance(node, Node) or node.op != "get_attr":
         return None
     value = operator.attrgetter(str(node.target))(graph_module)
@@ -45,7 +58,7 @@ def _constant(graph_module: GraphModule, node: Any) -> Tensor | None:
 
 
 def _slice_constant_positions(graph_module: GraphModule, node: Node) -> None:
-    """Turn an index by one run of constant positions along a static axis into a slice."""
+    """Turn an index by constant positions along a static axis into a slice, or else a selection."""
     source, indices = node.args
     assert isinstance(source, Node)
     assert isinstance(indices, (list, tuple))
@@ -57,11 +70,15 @@ def _slice_constant_positions(graph_module: GraphModule, node: Node) -> None:
     positions = _constant(graph_module, indices[axis])
     if positions is None or not isinstance(size, int):
         return
-    first = int(positions[0]) % size
-    if [int(position) % size for position in positions] != list(range(first, first + len(positions))):
-        return
+    listed = [int(position) % size for position in positions]
+    target: Any = aten.slice.Tensor
+    args: tuple[Any, ...] = (source, axis, listed[0], listed[0] + len(listed))
+    if listed != list(range(listed[0], listed[0] + len(listed))):
+        if source.op == "get_attr" or bool((positions < 0).any()):
+            return  # rows of a table; `index_select` takes no negative positions
+        target, args = aten.index_select.default, (source, axis, _unfresh(indices[axis]))
     with graph_module.graph.inserting_before(node):
-        new = graph_module.graph.call_function(aten.slice.Tensor, (source, axis, first, first + len(positions)))
+        new = graph_module.graph.call_function(target, args)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph_module.graph.erase_node(node)

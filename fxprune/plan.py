@@ -56,7 +56,7 @@ class Plan:
                 raise PlanError(f"{name}: {group.unit} {wrong[0]} does not exist; it has {group.units}")
             if len(set(units)) != len(units):
                 raise PlanError(f"{name}: the plan names a {group.unit} twice")
-            if not units:
+            if not units and group.least:
                 raise PlanError(f"{name}: no {group.unit} would be left; keep at least one")
             if len(units) < group.least:
                 raise PlanError(f"{name}: {len(units)} {group.unit}s would be left; it needs at least {group.least}")
@@ -67,7 +67,8 @@ class Plan:
                         f"{name}: kept KV heads would have different numbers of query heads "
                         f"({dict(sorted(counts.items()))}); keep the same number in every kept KV head"
                     )
-            _check_multiple(group, units)
+            if group.multiple > 1 or isinstance(group, ExpertMlpGroup):
+                _check_multiple(group, units)
 
     def is_uniform(self, groups: Sequence[Group]) -> bool:
         """Whether all groups of one kind keep the same number of units."""

@@ -161,6 +161,45 @@ def _new_sizes(sizes: Sequence[Any], extents: Sequence[int], value_of: Callable[
     return new_sizes
 
 
+def _new_bounds(call: Call, source: Grid, args: list[Any]) -> list[Any]:
+    """Arguments of a slice whose bounds are counts of what stays before the old ones."""
+    dim = call.argument("dim", 0) % len(source.shape)
+    size = source.shape[dim]
+    if source.new_shape[dim] == size:
+        return args
+    start, end = call.argument("start", None), call.argument("end", None)
+    start, end = 0 if start is None else start, size if end is None else end
+    start, end = (max(0, bound + size) if bound < 0 else min(bound, size) for bound in (start, end))
+    leading = args[: 2 if call.node.target is aten.slice_scatter.default else 1]
+    bounds = [source.count_before(dim, start), source.count_before(dim, end)]
+    return [*leading, dim, *bounds, *args[len(leading) + 3 :]]
+
+
+def _new_shifts(call: Call, source: Grid) -> list[int]:
+    """How far the axes of a `roll` go round: by as many positions as stay of those that come round."""
+    shifts = []
+    for shift, dim in zip(call.int_list_argument(1, "shifts"), call.int_list_argument(2, "dims"), strict=True):
+        size, new = source.shape[dim], source.new_shape[dim]
+        shifts.append(shift if size == new else new - source.count_before(dim % len(source.shape), -shift % size))
+    return shifts
+
+
+_SIZES: frozenset[Any] = frozenset({
+    aten.view.default, aten.view_copy.default, aten._unsafe_view.default, aten.reshape.default,
+    aten._reshape_copy.default, aten.expand.default, aten.expand_copy.default, aten.broadcast_to.default,
+})  # fmt: skip
+"""Operators whose second argument is the shape of the result."""
+
+_SPLITS: dict[Any, int | None] = dict.fromkeys(
+    (
+        aten.split.Tensor, aten.split.default, aten.split.sizes, aten.split_copy.Tensor, aten.unsafe_split.Tensor,
+        aten.split_with_sizes.default, aten.split_with_sizes_copy.default, aten.unsafe_split_with_sizes.default,
+        aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections, aten.tensor_split.indices,
+    )
+) | {aten.vsplit.int: 0, aten.vsplit.array: 0, aten.dsplit.int: 2, aten.dsplit.array: 2}  # fmt: skip
+"""Operators that cut an axis into parts, and the axis where no argument says it."""
+
+
 def _candidates(
     call: Call, source: Grid, outputs: Sequence[Grid], value_of: Callable[[torch.fx.Node], Any]
 ) -> tuple[Any, list[Any]]:
@@ -168,13 +207,7 @@ def _candidates(
     args: list[Any] = list(call.node.args)
     target: Any = call.node.target
     out = outputs[0]
-    if target in {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.expand.default,
-        aten.broadcast_to.default,
-    }:
+    if target in _SIZES:
         args[1] = _new_sizes(args[1], out.new_shape, value_of)
     elif target in {aten.repeat.default, aten.tile.default}:
         padded = (1,) * (len(out.shape) - len(source.shape)) + source.new_shape
@@ -188,25 +221,21 @@ def _candidates(
     elif target is aten.unflatten.int:
         dim = call.int_argument(1, "dim", 0) % len(source.shape)
         args[2] = _new_sizes(args[2], out.new_shape[dim : dim + len(args[2])], value_of)
-    elif target is aten.slice.Tensor:
-        dim = call.int_argument(1, "dim", 0) % len(source.shape)
-        size = source.shape[dim]
-        if source.new_shape[dim] != size:
-            start, end = call.int_argument(2, "start", 0), call.int_argument(3, "end", size)
-            start, end = (max(0, bound + size) if bound < 0 else min(bound, size) for bound in (start, end))
-            rest = args[4:]
-            args = [args[0], dim, source.count_before(dim, start), source.count_before(dim, end), *rest]
-    elif target is aten.select.int:
-        dim, index = call.int_argument(1, "dim", 0), call.int_argument(2, "index", 0)
-        dim %= len(source.shape)
-        args = [args[0], dim, source.count_before(dim, index % source.shape[dim])]
-    elif target is aten.narrow.default:
+    elif target in {aten.slice.Tensor, aten.slice_copy.Tensor, aten.slice_scatter.default}:
+        args = _new_bounds(call, source, args)
+    elif target in {aten.select.int, aten.select_copy.int, aten.select_scatter.default}:
+        leading = args[: 2 if target is aten.select_scatter.default else 1]
+        dim, index = call.argument("dim") % len(source.shape), call.argument("index")
+        args = [*leading, dim, source.count_before(dim, index % source.shape[dim])]
+    elif target is aten.roll.default:
+        args[1] = _new_shifts(call, source)
+    elif target in {aten.narrow.default, aten.narrow_copy.default}:
         dim, start, length = (call.int_argument(position, "", 0) for position in (1, 2, 3))
         dim %= len(source.shape)
         first = source.count_before(dim, start)
         args = [args[0], dim, first, source.count_before(dim, start + length) - first]
-    elif target in {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}:
-        dim = call.int_argument(2, "dim", 0) % len(source.shape)
+    elif target in _SPLITS:
+        dim = _SPLITS[target] if _SPLITS[target] is not None else call.argument("dim", 0) % len(source.shape)
         target = aten.split_with_sizes.default
         args = [args[0], [grid.new_shape[dim] for grid in outputs], dim]
     return target, args

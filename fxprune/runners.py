@@ -6,12 +6,14 @@ the benchmark are written once against this protocol and serve every form.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Callable
+
+    from torch import Tensor
 
     from fxprune.program import Interface
 
@@ -53,7 +55,7 @@ def position_ids_from_mask(attention_mask: Tensor, new: int) -> Tensor:
 class EagerRunner:
     """Runs a Hugging Face causal language model as it is."""
 
-    def __init__(self, model: nn.Module, name: str = "eager") -> None:
+    def __init__(self, model: Callable[..., Any], name: str = "eager") -> None:
         self.model = model
         self.name = name
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channel_rules import CASTS, MOVEMENT, NORMS
+from fxprune.channel_rules_contraction import ATTENTION
+from fxprune.channel_rules_movement import CONCATENATIONS, SCATTERS
+from fxprune.channel_rules_spatial import CONVOLUTIONS
 from fxprune.channels import get_attribute
 from fxprune.errors import PlanError, UnsupportedOpError
 from fxprune.lifted import with_parameters
@@ -123,6 +126,10 @@ class GraphBuilder:
             return self._movement(call, grids)
         if node.target in _TABLES:
             self._narrow_direct(call, _TABLES[node.target])
+            if node.target in CONVOLUTIONS:
+                return self._convolution(call)
+            if node.target is aten.index_select.default:
+                return self._selection(call, grids[0])
         elif node.target in _COUNTS:
             return self._count(call, grids[0])
         elif node.target is not operator.getitem:
@@ -243,6 +250,37 @@ class GraphBuilder:
             args[1:] = [new, 0, new - 1] if node.target is aten.histc.default else [new]
         return self.graph.call_function(target, self._mapped(tuple(args)), self._mapped(node.kwargs))
 
+    def _convolution(self, call: Call) -> Node:
+        """A convolution; one with a filter for each channel has as many groups as channels stay."""
+        node, x = self._copy(call.node), call.tensor_nodes()[0]
+        weight = call.parameter(1)
+        if weight is not None and call.argument("groups", 1) > 1:
+            arguments = call.node.target._schema.arguments  # type: ignore[union-attr]
+            given = [*node.args, *(argument.default_value for argument in arguments[len(node.args) :])]
+            position = [argument.name for argument in arguments].index("groups")
+            given[position] = self.grid(x).new_shape[1 - len(weight.shape)]
+            node.args = tuple(given)
+        return node
+
+    def _selection(self, call: Call, out: Grid) -> Node:
+        """Constant positions along an axis: those of what stays, counted among what stays of the source."""
+        node = self._copy(call.node)
+        source, axis, positions = call.tensor_nodes()[0], call.argument("dim"), call.constant(call.node.args[2])
+        mine = self.grid(source)
+        axis %= len(mine.shape)
+        if mine.new_shape[axis] == mine.shape[axis] and out.new_shape[axis] == out.shape[axis]:
+            return node
+        if positions is None:
+            raise _unclear(call, "its positions are computed")
+        stays, kept = (_line(call, grid, axis) for grid in (mine, out))
+        picked = positions.numpy() if kept is None else positions.numpy()[kept]
+        name = f"_kept_{call.node.name}_positions"
+        new = picked if stays is None else np.searchsorted(stays, picked)
+        self.tensors[name] = torch.as_tensor(new, device=self._device())
+        with self.graph.inserting_before(node):
+            node.args = (node.args[0], axis, self.graph.get_attr(name))
+        return node
+
     def _number(self, call: Call) -> Any:
         node = call.node
         if node.target is aten.sym_size.int:
@@ -259,7 +297,7 @@ class GraphBuilder:
     def _movement(self, call: Call, grids: list[Grid]) -> Node:
         node = call.node
         operands = {operand: self.grid(operand) for operand in call.tensor_nodes()}
-        if node.target in {aten.cat.default, aten.stack.default}:
+        if node.target in CONCATENATIONS | SCATTERS | {aten.stack.default}:
             operands = {operand: grid for operand, grid in operands.items() if 0 not in grid.shape}
             self._narrow_for_cat(call, operands, grids[0])
         if 0 in grids[0].shape:  # nothing is in it, so nothing can be checked; `cat` leaves it out
@@ -282,6 +320,11 @@ class GraphBuilder:
     def _narrow_for_cat(self, call: Call, operands: dict[Node, Grid], out: Grid) -> None:
         """Operands of a concatenation that carry no channels (paddings) shrink along the other axes with the rest."""
         if call.node.target is aten.stack.default or out.full:
+            return
+        if call.node.target in SCATTERS:  # what is written into spans what the result does
+            base = call.tensor_nodes()[0]
+            if operands[base].full:
+                operands[base] = self._select(base, {axis: _line(call, out, axis) for axis in range(len(out.shape))})
             return
         dim = call.int_argument(1, "dim", 0) % len(out.shape)
         for operand, mine in operands.items():
@@ -351,17 +394,14 @@ _MATRIX_OPERANDS: dict[Any, tuple[int, ...]] = {
     aten.matmul.default: (0, 1),
     aten.bmm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
-    aten.scaled_dot_product_attention.default: (0, 1, 2, 3),
-}
+} | dict.fromkeys(ATTENTION, (0, 1, 2, 3))
 
 
 _TABLES: dict[Any, int] = {
     aten.embedding.default: 0,
     aten.index.Tensor: 0,
-    aten.conv1d.default: 1,
-    aten.conv2d.default: 1,
-    aten.conv3d.default: 1,
-}
+    aten.index_select.default: 0,
+} | dict.fromkeys(CONVOLUTIONS, 1)
 """Operators that read a parameter as it is, and at which position."""
 
 _COUNTS = {aten.histc.default, aten.one_hot.default, aten.bincount.default}

@@ -8,7 +8,7 @@ is run on fake tensors and every shape is compared with what was predicted.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxprune.channel_ids import ChannelMap
 from fxprune.channels import walk
@@ -19,7 +19,7 @@ from fxprune.slim_builder import GraphBuilder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
     from fxprune.groups import Group
     from fxprune.plan import Plan
@@ -48,7 +48,8 @@ def slim_graph(
         UnsupportedOpError: an operator cannot be rewritten for what stays.
     """
     plan.validate(groups)
-    channels = ChannelMap(walk(graph_module, interface))
+    results: dict[Node, Any] = {}
+    channels = ChannelMap(walk(graph_module, interface, results=results))
     builder = GraphBuilder(graph_module, interface, channels, decide(graph_module, channels, groups, plan))
-    walk(graph_module, interface, builder.visit)
+    walk(graph_module, interface, builder.visit, results)
     return assemble(builder)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
+from torch._C import DispatchKey
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
@@ -32,6 +34,9 @@ __all__ = ["sample_inputs", "trace"]
 
 _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
+
+_broadcast: Any = torch.broadcast_shapes
+_agree: Any = torch._check
 
 _ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
@@ -183,7 +188,7 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
             shapes[key] = dict.fromkeys(axes, torch.export.Dim.AUTO)
         elif key == "past_key_values":
             shapes[key] = _dynamic_axes_of_cache(model, value)
-    with _quiet_exporter():
+    with _quiet_exporter(), _cheap_shapes(next(model.parameters()).device):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
     return exported
@@ -199,6 +204,41 @@ def _quiet_exporter() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _cheap_shapes(device: torch.device) -> Iterator[None]:
+    """Halve the time that export spends on symbolic shapes; the graph is the same.
+
+    transformers has attention decomposed to find the shape of its result, a dozen products and reshapes with symbolic
+    sizes for one node of the graph; its shape rule says the same. The cache of fake results costs more than it saves
+    where sizes are symbols.
+    """
+    attention, key = torch.ops.aten.scaled_dot_product_attention.default, DispatchKey.CompositeImplicitAutograd
+    cheap = device.type in {"cpu", "meta"} and key not in attention.py_kernels  # elsewhere kernels choose the layout
+    if cheap:
+        attention.py_impl(key)(_shape_of_attention)
+    try:
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            yield
+    finally:
+        if cheap:
+            del attention.py_kernels[key]
+            attention._dispatch_cache.clear()
+
+
+def _shape_of_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any
+) -> Tensor:
+    """The result of `scaled_dot_product_attention` without its values; sizes that must agree are made to."""
+    heads = query.shape[-3:-2] if options.get("enable_gqa") else None
+    keys, values = ((*t.shape[:-3], *(heads or t.shape[-3:-2])) for t in (key, value))
+    batch = _broadcast(query.shape[:-2], keys, values)
+    _agree(query.shape[-1] == key.shape[-1])
+    _agree(key.shape[-2] == value.shape[-2])
+    if attn_mask is not None:
+        _broadcast((*batch, query.shape[-2], key.shape[-2]), attn_mask.shape)
+    return query.new_empty((*batch, query.shape[-2], value.shape[-1]))
 
 
 def _export_plain(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> torch.export.ExportedProgram:

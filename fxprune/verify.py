@@ -14,7 +14,7 @@ Logits at padding positions mean nothing and are left out.
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune.channels import get_attribute, module_of
+from fxprune.channels import module_of
 from fxprune.errors import VerificationError
 from fxprune.graphs import copy_graph_module
-from fxprune.masks import ChannelMask
 from fxprune.program import Form
-from fxprune.runners import EagerRunner, greedy, position_ids_from_mask
+from fxprune.runners import greedy, position_ids_from_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fxprune.program import Interface, Program
+    from fxprune.program import Interface
     from fxprune.runners import Runner
 
 __all__ = [
@@ -44,7 +41,6 @@ __all__ = [
     "in_double",
     "reexported",
     "tolerance_for",
-    "zeroed_eager",
 ]
 
 
@@ -278,53 +274,3 @@ def in_double(form: Form) -> Form:
         for name, tensor in form.interface.example_inputs.items()
     }
     return Form(module, replace(form.interface, example_inputs=examples))
-
-
-@contextmanager
-def zeroed_eager(program: Program) -> Iterator[EagerRunner | None]:
-    """The original model with the consumer columns that the masks remove set to zero.
-
-    Weights that a pass has changed are used as they are in the masked graph; a bias that a pass has added is added by
-    a hook. Nothing in the original model is modified. Yields None when the graph's Linears are not modules of the
-    original model (fused by lifting), where there is no independent form to compare with.
-    """
-    eager, masked = program.references["eager"].module, program.references["masked"].module
-    assert isinstance(masked, GraphModule)
-    modules = dict(eager.named_modules())
-    state: dict[str, Tensor] = {}
-    biases: dict[str, Tensor] = {}
-    known = True
-    for node in masked.graph.nodes:
-        if node.op != "call_module":
-            continue
-        linear = get_attribute(masked, str(node.target))
-        if not isinstance(linear, nn.Linear):
-            continue
-        name = str(node.target)
-        if name not in modules or getattr(modules[name], "weight", None) is None:
-            known = False
-            continue
-        source = node.args[0]
-        mask = get_attribute(masked, str(source.target)) if source.op == "call_module" else None
-        weight = linear.weight.detach()
-        if isinstance(mask, ChannelMask):
-            weight = weight * mask.per_channel()
-        elif weight is modules[name].weight:
-            continue
-        turned = tuple(modules[name].weight.shape) != tuple(weight.shape) or not isinstance(modules[name], nn.Linear)
-        state[f"{name}.weight"] = weight.t() if turned else weight
-        if linear.bias is not None:
-            own = getattr(modules[name], "bias", None)
-            (biases if own is None else state)[name if own is None else f"{name}.bias"] = linear.bias.detach()
-    if not known:
-        yield None
-        return
-
-    def forward(**kwargs: Any) -> Any:
-        return torch.func.functional_call(eager, state, (), kwargs)
-
-    with ExitStack() as stack:
-        for name, bias in biases.items():
-            hook = modules[name].register_forward_hook(lambda _, __, output, bias=bias: output + bias)
-            stack.callback(hook.remove)
-        yield EagerRunner(forward, "eager, columns zeroed")  # type: ignore[arg-type]

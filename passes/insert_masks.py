@@ -105,7 +105,8 @@ class _Writer:
             for node in writers:
                 unit_of = _unit_of(piece, weight.shape[piece.axis], weight.device)
                 others = list(node.users)
-                call = self._call(f"{node.name}_mask", ChannelMask(self.mask_of(group, weight), unit_of), (node,), node)
+                mask = ChannelMask(self.mask_of(group, weight), unit_of, "output")
+                call = self._call(f"{node.name}_mask", mask, (node,), node)
                 for user in others:
                     user.replace_input_with(node, call)
 
@@ -142,7 +143,8 @@ class _Writer:
             before, after = self.nodes[entry], self.nodes[left]
             others = list(after.users)
             floating = next(t for t in self.tensors.values() if t.is_floating_point())
-            gate = LayerGate(torch.tensor(float(index in kept), dtype=floating.dtype, device=floating.device))
+            mask = torch.tensor(float(index in kept), dtype=floating.dtype, device=floating.device)
+            gate = LayerGate(mask, group.labels[index])
             call = self._call(f"{group.labels[index].replace('.', '_')}_gate", gate, (before, after), after)
             for user in others:
                 user.replace_input_with(after, call)

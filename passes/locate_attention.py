@@ -21,18 +21,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxprune.groups import AttentionGroup, UnitSlice, collect_slices, common_owner
-from fxprune.locate import elements_per_index, require_lifted, unique_name, with_channels
+from fxprune.groups import AttentionGroup, collect_slices, common_owner
+from fxprune.locate import NormIndex, elements_per_index, require_lifted, unique_name, with_channels
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
     from fxprune.channel_ids import AttentionSite, ChannelMap, IdArray
+    from fxprune.groups import UnitSlice
     from fxprune.program import Program
+
+    _Slices = tuple[UnitSlice, ...] | None
 
 __all__ = ["LocateAttention"]
 
 
-def _refusal(channels: ChannelMap, classes: IdArray) -> str | None:
+def _refusal(channels: ChannelMap, classes: IdArray, norms: NormIndex) -> str | None:
     """Why the heads of an attention cannot be units, None when they can."""
     pinned = classes[channels.pinned[classes]]
     if len(pinned):
@@ -41,60 +48,66 @@ def _refusal(channels: ChannelMap, classes: IdArray) -> str | None:
         return "its heads are not independent of each other"  # refusal 2
     if not channels.source[classes].all():
         return "nothing reads its heads"
-    mine = np.zeros(channels.count, dtype=bool)
-    mine[classes] = True
-    for norm in channels.norms:
-        members = channels.class_of[norm.ids]
-        if mine[members].any() and len(np.unique(members)) > 1:
-            return f"{norm.module} ({norm.kind}) normalises several of its heads together"  # refusal 5
+    over = norms.over(classes, together=True)
+    if over:
+        return f"{over[0].module} ({over[0].kind}) normalises several of its heads together"  # refusal 5
     return None
 
 
-def _sharing(channels: ChannelMap, heads: IdArray) -> tuple[IdArray, list[IdArray]]:
-    """Which heads share parameters: a set index per head, and for each set the classes that its heads share."""
-    carries = np.zeros(channels.count, dtype=bool)
+def _in_linears(channels: ChannelMap) -> NDArray[np.bool_]:
+    """Which classes are rows, columns or experts of some Linear, (classes,)."""
+    found = np.zeros(channels.count, dtype=bool)
     for axis in channels.axes:
         if axis.role:
-            carries[channels.class_of[axis.ids()]] = True
+            found[channels.of_axis(axis)] = True
+    return found
+
+
+def _sharing(channels: ChannelMap, heads: IdArray, carries: NDArray[np.bool_]) -> tuple[IdArray, IdArray, IdArray]:
+    """Which heads share parameters.
+
+    Args:
+        channels: the channel map.
+        heads: class of each head.
+        carries: which classes are those of Linears.
+
+    Returns:
+        The sharing set of each head, -1 for none; the shared classes; and the set that each of these belongs to. Sets
+        come in the order of their first head.
+    """
     needs = channels.needs[heads].tocoo()
     useful = carries[needs.col] & ~channels.source[needs.col]
     head, candidate = needs.row[useful], needs.col[useful]
+    sharing = np.full(len(heads), -1, dtype=np.int64)
     if len(head) == 0:
-        return np.zeros(0, dtype=np.int64), []
+        return sharing, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    shared, position = np.unique(candidate, return_inverse=True)
     # Two classes are shared by the same heads if the random numbers of their users add up to the same.
     number = np.random.default_rng(0).integers(1, 2**62, size=len(heads), dtype=np.uint64)
-    total = np.zeros(channels.count, dtype=np.uint64)
-    np.add.at(total, candidate, number[head])
-    shared = np.unique(candidate)
-    _, first, set_of = np.unique(total[shared], return_index=True, return_inverse=True)
-    first_head = np.full(channels.count, len(heads), dtype=np.int64)
-    np.minimum.at(first_head, candidate, head)
-    order = np.argsort(np.argsort(first_head[shared[first]]))  # sets in the order of their first head
-    set_of = order[set_of]
-    set_of_class = np.full(channels.count, -1, dtype=np.int64)
-    set_of_class[shared] = set_of
-    sharing = np.full(len(heads), -1, dtype=np.int64)
-    sharing[head] = set_of_class[candidate]
-    return sharing, [shared[set_of == index].astype(np.int64) for index in range(len(first))]
+    total = np.zeros(len(shared), dtype=np.uint64)
+    np.add.at(total, position, number[head])
+    first_head = np.full(len(shared), len(heads), dtype=np.int64)
+    np.minimum.at(first_head, position, head)
+    _, first, set_of = np.unique(total, return_index=True, return_inverse=True)
+    set_of = np.argsort(np.argsort(first_head[first]))[set_of].astype(np.int64)
+    sharing[head] = set_of[position]
+    return sharing, shared.astype(np.int64), set_of
 
 
-def _shared_slices(
-    channels: ChannelMap, sets: list[IdArray], elements: dict[str, dict[int, int]]
-) -> tuple[UnitSlice, ...]:
-    """Rows that each sharing set owns, one slice per parameter axis."""
-    set_of = np.full(channels.count, -1, dtype=np.int64)
-    for index, classes in enumerate(sets):
-        set_of[classes] = index
-    slices = []
-    for axis in channels.axes:
-        owners = set_of[channels.class_of[axis.ids()]]
-        found = np.flatnonzero(owners >= 0)
-        if len(found):
-            order = found[np.argsort(owners[found], kind="stable")]
-            indices = order.reshape(len(sets), -1)
-            size = elements[axis.parameter][axis.axis]
-            slices.append(UnitSlice(axis.parameter, axis.axis, indices, size, axis.role))
-    return tuple(slices)
+def _owned(
+    program: Program, channels: ChannelMap, sites: Sequence[tuple[AttentionSite, IdArray]]
+) -> Iterator[tuple[AttentionSite, _Slices, _Slices, IdArray | None]]:
+    """For each attention what its heads own, what they share, and which set each head shares."""
+    elements = elements_per_index(program)
+    carries = _in_linears(channels)
+    found = [_sharing(channels, classes, carries) for _, classes in sites]
+    # Sharing is useful where every head does it, and some with another.
+    whole = [len(s) > 0 and bool((h >= 0).all()) and int(s.max()) + 1 < len(h) for h, _, s in found]
+    own = collect_slices(channels, [classes for _, classes in sites], elements)
+    sets = [(classes, set_of) for (_, classes, set_of), useful in zip(found, whole, strict=True) if useful]
+    shared = iter(collect_slices(channels, [c for c, _ in sets], elements, [s for _, s in sets]))
+    for (site, _), slices, (sharing, _, _), useful in zip(sites, own, found, whole, strict=True):
+        yield site, slices, next(shared) if useful else (), sharing if useful else None
 
 
 class LocateAttention(Pass):
@@ -115,37 +128,28 @@ class LocateAttention(Pass):
         program = with_channels(program)
         channels = program.channels
         assert channels is not None
-        elements = elements_per_index(program)
         refused: dict[str, str] = {}
         sites: list[tuple[AttentionSite, IdArray]] = []
+        norms = NormIndex(channels)
         for site in channels.attentions:
             classes = channels.class_of[site.heads]
-            reason = _refusal(channels, classes)
+            reason = _refusal(channels, classes, norms)
             if reason is None:
                 sites.append((site, classes))
             else:
                 refused[site.module or site.node] = reason
         kept = tuple(group for group in program.groups if not isinstance(group, AttentionGroup))
         groups: list[AttentionGroup] = []
-        for (site, classes), slices in zip(
-            sites, collect_slices(channels, [c for _, c in sites], elements), strict=True
-        ):
-            if slices is None:
+        for site, slices, shared, sharing in _owned(program, channels, sites):
+            if slices is None or shared is None:
                 refused[site.module or site.node] = "its heads own different numbers of weights"  # refusal 3
                 continue
             if not any(s.consumes for s in slices):
                 refused[site.module or site.node] = "no Linear reads its heads"  # refusal 4
                 continue
-            sharing, sets = _sharing(channels, classes)
-            whole = bool(sets) and bool((sharing >= 0).all()) and len(sets) < len(classes)
-            shared = _shared_slices(channels, sets, elements) if whole else ()
             head_dim = next(s.per_unit for s in slices if s.consumes)
             owner = common_owner([s.parameter for s in (*slices, *shared) if s.role])
             name = unique_name(owner, AttentionGroup.kind, (*kept, *groups))
-            groups.append(
-                AttentionGroup(
-                    name, len(groups), slices, shared, sharing if whole else None, head_dim=head_dim, node=site.node
-                )
-            )
+            groups.append(AttentionGroup(name, len(groups), slices, shared, sharing, head_dim=head_dim, node=site.node))
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

@@ -22,7 +22,8 @@ import numpy as np
 
 from fxprune.groups import ExpertGroup, ExpertMlpGroup, collect_slices, common_owner
 from fxprune.locate import (
-    activations,
+    NormIndex,
+    activation_sites,
     alike,
     between_linears,
     elements_per_index,
@@ -35,7 +36,9 @@ from fxprune.locate import (
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from torch.fx import Node
 
     from fxprune.channel_ids import ChannelMap, IdArray, NormSite
     from fxprune.groups import Group, UnitSlice
@@ -44,20 +47,10 @@ if TYPE_CHECKING:
 __all__ = ["LocateExperts"]
 
 
-def _sites(channels: ChannelMap, classes: IdArray) -> list[NormSite]:
-    mine = np.zeros(channels.count, dtype=bool)
-    mine[classes] = True
-    sites = [norm for norm in channels.norms if mine[channels.class_of[norm.ids]].any()]
-    return [norm for norm in sites if len(np.unique(channels.class_of[norm.ids])) > 1]
-
-
-def _per_token(program: Program, sites: Sequence[NormSite]) -> int:
+def _per_token(sites: Sequence[NormSite], nodes: Mapping[str, Node]) -> int:
     """The largest k of a top-k among the experts."""
-    counts = [1]
-    for site in sites:
-        node = next(node for node in program.graph_module.graph.nodes if node.name == site.node)
-        counts += [node.args[1]] if site.kind == "topk" and isinstance(node.args[1], int) else []
-    return max(counts)
+    counts = (nodes[site.node].args[1] for site in sites if site.kind == "topk")
+    return max((count for count in counts if isinstance(count, int)), default=1)
 
 
 class LocateExperts(Pass):
@@ -90,13 +83,14 @@ class LocateExperts(Pass):
     ) -> list[ExpertGroup]:
         listed: dict[tuple[int, ...], IdArray] = {}
         for axis in expert_axes(channels).values():
-            classes = channels.class_of[axis.ids()]
+            classes = channels.of_axis(axis)
             listed.setdefault(tuple(classes.tolist()), classes)
         candidates = list(listed.values())
+        norms, nodes = NormIndex(channels), {node.name: node for node in program.graph_module.graph.nodes}
         groups: list[ExpertGroup] = []
         slices_of = collect_slices(channels, candidates, elements_per_index(program))
         for classes, slices in zip(candidates, slices_of, strict=True):
-            sites = _sites(channels, classes)
+            sites = norms.over(classes, together=True)
             reason = pinned_reason(channels, classes)
             if reason is None and slices is None:
                 reason = "its experts own different numbers of weights"
@@ -112,7 +106,7 @@ class LocateExperts(Pass):
                 continue
             name = unique_name(owner, ExpertGroup.kind, (*known, *groups))
             choices = tuple(site.node for site in sites)
-            per_token = _per_token(program, sites)
+            per_token = _per_token(sites, nodes)
             groups.append(ExpertGroup(name, len(groups), slices, per_token=per_token, choices=choices))
         return groups
 
@@ -123,32 +117,32 @@ class LocateExperts(Pass):
         inside = np.zeros(channels.count, dtype=bool)
         for axis in channels.axes:
             if axis.role == "columns" and axis.parameter in experts:
-                inside[channels.class_of[axis.ids()]] = True
+                inside[channels.of_axis(axis)] = True
         for axis in channels.axes:  # a class that any other Linear touches is not inside the experts
             if axis.role in {"rows", "columns"} and axis.parameter not in experts:
-                inside[channels.class_of[axis.ids()]] = False
+                inside[channels.of_axis(axis)] = False
         candidates = alike(channels, between_linears(channels) & inside)
-        active, activation = activations(channels)
+        norms, activation = NormIndex(channels), activation_sites(channels)
+        owners = _ExpertsOf(program, channels)
+        tensors = program.graph_module.state_dict(keep_vars=True)
         groups: list[ExpertMlpGroup] = []
         slices_of = collect_slices(channels, candidates, elements_per_index(program))
         for classes, slices in zip(candidates, slices_of, strict=True):
             reason = pinned_reason(channels, classes)
-            if reason is None and _sites(channels, classes):
+            if reason is None and norms.over(classes, together=True):
                 reason = "normalised together: removing a channel changes the others"
-            if reason is None and not active[classes].all():
+            if reason is None and (activation[classes] < 0).any():
                 reason = "no activation between the grouped Linears"  # refusal 4
             count = 0
             if reason is None:
-                count, reason = _experts_of(program, channels, slices)
+                count, reason = owners.count(slices)
             owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
             if reason is not None or slices is None:
                 refused[f"{owner or 'model'}: {len(classes)} expert channels"] = str(reason)
                 continue
-            members = set(classes.tolist())
-            op = next(op for first, op in activation.items() if first in members)
+            op = channels.activations[activation[classes].min()].op
             name = unique_name(owner, ExpertMlpGroup.kind, (*known, *groups))
             gated = sum(s.per_unit for s in slices if s.produces) > 1
-            tensors = program.graph_module.state_dict(keep_vars=True)
             multiple = 16 // tensors[slices[0].parameter].element_size()
             own = tuple(replace(s, elements=s.elements // count) for s in slices)
             groups.append(
@@ -157,17 +151,26 @@ class LocateExperts(Pass):
         return groups
 
 
-def _experts_of(program: Program, channels: ChannelMap, slices: tuple[UnitSlice, ...] | None) -> tuple[int, str | None]:
-    """How many experts own the channels, or why that is not one number (refusal 3)."""
-    if slices is None:
-        return 0, "they own different numbers of weights"
-    tensors = program.graph_module.state_dict(keep_vars=True)
-    weights = expert_axes(channels)
-    classes = {name: channels.class_of[axis.ids()] for name, axis in weights.items()}
-    first = next(classes[s.parameter] for s in slices if s.parameter in classes)
-    for piece in slices:
-        rows = next((a for a in channels.axes if a.parameter == piece.parameter and a.axis == 0), None)
-        along = piece.axis > 0 and rows is not None and tensors[piece.parameter].shape[0] == len(first)
-        if not along or rows is None or not np.array_equal(channels.class_of[rows.ids()], first):
-            return 0, f"{piece.parameter} has no axis of experts"
-    return len(first), None
+class _ExpertsOf:
+    """How many experts own channels: the experts of grouped weights, and the first axis of every parameter."""
+
+    def __init__(self, program: Program, channels: ChannelMap) -> None:
+        self._channels = channels
+        self._sizes = {
+            name: t.shape[0] for name, t in program.graph_module.state_dict(keep_vars=True).items() if t.dim()
+        }
+        self._experts = expert_axes(channels)
+        self._rows = {axis.parameter: axis for axis in reversed(channels.axes) if axis.axis == 0}
+
+    def count(self, slices: tuple[UnitSlice, ...] | None) -> tuple[int, str | None]:
+        """The number, or why that is not one number (refusal 3)."""
+        if slices is None:
+            return 0, "they own different numbers of weights"
+        of = self._channels.of_axis
+        first = of(next(self._experts[s.parameter] for s in slices if s.parameter in self._experts))
+        for piece in slices:
+            rows = self._rows.get(piece.parameter)
+            along = piece.axis > 0 and rows is not None and self._sizes[piece.parameter] == len(first)
+            if not along or rows is None or not np.array_equal(of(rows), first):
+                return 0, f"{piece.parameter} has no axis of experts"
+        return len(first), None

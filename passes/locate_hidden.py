@@ -22,11 +22,11 @@ import numpy as np
 
 from fxprune.groups import HiddenGroup, collect_slices, common_owner
 from fxprune.locate import (
+    NormIndex,
     alike,
     between_linears,
     elements_per_index,
     expert_axes,
-    normalised_together,
     pinned_reason,
     require_lifted,
     unique_name,
@@ -44,12 +44,6 @@ if TYPE_CHECKING:
     from fxprune.program import Program
 
 __all__ = ["LocateHidden"]
-
-
-def _norms_over(channels: ChannelMap, classes: IdArray) -> list[NormSite]:
-    mine = np.zeros(channels.count, dtype=bool)
-    mine[classes] = True
-    return [norm for norm in channels.norms if mine[channels.class_of[norm.ids]].any()]
 
 
 def _cannot_rescale(
@@ -89,7 +83,8 @@ class LocateHidden(Pass):
         program = with_channels(program)
         channels = program.channels
         assert channels is not None
-        normed = normalised_together(channels)
+        norm_index = NormIndex(channels)
+        normed = norm_index.together
         candidates = [c for c in alike(channels, between_linears(channels) & normed) if normed[c].all()]
         nodes = {node.name: node for node in program.graph_module.graph.nodes}
         elements, experts = elements_per_index(program), expert_axes(channels)
@@ -97,7 +92,7 @@ class LocateHidden(Pass):
         kept = tuple(group for group in program.groups if not isinstance(group, HiddenGroup))
         groups: list[HiddenGroup] = []
         for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
-            norms = _norms_over(channels, classes)
+            norms = norm_index.over(classes)
             reason = pinned_reason(channels, classes)  # refusal 1
             if reason is None:  # refusal 2
                 why = (_cannot_rescale(program, channels, norm, classes, nodes) for norm in norms)

@@ -162,6 +162,7 @@ class LocateLayers(Pass):
                     members=tuple(tuple(members[index]) for index in found),
                     sizes=tuple(sum(members[index].values()) for index in found),
                     labels=tuple(f"{name}.{index}" for index in found),
+                    others=len(layers) - len(found),
                     caches=tuple(_caches(program, layers[index]) for index in found),
                 )
             )

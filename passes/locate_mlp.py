@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 from fxprune.groups import Group, MlpGroup, collect_slices, common_owner
 from fxprune.locate import (
-    activations,
+    NormIndex,
+    activation_sites,
     alike,
     between_linears,
     elements_per_index,
     expert_axes,
-    normalised_together,
     pinned_reason,
     require_lifted,
     unique_name,
@@ -42,16 +42,14 @@ if TYPE_CHECKING:
 __all__ = ["LocateMlp"]
 
 
-def _refusal(
-    channels: ChannelMap, classes: IdArray, normed: NDArray[np.bool_], active: NDArray[np.bool_]
-) -> str | None:
+def _refusal(channels: ChannelMap, classes: IdArray, normed: NDArray[np.bool_], activation: IdArray) -> str | None:
     """Why channels are no MLP, None when they are."""
     reason = pinned_reason(channels, classes)
     if reason is not None:
         return reason  # refusal 1
     if normed[classes].any():
         return "normalised together: removing a channel changes the others"  # refusal 2
-    if not active[classes].all():
+    if (activation[classes] < 0).any():
         return "no activation between the Linears"  # refusal 3
     return None
 
@@ -75,20 +73,20 @@ class LocateMlp(Pass):
         channels = program.channels
         assert channels is not None
         elements = elements_per_index(program)
-        normed = normalised_together(channels)
-        active, activation = activations(channels)
+        normed = NormIndex(channels).together
+        activation = activation_sites(channels)
         wanted = between_linears(channels)
         experts = expert_axes(channels)
         for axis in channels.axes:
             if axis.role == "columns" and axis.parameter in experts:
-                wanted[channels.class_of[axis.ids()]] = False  # what experts read is for locate_experts to name
+                wanted[channels.of_axis(axis)] = False  # what experts read is for locate_experts to name
         # Channels under a norm and without an activation are a residual stream, or a latent: locate_hidden's.
-        candidates = [c for c in alike(channels, wanted) if not normed[c].any() or active[c].all()]
+        candidates = [c for c in alike(channels, wanted) if not normed[c].any() or (activation[c] >= 0).all()]
         refused: dict[str, str] = {}
         kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         groups: list[Group] = []
         for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
-            reason = _refusal(channels, classes, normed, active)
+            reason = _refusal(channels, classes, normed, activation)
             if slices is None:
                 refused[f"{len(classes)} channels"] = reason or "they own different numbers of weights"  # refusal 4
                 continue
@@ -97,8 +95,7 @@ class LocateMlp(Pass):
                 refused[name or "model"] = reason
                 continue
             rows = sum(s.per_unit for s in slices if s.produces)
-            members = set(classes.tolist())
-            op = next(op for first, op in activation.items() if first in members)
+            op = channels.activations[activation[classes].min()].op
             name = unique_name(name, MlpGroup.kind, (*kept, *groups))
             groups.append(MlpGroup(name, len(groups), slices, activation=op, gated=rows > 1))
         details = {"groups": len(groups), "refused": refused}

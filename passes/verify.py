@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch.fx import GraphModule
 from fxprune.errors import PreconditionError
 from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
+from fxprune.reference import without_units
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.verify import (
@@ -35,7 +37,6 @@ from fxprune.verify import (
     in_double,
     reexported,
     tolerance_for,
-    zeroed_eager,
 )
 
 if TYPE_CHECKING:
@@ -87,10 +88,8 @@ class Verify(Pass):
         Raises:
             VerificationError: a rung does not hold.
         """
-        if program.interface.cache:
-            rungs = _LanguageModelLadder(program).climb(self)
-        else:
-            rungs = _plain_ladder(program, reexport=self.reexport) if self.graph else []
+        causal = bool(program.interface.cache)
+        rungs = _LanguageModelLadder(program).climb(self) if causal else _plain_ladder(program, self)
         certificate = [rung.to_json() for rung in rungs]
         changed = program.with_results(verify=[*program.results.get("verify", []), *certificate])
         return PassResult(changed, modified=True, details={"rungs": len(rungs)})
@@ -171,9 +170,10 @@ class _LanguageModelLadder:
         ]
         if "masked" in forms:
             masked = self._runner(forms["masked"], "masked")
-            with zeroed_eager(self.program) as eager:
+            with without_units(self.program) as eager:
                 if eager is not None:
-                    rungs.append(self._rung("masked = eager with zeroed columns", eager, masked, (forms["masked"],)))
+                    runner = EagerRunner(eager, "eager, units taken out")
+                    rungs.append(self._rung("masked = eager without the units", runner, masked, (forms["masked"],)))
             if current.module is not forms["masked"].module:
                 rungs.append(self._rung("slim = masked", masked, self.slim, (forms["masked"], current)))
         if reexport:
@@ -192,28 +192,56 @@ class _LanguageModelLadder:
         ]
 
 
-def _plain_ladder(program: Program, *, reexport: bool) -> list[Rung]:
+def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
     """The ladder of a model without a cache: flat outputs on the example inputs."""
     inputs = tuple(program.interface.example_inputs.values())
     tolerance = tolerance_for(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
     forms = dict(program.references)
-    eager = forms["eager"].module
+    names = program.interface.outputs
 
-    def run_eager(*args: Any) -> Any:
-        return eager(**dict(zip(program.interface.inputs, args, strict=True)))
+    def called(model: Any) -> Any:
+        def run(*args: Any) -> Any:
+            output = model(**dict(zip(program.interface.inputs, args, strict=True)))
+            return [output[name] for name in names] if isinstance(output, Mapping) else output
 
-    chain = [("traced", run_eager, forms.get("traced"))]
+        return run
+
+    eager = called(forms["eager"].module)
+    chain = [("traced = eager", eager, forms.get("traced"))]
     if "lifted" in forms and "traced" in forms:
-        chain.append(("lifted", forms["traced"].module, forms["lifted"]))
-    rungs = [
-        compare_modules(f"{name} = former", before, form.module, inputs, tolerance).require()
-        for name, before, form in chain
-        if form is not None
-    ]
-    if "masked" in forms and program.graph_module is not forms["masked"].module:
-        rung = compare_modules("slim = masked", forms["masked"].module, program.graph_module, inputs, tolerance)
-        rungs.append(rung.require())
-    if reexport:
+        chain.append(("lifted = traced", forms["traced"].module, forms["lifted"]))
+    rungs: list[Rung] = []
+    if options.graph:
+        pairs = [(name, before, form.module) for name, before, form in chain if form is not None]
+        rungs += [compare_modules(name, a, b, inputs, tolerance).require() for name, a, b in pairs]
+        rungs += _plain_masked(program, called, inputs, tolerance)
+    if options.graph and options.reexport:
         again = reexported(program.graph_module, program.interface)
         rungs.append(compare_modules("re-exported = slim", program.graph_module, again, inputs, tolerance).require())
+    if options.checkpoint is not None:
+        load: Any = resolve("fxprune.checkpoint:load")
+        model = called(load(options.checkpoint, device=str(inputs[0].device)))
+        rung = compare_modules("reloaded checkpoint = slim", program.graph_module, model, inputs, tolerance)
+        rungs.append(rung.require())
+    if options.onnx is not None:
+        run: Any = resolve("fxprune.exporters.ort:run_onnx")
+        onnx = run(options.onnx, dict(program.interface.example_inputs))
+        wide, values = tolerance_for(torch.float32, runtime=True), tuple(onnx.values())
+        rung = compare_modules("ONNX Runtime = slim", program.graph_module, lambda *_: values, inputs, wide)
+        rungs.append(rung.require())
+    return rungs
+
+
+def _plain_masked(program: Program, called: Any, inputs: tuple[Any, ...], tolerance: float) -> list[Rung]:
+    """The rungs around the masked form."""
+    if "masked" not in program.references:
+        return []
+    masked = program.references["masked"].module
+    rungs = []
+    with without_units(program) as eager:
+        if eager is not None:
+            name = "masked = eager without the units"
+            rungs.append(compare_modules(name, called(eager), masked, inputs, tolerance).require())
+    if program.graph_module is not masked:
+        rungs.append(compare_modules("slim = masked", masked, program.graph_module, inputs, tolerance).require())
     return rungs

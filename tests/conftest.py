@@ -30,6 +30,13 @@ TINY_LINES = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file run in one worker, where they share what is traced once; the zoo is split by family."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama with grouped queries, a head_dim of its own and tied embeddings; read-only, copy it to change."""

@@ -19,6 +19,7 @@ from fxprune.passes.save import Save
 from fxprune.passes.slim import Slim
 from fxprune.passes.verify import Verify
 from fxprune.plan import Plan
+from fxprune.reference import without_units
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.verify import (
     Rung,
@@ -28,7 +29,6 @@ from fxprune.verify import (
     first_difference,
     reexported,
     tolerance_for,
-    zeroed_eager,
 )
 from tests.families import FAMILIES, located, located_plain, random_plan
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 LADDER = [
     "traced = eager",
     "lifted = traced",
-    "masked = eager with zeroed columns",
+    "masked = eager without the units",
     "slim = masked",
     "re-exported = slim",
 ]
@@ -123,10 +123,10 @@ def test_the_zeroed_original_is_a_reference_of_its_own_and_is_put_back() -> None
     eager = program.references["eager"].module
     before = {name: p.clone() for name, p in eager.state_dict().items()}
     tokens = torch.tensor([[4, 5, 6]])
-    with zeroed_eager(masked) as zeroed:
+    with without_units(masked) as zeroed:
         assert zeroed is not None
         ones = torch.ones_like(tokens)
-        mine = zeroed.step(tokens, ones, torch.arange(3)[None], None)[0]
+        mine = EagerRunner(zeroed).step(tokens, ones, torch.arange(3)[None], None)[0]
     dense = EagerRunner(eager).step(tokens, ones, torch.arange(3)[None], None)[0]
     assert float((mine - dense).abs().max()) > 1e-2
     assert all(torch.equal(p, before[name]) for name, p in eager.state_dict().items())
@@ -216,8 +216,9 @@ def test_a_plain_module_has_a_ladder_too() -> None:
     slim = Slim()(InsertMasks()(program.replace(plan=plan)).program).program
     certificate = Verify()(slim).program.results["verify"]
     assert [rung["rung"] for rung in certificate] == [
-        "traced = former",
-        "lifted = former",
+        "traced = eager",
+        "lifted = traced",
+        "masked = eager without the units",
         "slim = masked",
         "re-exported = slim",
     ]

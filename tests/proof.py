@@ -1,0 +1,111 @@
+"""What a slim program must prove: it computes what the masked one does, forward and backward, deployed or not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxprune.channel_ids import ChannelMap
+from fxprune.channels import Weight, walk
+from fxprune.cut import decide
+from fxprune.passes.insert_masks import InsertMasks
+from fxprune.passes.slim import Slim
+from fxprune.pipeline import Pipeline
+from fxprune.program import Form
+from fxprune.slim_builder import GraphBuilder
+from fxprune.verify import in_double
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fxprune.plan import Plan
+    from fxprune.program import Interface, Program
+
+__all__ = ["backward_error", "forward_error", "from_nothing", "outputs_of", "slimmed"]
+
+
+def slimmed(program: Program, plan: Plan) -> Program:
+    """The slim program of a plan, with the masked one as its reference."""
+    return Pipeline([InsertMasks(), Slim()])(program.replace(plan=plan)).program
+
+
+def from_nothing(interface: Interface) -> dict[str, Tensor]:
+    """The example inputs with an empty cache: dense and slim forms then have the same past."""
+    cache = {entry.input for entry in interface.cache}
+    examples = dict(interface.example_inputs)
+    if cache:
+        new = examples["input_ids"].shape[1]
+        examples = {name: t[:, :, :0] if name in cache else t for name, t in examples.items()}
+        examples["attention_mask"] = torch.ones_like(examples["attention_mask"][:, :new])
+        examples["attention_mask"][0, 0] = 0
+    return examples
+
+
+def _result(module: Any, interface: Interface) -> Tensor:
+    """The first output, logits for language models, without the positions of padding."""
+    examples = from_nothing(interface)
+    outputs = module(*(examples[name] for name in interface.inputs))
+    first: Tensor = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    return first[:, 1:] if interface.cache else first
+
+
+def outputs_of(module: Any, interface: Interface) -> Tensor:
+    """The first output on the example inputs from an empty cache, without gradients."""
+    with torch.no_grad():
+        return _result(module, interface)
+
+
+def forward_error(program: Program) -> float:
+    """Largest difference of an output between slim and masked, relative to the largest masked output."""
+    masked = program.references["masked"]
+    expected = outputs_of(masked.module, masked.interface)
+    given = outputs_of(program.graph_module, program.interface)
+    return float((expected - given).abs().max() / expected.abs().max())
+
+
+def _gradients(module: GraphModule, interface: Interface) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters, and the gradients of a fixed random combination of the outputs, by name."""
+    parameters = dict(module.named_parameters())
+    result = _result(module, interface)
+    weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(0)).to(result)
+    found = torch.autograd.grad((result * weights).sum(), list(parameters.values()), allow_unused=True)
+    return parameters, {n: g for (n, _), g in zip(parameters.items(), found, strict=True) if g is not None}
+
+
+def backward_error(program: Program, *, double: bool = False) -> float:
+    """Largest difference of a gradient between slim and masked, relative to the largest one of its parameter.
+
+    A slim parameter's gradient must be what is kept of the masked one's; that of a norm's weight w' = w/sqrt(r) is
+    larger by sqrt(r), as the chain rule says.
+    """
+    masked: Form = program.references["masked"]
+    current = Form(program.graph_module, program.interface)
+    if double:
+        masked, current = in_double(masked), in_double(current)
+    module, interface = masked.module, masked.interface
+    assert isinstance(module, GraphModule)
+    assert isinstance(current.module, GraphModule)
+    assert program.plan is not None
+    channels = ChannelMap(walk(module, interface))
+    cut = decide(module, channels, program.groups, program.plan)
+    builder = GraphBuilder(module, interface, channels, cut)
+    _, dense = _gradients(module, interface)
+    parameters, slim = _gradients(current.module, current.interface)
+    names = {id(p): n for n, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
+    worst = 0.0
+    for name, gradient in slim.items():
+        owner = names[id(module.get_parameter(name))]
+        expected = builder._narrowed(dense[owner], Weight(owner, tuple(dense[owner].shape)))
+        expected = expected.reshape(parameters[name].shape)
+        if owner in cut.norms:
+            expected = expected * cut.norms[owner][1] ** 0.5
+        scale = max(float(expected.abs().max()), 1e-2 * _largest(dense))
+        worst = max(worst, float((gradient - expected).abs().max()) / scale)
+    return worst
+
+
+def _largest(gradients: Mapping[str, Tensor]) -> float:
+    return max(float(gradient.abs().max()) for gradient in gradients.values())
