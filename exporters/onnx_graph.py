@@ -69,6 +69,8 @@ def prepare_graph(
     }
     for node in list(graph.nodes):
         _functionalize(node)
+    if not any(parameter.dtype is torch.bfloat16 for parameter in graph_module.parameters()):
+        rewrites = {"bfloat16": _compute_in_float32} | rewrites
     # A copy is no no-op where an operator still writes into its input.
     counts = {} if any(map(_writes, graph.nodes)) else {"no_ops": _apply(prepared, _remove_no_op)}
     counts |= {name: _apply(prepared, rewrite) for name, rewrite in rewrites.items()}
@@ -230,6 +232,24 @@ def _swaps_heads(node: Any) -> bool:
     if _calls(node, aten.permute.default):
         return list(node.args[1]) == [0, 2, 1, 3]
     return _calls(node, aten.transpose.int) and set(node.args[1:]) == {1, 2}
+
+
+def _compute_in_float32(node: Node) -> Node | None:
+    """A pointwise operator on bfloat16 (slopes) runs in float32 and is rounded: runtimes have no kernel for it."""
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    if not pointwise or not _is_bfloat16(node) or node.target in _CASTS | {aten._to_copy.default}:
+        return None
+
+    def wide(operand: Node) -> Node:
+        return _call(node, aten.to.dtype, operand, torch.float32) if _is_bfloat16(operand) else operand
+
+    new = _call(node, node.target, *torch.fx.node.map_arg(node.args, wide), **node.kwargs)
+    return _call(node, aten.to.dtype, new, torch.bfloat16)
+
+
+def _is_bfloat16(node: Node) -> bool:
+    value = _val(node)
+    return value is not None and value.dtype is torch.bfloat16
 
 
 def _fuse_split_heads(node: Node) -> Node | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,17 @@ from fxprune.attention_shapes import (
     AttentionShape,
     attention_shapes,
     attribute_of,
+    grouped_rows,
+    is_grouped,
     only_operand,
     op_name,
     parameter_products,
+    propagated_shapes,
+    traced_shapes,
 )
 from fxprune.errors import PreconditionError
+from fxprune.grouped import GroupedLinear
+from fxprune.lifted import is_projection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,14 +88,28 @@ def bytes_of_weights(module: nn.Module) -> int:
 
 
 def bytes_read_per_step(module: nn.Module) -> int:
-    """Bytes of weights that one forward step reads whole, whatever the number of tokens.
+    """Bytes of weights that a forward step for one token reads: what bounds decoding at batch 1.
 
     This is `bytes_of_weights` less the tables from which only single rows are looked up (embeddings that are not tied
-    to an output projection). It is what bounds decoding at batch 1.
+    to an output projection), and less the experts that the token is not sent to, where their number is known.
     """
-    tables = {_identity(weight) for weight in _lookup_tables(module)}
-    read = (parameter for parameter in _unique(module.parameters()) if _identity(parameter) not in tables)
-    return sum(parameter.numel() * parameter.element_size() for parameter in read)
+    share = {_identity(weight): Fraction(0) for weight in _lookup_tables(module)}
+    share |= {_identity(weight): part for weight, part in _expert_shares(module)}
+    read = (p.numel() * p.element_size() * share.get(_identity(p), Fraction(1)) for p in _unique(module.parameters()))
+    return round(sum(read))
+
+
+def _expert_shares(module: nn.Module) -> Iterator[tuple[Tensor, Fraction]]:
+    """The weights of experts, with the share of the experts that one token is sent to."""
+    if isinstance(module, GraphModule):
+        for node, rows in grouped_rows(module, traced_shapes(module)).items():
+            grouped = module.get_submodule(str(node.target))
+            assert isinstance(grouped, GroupedLinear)
+            yield grouped.weight, min(rows / grouped.experts, Fraction(1))
+    elif (per_token := _experts_per_token(module)) is not None:
+        for _, weight in _expert_tensors(module):
+            if weight.ndim >= 3:
+                yield weight, Fraction(per_token, weight.shape[0])
 
 
 def _lookup_tables(module: nn.Module) -> list[Tensor]:
@@ -115,19 +136,27 @@ def _lookup_tables(module: nn.Module) -> list[Tensor]:
 
 
 def linear_parameters_by_name(module: nn.Module) -> dict[str, int]:
-    """Elements of weight and bias of every `nn.Linear`, by qualified name.
+    """Elements of weight and bias of every `nn.Linear` and `GroupedLinear`, by qualified name.
 
-    The output projection (`lm_heads`) is included. A weight that two Linears share is listed under both names.
+    The output projection (`lm_heads`) is included. A weight that two Linears share is listed under both names. In a
+    module without a graph the projections of experts are no Linears; they are listed under their parameters' names (see
+    `block_linear_parameters`).
     """
-    return {
+    found = {
         name: sum(parameter.numel() for parameter in child.parameters(recurse=False))
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear)
+        if is_projection(child)
     }
+    return found | {name: tensor.numel() for name, tensor in _expert_tensors(module)}
 
 
 def block_linear_parameters(module: nn.Module, *, outputs: Sequence[str] | None = None) -> int:
-    """Elements of weight and bias of all `nn.Linear`s except the output projection; shared tensors count once.
+    """Elements of weight and bias of all projections except the output projection; shared tensors count once.
+
+    Projections are `nn.Linear`s and, for experts, `GroupedLinear`s. A module without a graph holds the experts of a
+    mixture as plain parameters: there, the matrices of a module that says how many experts it has (`num_experts`) count
+    when their first axis is that long (the experts' weights, and the router). Experts that are held in any other way,
+    and biases of experts, are not counted.
 
     Args:
         module: any module.
@@ -141,13 +170,32 @@ def _block_linear_tensors(module: nn.Module, outputs: Sequence[str] | None) -> l
     return [
         tensor
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and name not in heads
+        if is_projection(child) and name not in heads
         for tensor in child.parameters(recurse=False)
-    ]
+    ] + [tensor for _, tensor in _expert_tensors(module)]
+
+
+def _expert_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights of experts and routers in a module without a graph: as long as their owner says it has experts."""
+    for name, child in module.named_modules():
+        experts = getattr(child, "num_experts", None)
+        if not isinstance(experts, int) or isinstance(child, nn.Linear | nn.Embedding | GroupedLinear):
+            continue
+        own = {n: p for n, p in child.named_parameters(prefix=name, recurse=False) if p.ndim and p.shape[0] == experts}
+        axes = max((parameter.ndim for parameter in own.values()), default=0)  # with one less, it is a bias
+        yield from ((name, parameter) for name, parameter in own.items() if parameter.ndim == axes >= 2)
+
+
+def _experts_per_token(module: nn.Module) -> int | None:
+    """How many experts a token is sent to, as the model's configuration says."""
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "num_experts_per_tok", None)
+    return count if isinstance(count, int) else None
 
 
 def mask_sparsity(module: nn.Module, *, outputs: Sequence[str] | None = None) -> float:
-    """Share of exact zeros in the weights (not the biases) of the block Linears, 0 to 1.
+    """Share of exact zeros in the weights (not the biases) of the block Linears, those of experts included, 0 to 1.
 
     Zeros that are stored: neither parameters nor MACs are saved by them in a dense kernel.
 
@@ -158,7 +206,7 @@ def mask_sparsity(module: nn.Module, *, outputs: Sequence[str] | None = None) ->
     Raises:
         PreconditionError: the module has no block Linear, or its weights are on the meta device.
     """
-    weights = [tensor for tensor in _unique(_block_linear_tensors(module, outputs)) if tensor.ndim == 2]
+    weights = [tensor for tensor in _unique(_block_linear_tensors(module, outputs)) if tensor.ndim >= 2]
     total = sum(weight.numel() for weight in weights)
     if not total:
         raise PreconditionError(
@@ -241,11 +289,12 @@ class MacCount:
     """Multiply-accumulates of a model; one MAC is two floating-point operations.
 
     Attributes:
-        blocks: MACs per token of the block Linears.
+        blocks: MACs per token of the block Linears; of experts only those that a token is sent to.
         lm_head: MACs per token of the output projection.
         attention: the attentions; None when they are not known (no example inputs were given).
         uncounted: labels of products with a parameter that are no Linear (in a module without a graph: matrices that
-            belong to neither a Linear nor an embedding); their MACs are in no figure here.
+            belong to neither a Linear, nor an embedding, nor a mixture), and of experts when it is not known how many
+            a token is sent to; their MACs are in no figure here.
     """
 
     blocks: int
@@ -289,8 +338,10 @@ def macs_per_token(
 ) -> MacCount:
     """Count the MACs of a model: in_features * out_features for every call of an `nn.Linear`.
 
-    In a graph module a Linear that is called twice counts twice; in another module calls are not visible and each
-    Linear counts once.
+    In a graph module a Linear that is called twice counts twice, and a `GroupedLinear` counts for as many experts as it
+    has rows for each token: at the example inputs when they are given, else at those that the graph was traced with. In
+    another module calls are not visible: each Linear counts once, and experts for the `num_experts_per_tok` of the
+    configuration.
 
     Args:
         module: any module; a lifted graph module for an exact count.
@@ -306,17 +357,48 @@ def macs_per_token(
         macs = calls * linear.in_features * linear.out_features
         blocks, head = (blocks, head + macs) if name in heads else (blocks + macs, head)
     if not isinstance(module, GraphModule):
-        return MacCount(blocks, head, uncounted=tuple(_unexplained_matrices(module)))
-    attention = None if example_inputs is None else attention_shapes(module, example_inputs)
-    return MacCount(blocks, head, attention, tuple(parameter_products(module)))
+        experts, uncounted = _expert_macs(module)
+        return MacCount(blocks + experts, head, uncounted=uncounted)
+    given = example_inputs is not None
+    shapes = traced_shapes(module) if example_inputs is None else propagated_shapes(module, example_inputs)
+    experts, unknown = _grouped_macs(module, shapes)
+    attention = attention_shapes(module, example_inputs or (), shapes) if given else None
+    return MacCount(blocks + experts, head, attention, (*parameter_products(module), *unknown))
 
 
-def _unexplained_matrices(module: nn.Module) -> Iterator[str]:
+def _grouped_macs(module: GraphModule, shapes: Mapping[Any, tuple[int, ...]]) -> tuple[int, tuple[str, ...]]:
+    """MACs per token of the grouped Linears, and labels of those whose rows for a token are not known."""
+    rows = grouped_rows(module, shapes)
+    macs, unknown = 0, []
+    for node in module.graph.nodes:
+        if not is_grouped(module, node):
+            continue
+        grouped = module.get_submodule(str(node.target))
+        assert isinstance(grouped, GroupedLinear)
+        if node in rows:
+            macs += round(rows[node] * grouped.in_features * grouped.out_features)
+        else:
+            unknown.append(f"GroupedLinear({node.target})")
+    return macs, tuple(unknown)
+
+
+def _expert_macs(module: nn.Module) -> tuple[int, tuple[str, ...]]:
+    """MACs per token of the mixtures of a module without a graph, and the names of matrices that are not counted."""
+    per_token = _experts_per_token(module)
+    known = dict(_expert_tensors(module))
+    owners = {name.rpartition(".")[0] for name in known}
+    macs, uncounted = 0, []
     for name, child in module.named_modules():
-        if not isinstance(child, nn.Linear | nn.Embedding):
-            for parameter_name, parameter in child.named_parameters(prefix=name, recurse=False):
-                if parameter.ndim >= 2:
-                    yield parameter_name
+        if isinstance(child, nn.Linear | nn.Embedding):
+            continue
+        for parameter_name, parameter in child.named_parameters(prefix=name, recurse=False):
+            if parameter_name in known and parameter.ndim == 2:
+                macs += parameter.numel()  # a router
+            elif parameter_name in known and per_token is not None:
+                macs += parameter.numel() // parameter.shape[0] * per_token
+            elif parameter.ndim >= (3 if name in owners else 2):  # in a mixture two axes are a bias
+                uncounted.append(parameter_name)
+    return macs, tuple(uncounted)
 
 
 def _linear_calls(module: nn.Module, prefix: str = "") -> Counter[str]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxprune.errors import PreconditionError
+from fxprune.grouped import GroupedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    Shapes = Mapping[Any, tuple[int, ...]]
 
 __all__ = [
     "MOVEMENT",
@@ -28,9 +32,13 @@ __all__ = [
     "AttentionShape",
     "attention_shapes",
     "attribute_of",
+    "grouped_rows",
+    "is_grouped",
     "only_operand",
     "op_name",
     "parameter_products",
+    "propagated_shapes",
+    "traced_shapes",
 ]
 
 # fmt: off
@@ -76,7 +84,9 @@ class AttentionShape:
 
 
 def attention_shapes(
-    graph_module: GraphModule, example_inputs: Mapping[str, Tensor] | Sequence[Tensor]
+    graph_module: GraphModule,
+    example_inputs: Mapping[str, Tensor] | Sequence[Tensor],
+    shapes: Shapes | None = None,
 ) -> tuple[AttentionShape, ...]:
     """Find the attentions of a graph and their sizes, in graph order.
 
@@ -86,13 +96,13 @@ def attention_shapes(
     Args:
         graph_module: the graph; its first input holds tokens, (batch, new) integers or (batch, new, channels) floats.
         example_inputs: inputs by name or in order; only shapes and dtypes are used.
+        shapes: what `propagated_shapes` returned for the same inputs, to save the run.
 
     Raises:
         PreconditionError: an input of the graph has no example.
     """
-    shapes = _propagate(graph_module, example_inputs)
-    first = next(node for node in graph_module.graph.nodes if node.op == "placeholder")
-    tokens = math.prod(shapes[first][:2])
+    shapes = propagated_shapes(graph_module, example_inputs) if shapes is None else shapes
+    tokens = _tokens(graph_module, shapes)
     found: list[AttentionShape] = []
     for node in graph_module.graph.nodes:
         if node.op not in {"call_function", "call_method"}:
@@ -118,6 +128,45 @@ def parameter_products(graph_module: GraphModule) -> Iterator[str]:
         if node.op in {"call_function", "call_method"} and _PRODUCT.search(op_name(node)):
             for target in _parameter_factors(graph_module, node):
                 yield f"{op_name(node)}({target})"
+
+
+def grouped_rows(graph_module: GraphModule, shapes: Shapes) -> dict[Node, Fraction]:
+    """How many rows each call of a `GroupedLinear` projects for one token: the experts that a token is sent to.
+
+    Args:
+        graph_module: the graph; its first input holds tokens.
+        shapes: shapes of its values (`propagated_shapes` or `traced_shapes`); a call whose shapes are not among them
+            is left out.
+    """
+    tokens = _tokens(graph_module, shapes)
+    return {
+        node: Fraction(math.prod(shapes[node][:-1]), tokens)
+        for node in graph_module.graph.nodes
+        if tokens and node in shapes and is_grouped(graph_module, node)
+    }
+
+
+def is_grouped(graph_module: GraphModule, node: Node) -> bool:
+    """Whether a node calls a `GroupedLinear`."""
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), GroupedLinear)
+
+
+def _tokens(graph_module: GraphModule, shapes: Shapes) -> int:
+    """Tokens in the first input, (batch, new) or (batch, new, channels); 0 when its shape is not known."""
+    first = next((node for node in graph_module.graph.nodes if node.op == "placeholder"), None)
+    return math.prod(shapes[first][:2]) if first in shapes else 0
+
+
+def traced_shapes(graph_module: GraphModule) -> dict[Any, tuple[int, ...]]:
+    """Shapes that values had for the inputs that the graph was traced with, where tracing left them."""
+    found = {}
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            sizes = [getattr(getattr(size, "node", None), "hint", size) for size in value.shape]
+            if None not in sizes:
+                found[node] = tuple(int(size) for size in sizes)
+    return found
 
 
 def op_name(node: Node) -> str:
@@ -197,10 +246,14 @@ class _ShapeRecorder(Interpreter):
         return value
 
 
-def _propagate(
+def propagated_shapes(
     graph_module: GraphModule, example_inputs: Mapping[str, Tensor] | Sequence[Tensor]
 ) -> dict[Any, tuple[int, ...]]:
-    """Shapes of every tensor in the graph, from one run under fake tensors."""
+    """Shapes of every tensor in the graph, by node, from one run under fake tensors.
+
+    Raises:
+        PreconditionError: an input of the graph has no example.
+    """
     names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, example_inputs, strict=False))
     missing = [name for name in names if name not in given]

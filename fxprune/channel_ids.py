@@ -34,6 +34,8 @@ __all__ = [
 IdArray = NDArray[np.int64]
 Edges = NDArray[np.int32]
 """Ends of edges between ids: there are more edges than anything else, and 2^31 ids would not fit into memory."""
+_CHUNK = 1 << 22
+"""Edges that are condensed at a time."""
 Role = Literal["", "rows", "columns", "experts"]
 
 
@@ -200,11 +202,38 @@ class ChannelLedger:
         return self.counts.contains(ids)
 
 
-def _graph(pairs: list[tuple[Edges, Edges]], size: int, of: Edges | None = None) -> csr_matrix:
-    """The edges between `size` nodes as a matrix; with `of`, between what it says for each end."""
-    a, b = (np.concatenate([pair[end] for pair in pairs] or [np.zeros(0, np.int32)]) for end in (0, 1))
-    if of is not None:
-        a, b = of[a], of[b]
+def _merged(merges: list[tuple[Edges, Edges]], size: int) -> tuple[int, Edges]:
+    """Connected components of `size` ids: how many, and the component of each id.
+
+    Components grow by hooking the larger of two roots to the smaller and shortening the paths to the roots, chunk by
+    chunk (Shiloach and Vishkin, An O(log n) parallel connectivity algorithm, 1982); scipy's function needs three times
+    the memory.
+    """
+    root = np.arange(size, dtype=np.int32)
+    ends = np.cumsum([len(a) for a, _ in merges])
+    first = 0
+    while first < len(merges):
+        last = int(np.searchsorted(ends, (ends[first - 1] if first else 0) + _CHUNK)) + 1
+        a, b = (np.concatenate([pair[end] for pair in merges[first:last]]) for end in (0, 1))
+        first = last
+        while len(a):
+            for nodes in (a, b):
+                while not np.array_equal(shorter := root[root[nodes]], root[nodes]):
+                    root[nodes] = shorter
+            a, b = root[a], root[b]
+            apart = a != b
+            a, b = a[apart], b[apart]
+            np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+    while not np.array_equal(shorter := root[root], root):
+        root = shorter
+    is_root = root == np.arange(size, dtype=np.int32)
+    component = np.cumsum(is_root, dtype=np.int32) - 1
+    return int(component[-1]) + 1, component[root]
+
+
+def _graph(pairs: list[tuple[Edges, Edges]], size: int, of: Edges) -> csr_matrix:
+    """The edges between `size` nodes as a matrix; `of` says which node an id is."""
+    a, b = (of[np.concatenate([pair[end] for pair in pairs] or [np.zeros(0, np.int32)])] for end in (0, 1))
     return csr_matrix((np.ones(len(a), bool), (a, b)), (size, size))
 
 
@@ -221,15 +250,15 @@ class ChannelMap:
     """
 
     def __init__(self, ledger: ChannelLedger) -> None:
-        count, merged = connected_components(_graph(ledger.merges, ledger.next_id), directed=False)
+        count, merged = _merged(ledger.merges, ledger.next_id)
         # Classes that need each other are one class.
-        needs = _graph(ledger.needs, count, of=merged)
+        needs = _graph(ledger.needs, count, merged)
         self.count, strong = connected_components(needs, directed=True, connection="strong")
         self.class_of: IdArray = strong[merged].astype(np.int64)
-        a, b = (strong[ends].astype(np.int64) for ends in needs.nonzero())
-        edges = np.unique(a[a != b] * self.count + b[a != b])
-        ends = (edges // self.count, edges % self.count)
-        self.needs = csr_matrix((np.ones(len(edges), bool), ends), (self.count, self.count))
+        a, b = (strong[ends] for ends in needs.nonzero())
+        other = a != b
+        edges = (a[other], b[other])
+        self.needs = csr_matrix((np.ones(len(edges[0]), bool), edges), (self.count, self.count))
         self.axes = tuple(ledger.axes.values())
         self.norms = tuple(ledger.norms)
         self.attentions = tuple(ledger.attentions)
@@ -245,7 +274,27 @@ class ChannelMap:
         self.pinned = self._flag([pin.ids for pin in self.pins])
         needed = np.asarray(self.needs.sum(axis=0)).ravel() > 0
         self.base = self._flag(ledger.consumed) | self.pinned | ~needed
+        self._pin_what_is_needed()
         self.source = self.base & ~self.pinned
+
+    def _pin_what_is_needed(self) -> None:
+        """What cannot go (it is pinned, or no parameter is its own) keeps what it needs."""
+        fixed = self.pinned | (self.base & ~self._flag([axis.ids() for axis in self.axes]))
+        fixed[self.class_of[0]] = False  # no channel
+        reached = self._closure(fixed) & ~self.pinned & ~fixed
+        if reached.any():
+            ids = np.flatnonzero(reached[self.class_of]).astype(np.int64)
+            self.pins.append(Pin(ids, "need", "", "something that must stay is computed from it"))
+            self.pinned |= reached
+
+    def _closure(self, classes: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """These classes and everything they need, directly or not."""
+        found, frontier = classes.copy(), classes
+        needs = self.needs.astype(np.int32)
+        while frontier.any():
+            frontier = (np.asarray(frontier.astype(np.int32) @ needs).ravel() > 0) & ~found
+            found |= frontier
+        return found
 
     def of_axis(self, axis: ParameterAxis) -> IdArray:
         """The class of each index of a parameter axis, (size,); a view."""

@@ -206,7 +206,9 @@ def contract(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if scores:
         assert a is not None
         assert b is not None
-        combine(call, a[..., :1, :], b[..., :, :1].transpose(-1, -2))
+        rows, columns = a, b.transpose(-1, -2)  # heads may share an axis with the positions
+        rows, columns = (ids[..., :1, :] if steady(ids, -2) else ids for ids in (rows, columns))
+        combine(call, rows.unsqueeze(-2), columns.unsqueeze(-3))
     left = None if ra is None else ra.unsqueeze(-1)
     right = None if rb is None else rb.unsqueeze(-2)
     out = combine(call, left, right)
@@ -231,9 +233,10 @@ def _join_scores(call: Call, left: Tensor | None, right: Tensor | None, out: Ten
             continue
         pairs = np.unique(np.stack([out[flags].numpy(), spread[flags].numpy()], 1), axis=0)
         call.ledger.merge(pairs[:, 0], pairs[:, 1])
-        # One position of one sequence holds every head: heads stand on the axes before the matrices.
-        heads = spread.select(axis, 0)[..., 0].reshape(-1).numpy()
-        outputs = out.select(axis, 0).reshape(len(heads), -1).numpy()
+        if axis == -1:
+            spread, out = spread.transpose(-1, -2), out.transpose(-1, -2)
+        # Heads stand on the axes before the matrices, or beside the positions on that of the rows.
+        heads, outputs = spread[..., 0].reshape(-1).numpy(), out.reshape(-1, out.shape[-1]).numpy()
         order = np.sort(np.unique(heads, return_index=True)[1])
         call.ledger.attentions.append(
             AttentionSite(call.node.name, call.module, heads[order], outputs[order].reshape(-1))

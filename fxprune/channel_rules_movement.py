@@ -102,9 +102,13 @@ def _copies(call: Call, ids: Tensor) -> Tensor:
     last of them.
     """
     source = call.tensor_nodes()[0]
-    before = call.value_of(source).shape
+    before, carried = call.value_of(source).shape, call.ids_of(source)
+    assert carried is not None
     copy = torch.zeros((), dtype=torch.int64)
     for axis, count, stride in _copied_axes(call, list(before), list(ids.shape)):
+        own = axis - (ids.dim() - carried.dim())
+        if own >= 0 and before[own] > 1 and steady(carried, own):
+            continue  # positions are repeated
         index = torch.arange(ids.shape[axis]) // stride % count
         shape = [1] * ids.dim()
         shape[axis] = -1

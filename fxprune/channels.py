@@ -375,7 +375,7 @@ def _repeat_first(ids: Tensor) -> Tensor:
             first = ids.narrow(axis, 0, 1)
             if ids.stride(axis) == 0 or bool((ids == first).all()):
                 ids = first
-    return ids.expand(shape)
+    return ids.clone().expand(shape)  # a view would hold all copies in memory
 
 
 def _record_outputs(state: _Walk, node: Node) -> None:

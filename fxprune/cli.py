@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
+    from fxprune.inspection import Inspection
     from fxprune.program import Program
 
 __all__ = ["app", "main"]
@@ -135,19 +136,77 @@ def demo(
 
 
 @app.command()
-def inspect(model: Model, json: Json = None) -> None:
-    """List what can be pruned and what stands in the way; a config.json is enough."""
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, directory, or a config.json alone.", show_default=False)],
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw one block's graph of groups to this file, .svg or .png.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """List what can be pruned, what it costs and what stands in the way; a config.json is enough."""
+    from fxprune.inspection import inspect_groups
+    from fxprune.registry import resolve
     from fxprune.workflow import Stopwatch, inspect_program
 
+    if picture is not None and picture.suffix.lower() not in {".svg", ".png"}:
+        raise UsageError(f"--picture {picture}: the file's name must end in .svg or .png")
     program = inspect_program(model, Stopwatch())
-    _show_groups(program)
-    assert program.channels is not None
-    pins = [str(pin) for pin in program.channels.pins]
-    for pin in pins:
-        _out.print(f"stays: {pin}", highlight=False, markup=False)
-    from fxprune.reporting import group_entries
+    found = inspect_groups(program)
+    _show_inspection(found)
+    if picture is not None:
+        resolve("fxprune.exporters.group_picture:draw_block")(program, picture)
+    _write_json(json, found.to_json())
 
-    _write_json(json, {"model": model, "groups": group_entries(program), "pins": pins})
+
+def _amount(number: float) -> str:
+    """Three digits and a unit, for people; the JSON has all digits."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _show_inspection(found: Inspection) -> None:
+    """Like groups share a row, like pins a line; the JSON form lists every group."""
+    from fxprune.inspection import like_names
+
+    def tell(line: str) -> None:
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    tell(
+        f"{found.model} ({found.model_class}): {found.parameters:,} parameters, {found.block_parameters:,} of them in "
+        f"block Linears; {found.macs:,} MACs a token without attention scores, {found.lm_head_macs:,} of them in the "
+        "output projection"
+    )
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for group in found.groups:
+        shared = (group.shared_parameters, group.shared_macs)
+        costs = [_amount(number) for number in (group.unit_parameters, group.unit_macs, group.parameters, group.macs)]
+        units = [cost + (f" + {_amount(more)}" if more else "") for cost, more in zip(costs[:2], shared, strict=True)]
+        row = (group.kind, group.description, *units, f"{group.removed_share:.3%}", *costs[2:])
+        rows.setdefault(row, []).append(group.name)
+    groups = Table(title="What can be pruned", title_justify="left")
+    costs_of = Table(title="What goes with it (a KV head's share after the +)", title_justify="left")
+    for column in ("groups", "kind", "where", "units"):
+        groups.add_column(column, justify="right" if column == "groups" else "left")
+    for column in ("kind", "a unit: parameters", "MACs", "share", "a group: parameters", "MACs"):
+        costs_of.add_column(column, justify="left" if column == "kind" else "right")
+    for (kind, description, *figures), names in rows.items():
+        where = names[0] if len(names) == 1 else like_names(names[0])
+        groups.add_row(str(len(names)), kind, where, description)
+        costs_of.add_row(kind, *figures)
+    _out.print(groups, costs_of)
+    for pin in found.pins:
+        tell(f"stays: {pin}; {pin.channels:,} channels")
+    for refusal in found.refusals:
+        times = f" ({refusal.count} times)" if refusal.count > 1 else ""
+        tell(f"not prunable by {refusal.by}: {refusal.where}: {refusal.reason}{times}")
+    for tied in found.tied:
+        tell(f"one tensor of {tied.parameters:,} elements: {', '.join(tied.names)}")
+    for weight in found.shared:
+        tell(f"used {len(weight.uses)} times: {weight.name} by {', '.join(weight.uses)}")
+    for label in found.uncounted:
+        tell(f"not in the MACs: {label}")
 
 
 @app.command()

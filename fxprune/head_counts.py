@@ -68,7 +68,7 @@ def find_head_counts(
         CheckpointError: the model runs with none of the integers tried, or none gives the expected logits. The message
             names the block, or the error of the best.
     """
-    allowed = tolerance_of(model, expected)
+    allowed = tolerance_of(model)
     best, failure = _attempt(model, skeleton, expected)
     if best <= allowed:
         return {}
@@ -96,7 +96,7 @@ def find_head_counts(
             _refuse_per_head_arguments(model, kind, call)
     if failure is not None and math.isinf(best):
         raise failure
-    raise wrong_result(model, expected, best, "numbers that follow from its slim shapes")
+    raise wrong_result(model, best, "numbers that follow from its slim shapes")
 
 
 def _attempt(

@@ -344,7 +344,7 @@ def _miscomputes(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expecte
         error = relative_error(model, expected)
     except BUILD_ERRORS as problem:
         return f"it cannot run: {str(problem).strip()}"
-    return "" if error <= tolerance_of(model, expected) else f"the relative error of its logits is {error:.3g}"
+    return "" if error <= tolerance_of(model) else f"the relative error of its logits is {error:.3g}"
 
 
 def _filled(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: ExpectedLogits) -> PreTrainedModel:

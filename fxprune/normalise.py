@@ -31,6 +31,7 @@ def normalise(graph_module: GraphModule) -> None:
     """Rewrite a flat graph in place."""
     graph = graph_module.graph
     functionalise(graph)
+    erase_dead(graph)  # views that were only written through
     concatenate_pieces(graph)
     lower_products(graph)
     for node in list(graph.nodes):

@@ -132,8 +132,7 @@ def _multiply(
     )
     value = add_node(graph, aten.matmul.default, (a, b), like)
     at = len(batch)
-    for part in (columns, rows):  # the last axis first: it does not move the others
-        axis = at + 1 if part is columns else at
+    for part, axis in ((columns, at + 1), (rows, at)):  # the last axis first: it does not move the others
         if not part:
             value = add_node(graph, aten.squeeze.dim, (value, axis), like)
         elif len(part) > 1:

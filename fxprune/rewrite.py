@@ -235,7 +235,8 @@ def _candidates(
         first = source.count_before(dim, start)
         args = [args[0], dim, first, source.count_before(dim, start + length) - first]
     elif target in _SPLITS:
-        dim = _SPLITS[target] if _SPLITS[target] is not None else call.argument("dim", 0) % len(source.shape)
+        fixed = _SPLITS[target]
+        dim = call.argument("dim", 0) % len(source.shape) if fixed is None else fixed
         target = aten.split_with_sizes.default
         args = [args[0], [grid.new_shape[dim] for grid in outputs], dim]
     return target, args

@@ -59,7 +59,7 @@ def _without_dropped(builder: GraphBuilder) -> Interface:
 
 def _drop_inputs(graph: torch.fx.Graph, old: Interface, interface: Interface) -> None:
     """Inputs that are gone may still be asked for a length: another input with the same symbol answers."""
-    holders = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    holders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     axis_of: dict[str, tuple[Node, int]] = {}
     for name, axes in interface.dynamic_axes.items():
         for axis, symbol in axes.items():
@@ -115,7 +115,7 @@ def _check_shapes(module: GraphModule, interface: Interface, expected: dict[Node
     values: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            values[node] = mode.from_tensor(interface.example_inputs[str(node.target)], static_shapes=True)
+            values[node] = mode.from_tensor(interface.example_inputs[node.name], static_shapes=True)
         elif node.op == "get_attr":
             value = get_attribute(module, str(node.target))
             values[node] = mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxprune.channel_rules import CASTS, MOVEMENT, NORMS
 from fxprune.channel_rules_contraction import ATTENTION
@@ -135,9 +136,16 @@ class GraphBuilder:
         elif node.target is not operator.getitem:
             self._narrow_operands(call, grids[0])
         copy = self._copy(node)
+        if node.target is aten.view_as_complex.default:
+            self._make_contiguous(copy)
         if node.name in self.cut.epsilons:
             self._rescale(copy, grids[0])
         return copy
+
+    def _make_contiguous(self, node: Node) -> None:
+        """Numbers become complex in pairs: a part of a narrower tensor may lie at odd addresses."""
+        with self.graph.inserting_before(node):
+            node.args = (self.graph.call_function(aten.contiguous.default, node.args),)
 
     def _rescale(self, node: Node, grid: Grid) -> None:
         """Give an RMS norm over fewer channels the epsilon that keeps it exact, and its normalised shape."""
@@ -256,10 +264,11 @@ class GraphBuilder:
         weight = call.parameter(1)
         if weight is not None and call.argument("groups", 1) > 1:
             arguments = call.node.target._schema.arguments  # type: ignore[union-attr]
-            given = [*node.args, *(argument.default_value for argument in arguments[len(node.args) :])]
+            rest = arguments[len(node.args) :]
+            given = [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in rest)]
             position = [argument.name for argument in arguments].index("groups")
             given[position] = self.grid(x).new_shape[1 - len(weight.shape)]
-            node.args = tuple(given)
+            node.args, node.kwargs = tuple(given), {}
         return node
 
     def _selection(self, call: Call, out: Grid) -> Node:
@@ -343,12 +352,26 @@ class GraphBuilder:
                 line = grid.line(axis)
                 index = f"_kept_{operand.name}_{axis}_{len(self.selections)}"
                 positions = kept if line is None else np.searchsorted(line, kept)
-                self.tensors[index] = torch.as_tensor(positions, device=self._device())
-                value = self.graph.call_function(aten.index_select.default, (value, axis, self.graph.get_attr(index)))
+                value = self._index(value, axis, positions, index, _period(operand, axis))
                 grid = grid.select(axis, kept)
             self.selections[key] = value, grid
         self.selected[operand] = self.selections[key]
         return self.selections[key][1]
+
+    def _index(self, value: Any, axis: int, positions: IdArray, name: str, period: int | None) -> Node:
+        """Select positions of an axis; where it is batch times heads, the same heads of every row of the batch."""
+        call = self.graph.call_function
+        if period is None:
+            self.tensors[name] = torch.as_tensor(positions, device=self._device())
+            return call(aten.index_select.default, (value, axis, self.graph.get_attr(name)))
+        rows = positions.reshape(-1, max(1, int((positions < period).sum())))
+        if period == 1 or not np.array_equal(rows, rows[:1] + period * np.arange(len(rows))[:, None]):
+            assert self.call is not None
+            raise _unclear(self.call, f"it would keep fixed positions of axis {axis}, whose length may change")
+        self.tensors[name] = torch.as_tensor(rows[0], device=self._device())
+        split = call(aten.unflatten.int, (value, axis, [-1, period]))
+        chosen = call(aten.index_select.default, (split, axis + 1, self.graph.get_attr(name)))
+        return call(aten.flatten.using_ints, (chosen, axis, axis + 1))
 
     def _device(self) -> torch.device:
         return next(iter(self.interface.example_inputs.values())).device
@@ -405,6 +428,18 @@ _TABLES: dict[Any, int] = {
 """Operators that read a parameter as it is, and at which position."""
 
 _COUNTS = {aten.histc.default, aten.one_hot.default, aten.bincount.default}
+
+
+def _period(node: Node, axis: int) -> int | None:
+    """The literal factor of an axis whose length may change (heads, in batch times heads); None for a fixed length."""
+    value = node.meta.get("val")
+    size = value.shape[axis] if isinstance(value, Tensor) else None
+    if not isinstance(size, torch.SymInt) or is_concrete_int(size):
+        return None
+    expression = size.node.expr  # such as 6*s, but also 6*s//s, which never changes
+    symbols = sorted(expression.free_symbols, key=str)
+    lengths = {expression.subs({s: 7 * number + 4 * index for index, s in enumerate(symbols)}) for number in (5, 9)}
+    return None if len(lengths) == 1 else int(expression.as_coeff_Mul()[0])
 
 
 def _broadcasts(target: Any) -> bool:

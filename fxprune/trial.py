@@ -42,16 +42,16 @@ class ExpectedLogits:
     dtype: torch.dtype | None = None
 
 
-def tolerance_of(model: PreTrainedModel, expected: ExpectedLogits) -> float:
+def tolerance_of(model: PreTrainedModel) -> float:
     """Allowed relative error: 1e-4 in float32 and float64, eight units of roundoff in lower precision."""
-    dtype = expected.dtype or model.dtype
-    return 1e-4 if dtype in {torch.float32, torch.float64} else _ROUNDOFFS * torch.finfo(dtype).eps
+    return 1e-4 if model.dtype in {torch.float32, torch.float64} else _ROUNDOFFS * torch.finfo(model.dtype).eps
 
 
 def relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     """Largest absolute difference from the expected logits, divided by the largest of these.
 
-    The model runs with the attention it has, and with eager attention: the two read different attributes of a block.
+    The model runs with the attention it has, and with eager attention where its class can switch: the two read
+    different attributes of a block.
 
     Args:
         model: a model with weights, in the dtype of the reference; its attention implementation stays as it is.
@@ -66,7 +66,7 @@ def relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     """
     before = model.config._attn_implementation
     error = _error(model, expected)
-    if before != "eager" and error <= tolerance_of(model, expected):
+    if before != "eager" and error <= tolerance_of(model):
         try:
             model.set_attn_implementation("eager")
             error = max(error, _error(model, expected))
@@ -176,10 +176,10 @@ def cannot_run(
     )
 
 
-def wrong_result(model: PreTrainedModel, expected: ExpectedLogits, error: float, how: str) -> CheckpointError:
+def wrong_result(model: PreTrainedModel, error: float, how: str) -> CheckpointError:
     """The error to raise where a model runs and computes something else."""
     return CheckpointError(
         f"{type(model).__name__} rebuilt with {how} computes something else than the slim model: the relative error of "
-        f"its logits is {error:.3g}, {tolerance_of(model, expected):.3g} is allowed; nothing was written. Leave the "
+        f"its logits is {error:.3g}, {tolerance_of(model):.3g} is allowed; nothing was written. Leave the "
         "group that the class cannot represent unpruned, or export the graph instead"
     )

@@ -4,8 +4,9 @@
     reloaded checkpoint = slim;  ONNX Runtime = slim;  greedy text of the deployed forms = greedy text of slim
 
 A deeply pruned model amplifies float32 rounding until two correct forms differ by more than the tolerance. Two graphs
-that do are compared once more in float64, where rounding cannot be the reason; a form that cannot run in float64 may
-differ by four times the graph's own rounding. The rung then says both figures.
+that do are compared once more in float64, where rounding cannot be the reason; a form that cannot run in float64, or
+has rescaled norms, whose weights were rounded anew, may differ by four times the graph's own rounding. The rung then
+says both figures.
 
 Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
 Logits at padding positions mean nothing and are left out.

@@ -7,6 +7,7 @@ through the registry only.
 from __future__ import annotations
 
 import gc
+import operator
 import tempfile
 import time
 from contextlib import contextmanager
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxprune.errors import CheckpointError, UsageError
+from fxprune.errors import CheckpointError, TraceError, UsageError
 from fxprune.evaluate import file_perplexity, perplexity, tokenise
-from fxprune.loading import LoadedModel, load_config, load_model, load_tokenizer
+from fxprune.loading import LoadedModel, load_config, load_model, load_tokenizer, quiet_transformers
 from fxprune.measure import Cost, bench, cost_of, decode, prefill
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Form
@@ -82,23 +83,66 @@ def _located(program: Program) -> Program:
     return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
 
 
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+
 def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
     """Trace and locate from a configuration alone, on the meta device: no weights are read.
 
+    Args:
+        name_or_path: a directory, a `config.json`, or a hub id.
+        watch: gets the seconds of tracing.
+
     Raises:
         CheckpointError: there is no usable configuration.
+        TraceError: no class for this configuration could be traced.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - heavy
-
     config = load_config(name_or_path)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise CheckpointError(f"{name_or_path}: no causal language model for this configuration: {error}") from error
     with watch.stage("trace"):
-        program = trace(model, name=str(name_or_path))
+        program = _trace_on_meta(config, str(name_or_path))
     return _located(program)
+
+
+def _auto_classes(config: Any) -> list[Any]:
+    """The auto classes that have a model for a configuration: first those for the class that it names."""
+    import transformers  # noqa: PLC0415 - heavy
+
+    found = []
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            known = auto._model_mapping[type(config)]
+            names = {model.__name__ for model in (known if isinstance(known, tuple | list) else (known,))}
+            found.append((names.isdisjoint(getattr(config, "architectures", None) or ()), auto))
+    return [auto for _, auto in sorted(found, key=operator.itemgetter(0))]
+
+
+def _trace_on_meta(config: Any, name: str) -> Program:
+    """Trace the first class for a configuration that can be traced."""
+    candidates = _auto_classes(config)
+    if not candidates:
+        raise CheckpointError(f"{name}: transformers has no model for {type(config).__name__} that fxprune can trace")
+    first: Exception | None = None
+    for auto in candidates:
+        # Some operators (grouped products) have a shape rule for bfloat16 only.
+        for dtype in (None, torch.bfloat16):
+            try:
+                with torch.device("meta"), quiet_transformers():
+                    model = auto.from_config(config) if dtype is None else auto.from_config(config, dtype=dtype)
+                return trace(model, name=name)
+            except (TraceError, RuntimeError, NotImplementedError, ValueError) as error:
+                first = first or error
+    if isinstance(first, TraceError):
+        raise first
+    raise TraceError(
+        f"{name}: {candidates[0].__name__} cannot be traced on the meta device: {type(first).__name__}: {first}"
+    ) from first
 
 
 def prune_program(

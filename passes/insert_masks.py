@@ -139,8 +139,10 @@ class _Writer:
         """One gate behind every layer."""
         assert isinstance(group, LayerGroup)
         kept = set(self.plan.kept_units(group))
+        gated: dict[str, Node] = {}
         for index, (entry, left) in enumerate(zip(group.entries, group.exits, strict=True)):
-            before, after = self.nodes[entry], self.nodes[left]
+            # What a layer reads may itself come out of a gate.
+            before, after = gated.get(entry, self.nodes[entry]), self.nodes[left]
             others = list(after.users)
             floating = next(t for t in self.tensors.values() if t.is_floating_point())
             mask = torch.tensor(float(index in kept), dtype=floating.dtype, device=floating.device)
@@ -148,6 +150,7 @@ class _Writer:
             call = self._call(f"{group.labels[index].replace('.', '_')}_gate", gate, (before, after), after)
             for user in others:
                 user.replace_input_with(after, call)
+            gated[left] = call
 
 
 def insert_masks(graph_module: GraphModule, groups: tuple[Group, ...], plan: Plan) -> GraphModule:

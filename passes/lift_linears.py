@@ -197,8 +197,8 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
 
 def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) -> str:
     name = _module_name(lifted, match)
-    taken = name in dict(lifted.named_modules()) and isinstance(lifted.get_submodule(name), nn.Linear)
-    if taken:  # one weight, two biases
+    owner, _, leaf = name.rpartition(".")
+    if isinstance(getattr(lifted.get_submodule(owner), leaf, None), nn.Linear):  # one weight, two biases
         name = f"{name}_{match.bias.replace('.', '_') if match.bias else 'plain'}"
     if match.offsets is not None:
         lifted.add_submodule(name, make_grouped(weight, transposed=match.transposed, op=match.op, origin=match.origin))

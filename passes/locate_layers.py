@@ -20,6 +20,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 from fxprune.groups import LayerGroup
 from fxprune.locate import require_lifted, unique_name
@@ -27,8 +28,6 @@ from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch.fx import Node
 
     from fxprune.program import Program
 
@@ -59,9 +58,10 @@ def layer_nodes(program: Program) -> dict[str, dict[int, list[Node]]]:
 def _cache_nodes(program: Program) -> dict[str, Node]:
     """The node behind every cache output, by the output's name."""
     output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
-    caches = {entry.output for entry in program.interface.cache}
+    caches = [entry.output for entry in program.interface.cache]
     values = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
-    return {n: v for n, v in zip(program.interface.outputs, values, strict=False) if n in caches}
+    named = dict(zip(program.interface.outputs, values, strict=False))
+    return {name: named[name] for name in caches if isinstance(named.get(name), Node)}
 
 
 def _shape(node: Node) -> tuple[Any, ...] | None:
@@ -69,11 +69,9 @@ def _shape(node: Node) -> tuple[Any, ...] | None:
     return (*map(str, value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def _ends(program: Program, nodes: list[Node]) -> tuple[str, str] | str:
-    """Entry and exit of a layer, or why it cannot be left out."""
+def _ends(nodes: list[Node], output: Node, returned: set[Node]) -> tuple[str, str] | str:
+    """Entry and exit of a layer, or why it cannot be left out; `returned` are the nodes of the cache."""
     mine = set(nodes)
-    output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
-    returned = set(_cache_nodes(program).values())
     exits = [
         node
         for node in nodes
@@ -90,11 +88,14 @@ def _ends(program: Program, nodes: list[Node]) -> tuple[str, str] | str:
     return entries[0].name, exits[0].name
 
 
-def _caches(program: Program, nodes: list[Node]) -> tuple[str, ...]:
-    """Names of the cache outputs that a layer computes."""
-    mine = set(nodes)
-    named = _cache_nodes(program)
-    return tuple(entry.output for entry in program.interface.cache if named[entry.output] in mine)
+def _caches(caches: Mapping[str, Node], layers: Mapping[int, list[Node]]) -> dict[int, tuple[str, ...]]:
+    """Names of the cache outputs that each layer computes, in their order."""
+    layer_of = {node: index for index, nodes in layers.items() for node in nodes}
+    found: dict[int, list[str]] = {index: [] for index in layers}
+    for name, node in caches.items():
+        if node in layer_of:
+            found[layer_of[node]].append(name)
+    return {index: tuple(names) for index, names in found.items()}
 
 
 def _members(program: Program, layers: Mapping[int, list[Node]]) -> dict[int, dict[str, int]]:
@@ -144,14 +145,18 @@ class LocateLayers(Pass):
         refused: dict[str, str] = {}
         kept = tuple(group for group in program.groups if not isinstance(group, LayerGroup))
         groups: list[LayerGroup] = []
+        output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
+        caches = _cache_nodes(program)
+        returned = set(caches.values())
         for name, layers in layer_nodes(program).items():
-            ends = {index: _ends(program, nodes) for index, nodes in sorted(layers.items())}
+            ends = {index: _ends(nodes, output, returned) for index, nodes in sorted(layers.items())}
             refused |= {f"{name}.{index}": why for index, why in ends.items() if isinstance(why, str)}
             found = {index: pair for index, pair in ends.items() if not isinstance(pair, str)}
             if len(layers) < 2 or not found:
                 refused |= {f"{name}.{index}": "it is the only layer" for index in found}  # refusal 3
                 continue
             members = _members(program, {index: layers[index] for index in found})
+            cached = _caches(caches, layers)
             groups.append(
                 LayerGroup(
                     unique_name(name, LayerGroup.kind, (*kept, *groups)),
@@ -163,7 +168,7 @@ class LocateLayers(Pass):
                     sizes=tuple(sum(members[index].values()) for index in found),
                     labels=tuple(f"{name}.{index}" for index in found),
                     others=len(layers) - len(found),
-                    caches=tuple(_caches(program, layers[index]) for index in found),
+                    caches=tuple(cached[index] for index in found),
                 )
             )
         details = {"groups": len(groups), "refused": refused}

@@ -16,16 +16,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import GraphModule
 
 from fxprune.channels import module_of
-from fxprune.checkpoint import save
+from fxprune.checkpoint import ExpectedLogits, save
 from fxprune.errors import PreconditionError
 from fxprune.graphs import state_tensors
 from fxprune.masks import has_masks
 from fxprune.norms import rms_norms
 from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult
+from fxprune.program import Form
+from fxprune.runners import position_ids_from_mask
+from fxprune.verify import in_double
 
 if TYPE_CHECKING:
     from fxprune.program import Program
@@ -43,6 +47,32 @@ def _epsilons(program: Program) -> dict[str, float]:
         for module in (lifted.module, program.graph_module)
     )
     return {name: epsilon for name, epsilon in after.items() if before.get(name) != epsilon}
+
+
+def _expected(program: Program) -> ExpectedLogits | None:
+    """Inputs without a cache, one row left-padded, with the logits of the slim graph; None where there are none.
+
+    Lower precisions are computed in float64, so that the reloaded model can be compared to 1e-4.
+    """
+    if "logits" not in program.interface.outputs:
+        return None
+    dtype = next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
+    form = Form(program.graph_module, program.interface)
+    low = dtype not in {torch.float32, torch.float64}
+    form = in_double(form) if low else form
+    face = form.interface
+    cache = {entry.input for entry in face.cache}
+    given = {name: t[:, :, :0] if name in cache else t for name, t in face.example_inputs.items()}
+    if cache:
+        mask = torch.ones_like(given["input_ids"])
+        mask[0, :1] = 0
+        given["attention_mask"] = mask
+        if "position_ids" in given:
+            given["position_ids"] = position_ids_from_mask(mask, mask.shape[1])
+    with torch.no_grad():
+        outputs = dict(zip(face.outputs, form.module(*given.values()), strict=True))
+    inputs = {name: t for name, t in given.items() if name not in cache}
+    return ExpectedLogits(inputs, outputs["logits"], torch.float64 if low else None)
 
 
 class Save(Pass):
@@ -82,6 +112,7 @@ class Save(Pass):
             plan=program.plan.to_json() if program.plan else {},
             history=[event.to_json() for event in program.history],
             epsilons=_epsilons(program),
+            expected=_expected(program),
             overwrite=self.overwrite,
         )
         details = {"directory": str(info.directory), "kind": info.kind, "reason": info.reason, "bytes": info.bytes}

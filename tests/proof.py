@@ -33,9 +33,15 @@ def slimmed(program: Program, plan: Plan) -> Program:
 
 
 def from_nothing(interface: Interface) -> dict[str, Tensor]:
-    """The example inputs with an empty cache: dense and slim forms then have the same past."""
+    """Inputs with an empty cache, where dense and slim forms have the same past.
+
+    Every length that may change is one longer than in the sample the graph was traced with: nothing may be baked in.
+    """
     cache = {entry.input for entry in interface.cache}
     examples = dict(interface.example_inputs)
+    for name, axes in interface.dynamic_axes.items():
+        for axis in axes:
+            examples[name] = torch.cat([examples[name], examples[name].narrow(axis, 0, 1)], dim=axis)
     if cache:
         new = examples["input_ids"].shape[1]
         examples = {name: t[:, :, :0] if name in cache else t for name, t in examples.items()}

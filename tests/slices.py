@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
-from fxprune.checkpoint import save
+from fxprune.checkpoint import ExpectedLogits, save
 from fxprune.program import Source
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ __all__ = [
     "consumer_cuts_of",
     "cut",
     "cuts_of",
+    "expected_of",
     "hidden_state",
+    "inputs_of",
     "json_of",
     "logits",
     "make_model",
@@ -125,7 +127,8 @@ def make_model(model_type: str, **changes: Any) -> PreTrainedModel:
 
 def source_of(model: PreTrainedModel, **changes: Any) -> Source:
     """Where a model comes from, as the compiler would say it."""
-    source = Source("tiny", copy.deepcopy(model.config), type(model), generation_config=model.generation_config)
+    generation = model.generation_config if model.can_generate() else None
+    source = Source("tiny", copy.deepcopy(model.config), type(model), generation_config=generation)
     return replace(source, **changes)
 
 
@@ -140,18 +143,31 @@ def json_of(directory: Path, name: str = "fxprune.json") -> dict[str, Any]:
     return values
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    """Logits of a batch of two rows, the second left-padded; padding is cut off."""
+def inputs_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch of two rows, the second left-padded."""
     ids = torch.tensor([[3, 14, 15, 9, 26, 5], [0, 0, 35, 8, 9, 7]])
     mask = (ids != 0).long()
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    inputs = {"input_ids": ids, "attention_mask": mask}
     if model.config.is_encoder_decoder:
         inputs |= {"decoder_input_ids": ids.flip(0)[:, 2:]}
     elif "position_ids" in inspect.signature(model.forward).parameters:
         inputs |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return inputs
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits of that batch; padding is cut off."""
+    inputs = inputs_of(model)
     with torch.no_grad():
-        output: Tensor = model(**inputs).logits
-    return output.flatten(0, 1) if model.config.is_encoder_decoder else output[mask.bool()]
+        output: Tensor = model(**inputs, use_cache=False).logits
+    return output.flatten(0, 1) if model.config.is_encoder_decoder else output[inputs["attention_mask"].bool()]
+
+
+def expected_of(model: PreTrainedModel, dtype: torch.dtype | None = None) -> ExpectedLogits:
+    """What a model gives for that batch."""
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        return ExpectedLogits(inputs, model(**inputs, use_cache=False).logits, dtype)
 
 
 def cut(state: dict[str, Tensor], cuts: Iterable[Cut]) -> dict[str, Tensor]:

@@ -7,65 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxprune.channel_ids import ChannelLedger, ChannelMap
-from fxprune.channels import Call, walk
+from fxprune.channel_ids import ChannelMap
+from fxprune.channels import walk
 from fxprune.program import Interface
+from tests.walked import B, S, Walked, pairs, values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.channel_ids import IdArray
-    from fxprune.channel_rules import Ids
-
 aten = torch.ops.aten
-B, S = 2, 3  # batch and sequence: the axes that may change
-
-
-class Walked:
-    """A function traced and walked: the ids of its inputs and of its result, and the ledger."""
-
-    def __init__(self, function: Callable[..., Any], free: tuple[int, ...] = (0, 1), **inputs: Tensor) -> None:
-        graph_module = torch.fx.symbolic_trace(function)
-        axes = {name: dict.fromkeys(free, "free") for name in inputs}
-        self.by_node: dict[str, Ids] = {}
-        self.result: Ids = None
-        self.ledger: ChannelLedger = walk(graph_module, Interface(inputs, axes, ("result",)), self._visit)
-        self.map = ChannelMap(self.ledger)
-
-    def _visit(self, call: Call, ids: Ids) -> None:
-        if call.node.op != "output":
-            self.by_node[call.node.name] = self.result = ids
-
-    def of(self, node: str) -> Tensor:
-        """Ids of one node."""
-        ids = self.by_node[node]
-        assert isinstance(ids, Tensor)
-        return ids
-
-    @property
-    def out(self) -> Tensor:
-        """Ids of the result."""
-        assert isinstance(self.result, Tensor)
-        return self.result
-
-    def axis(self, parameter: str, axis: int) -> IdArray:
-        """Ids of a parameter axis."""
-        return self.ledger.axes[parameter, axis].ids()
-
-    def classes(self, ids: Tensor | IdArray | list[int]) -> list[int]:
-        """The class of each id."""
-        found: list[int] = self.map.class_of[np.asarray(ids)].tolist()
-        return found
-
-
-def pairs(edges: list[tuple[IdArray, IdArray]]) -> set[tuple[int, int]]:
-    return {(int(a), int(b)) for first, second in edges for a, b in zip(first, second, strict=True)}
-
-
-def values(*shape: int) -> Tensor:
-    return torch.zeros(*shape)
 
 
 # --- inputs and movement --------------------------------------------------------------------------------------------

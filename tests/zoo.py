@@ -74,7 +74,7 @@ SQUARE: dict[str, Any] = BASE | {"hidden_size": HEADS * DIM}
 EXPERTS: dict[str, Any] = GROUPED | {"num_experts_per_tok": 2}
 
 _CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
+    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED | {"num_hidden_layers": 4}),
     "mistral": ("MistralConfig", "MistralForCausalLM", GROUPED),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", GROUPED),
@@ -172,7 +172,7 @@ _OTHERS: dict[str, tuple[Form, str, str, dict[str, Any]]] = {
         "seq2seq",
         "T5Config",
         "T5ForConditionalGeneration",
-        {"vocab_size": 61, "d_model": 44, "d_kv": DIM, "d_ff": 20, "num_layers": 2, "num_decoder_layers": 2}
+        {"vocab_size": 61, "d_model": 44, "d_kv": DIM, "d_ff": 20, "num_layers": 3, "num_decoder_layers": 3}
         | {"num_heads": HEADS, "relative_attention_num_buckets": 10, "relative_attention_max_distance": 16}
         | {"decoder_start_token_id": 0, "initializer_factor": 1.0},
     ),
