@@ -37,6 +37,8 @@ from tests.proof import backward_error, forward_error, slimmed
 from tests.zoo import KINDS, ZOO, kinds_of, legal_plans, located
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fxprune.plan import Plan
     from fxprune.program import Program
 
@@ -151,6 +153,43 @@ def table(families: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def matrix(families: dict[str, Any]) -> str:
+    """The same as one row a family: groups found, slim error, how the checkpoint reloads; gaps with their reasons."""
+    notes: dict[str, int] = {}
+
+    def note(text: str) -> str:
+        return f"[{notes.setdefault(text, len(notes) + 1)}]"
+
+    lines = [f"| family | {' | '.join((*KINDS, 'all'))} | ONNX |", "|---" * (len(KINDS) + 3) + "|"]
+    for name, family in families.items():
+        cells = []
+        for kind in (*KINDS, "all"):
+            entry = family["kinds"].get(kind)
+            if entry is None:
+                cells.append(_gap(kind, family, note))
+                continue
+            reload = entry["reload"]
+            if reload.startswith("refused"):
+                reload = note(reload.removeprefix("refused: "))
+            found = "" if kind == "all" else f"{entry['found']}: "
+            cells.append(f"{found}{entry['slim']:.0e} {'' if reload == 'plain nn.Module' else reload}".strip())
+        onnx = family["onnx"]
+        cells.append(f"{onnx:.0e}" if isinstance(onnx, float) else note(onnx))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"[{number}] {text}" for text, number in notes.items())])
+
+
+def _gap(kind: str, family: dict[str, Any], note: Callable[[str], str]) -> str:
+    """Why a family has no unit of a kind: the locate pass's reason, or nothing of the sort in the model."""
+    reasons = {"attention": "locate_attention", "hidden": "locate_hidden", "experts": "locate_experts"}
+    refused = family["refused"].get(reasons.get(kind, ""), {})
+    reason = next(iter(refused.values()), None)
+    if reason is None:
+        return "-"
+    where, separator, rest = reason.partition(") ")
+    return note(f"{where.rpartition('.')[2]}{separator}{rest}")
+
+
 def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,6 +202,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out, {"plans": arguments.plans, "families": families, "machine": machine()})
     print(table(families))
+    print(matrix(families))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ _COLOURS = {
     "norm": "#fff3c4",
     "table": "#d6eaf8",
 }
-_COLUMNS = {"layers": 5, "hidden": 0, "norm": 1, "table": 0}
+_COLUMNS = {"hidden": 0, "norm": 1, "table": 0}
 
 
 def block_of(program: Program) -> str | None:
@@ -167,13 +167,13 @@ def _lines(text: str) -> str:
 
 
 def _positions(graph: nx.DiGraph[str]) -> dict[str, tuple[float, float]]:
-    """From left to right: hidden, norms, Linears that write inner groups, these groups, their readers, layers."""
+    """From left to right: hidden, norms, Linears that write inner groups, inner groups and the stack, their readers."""
     columns: dict[int, list[str]] = {}
     kinds = _kinds(graph)
     for node, kind in kinds.items():
         if kind == "linear":
-            reads = {kinds[source] for source in graph.predecessors(node)} - {"hidden", "linear"}
-            column = 4 if reads else 2
+            inner = [s for s in graph.predecessors(node) if graph.edges[s, node]["relation"] == "reads"]
+            column = 4 if any(kinds[source] != "hidden" for source in inner) else 2
         else:
             column = _COLUMNS.get(kind, 3)
         columns.setdefault(column, []).append(node)
@@ -205,18 +205,21 @@ def draw_block(program: Program, path: str | Path, *, block: str | None = None) 
     block = block_of(program) if block is None else block
     graph = block_graph(program, block)
     place = _positions(graph)
-    rows = max(sum(x == column for x, _ in place.values()) for column in range(6))
+    rows = max(sum(x == column for x, _ in place.values()) for column in range(5))
     figure = Figure(figsize=(17, max(5.0, 1.1 * rows)))
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.92))
     axes.set_axis_off()
-    axes.set_xlim(-0.6, 5.6)
+    axes.set_xlim(-0.6, 4.6)
+    axes.set_ylim(-1.2, 0.2)
     axes.set_title(f"{program.source.name if program.source else 'model'}: {block or 'whole model'}", loc="left")
-    _draw_edges(graph, axes, place)
+    boxes = {}
     for node, data in graph.nodes(data=True):
         dark = data["kind"] not in {"linear", "norm", "table"}
         box = {"boxstyle": "round", "facecolor": _COLOURS[data["kind"]], "edgecolor": "#444444"}
-        axes.text(*place[node], data["label"], ha="center", va="center", fontsize=8,
+        boxes[node] = axes.text(*place[node], data["label"], ha="center", va="center", fontsize=8,
                   color="white" if dark else "black", bbox=box)  # fmt: skip
+    FigureCanvasAgg(figure).draw()  # only now the boxes have their sizes
+    _draw_edges(graph, axes, place, boxes)
     try:
         with mpl.rc_context({"svg.hashsalt": "fxprune", "svg.fonttype": "none"}):
             if path.suffix.lower() == ".svg":
@@ -228,15 +231,21 @@ def draw_block(program: Program, path: str | Path, *, block: str | None = None) 
     return graph
 
 
-def _draw_edges(graph: nx.DiGraph[str], axes: Any, place: dict[str, tuple[float, float]]) -> None:
+def _draw_edges(
+    graph: nx.DiGraph[str], axes: Any, place: dict[str, tuple[float, float]], boxes: dict[str, Any]
+) -> None:
+    """Draw arrows from box to box; those that go back, or stay in their column, in a wide bend."""
     style = {"tied": "dashed", "holds": "dotted"}
-    for relation in ("normalises", "reads", "writes", "holds", "tied"):
-        edges = [(a, b) for a, b in graph.edges if graph.edges[a, b]["relation"] == relation]
-        back = [(a, b) for a, b in edges if place[a][0] >= place[b][0]]
-        for chosen, bend in ((edges, 0.05), (back, 0.25)):
-            listed = [edge for edge in chosen if (edge in back) == (chosen is back)]
-            nx.draw_networkx_edges(
-                graph, place, edgelist=listed, ax=axes, style=style.get(relation, "solid"), node_size=2500,
-                edge_color="#888888", arrows=True, arrowstyle="-" if relation == "tied" else "-|>",
-                connectionstyle=f"arc3,rad={bend}",
-            )  # fmt: skip
+    for source, target in graph.edges:
+        relation = graph.edges[source, target]["relation"]
+        (x, y), back = place[source], place[source][0] - place[target][0]
+        bend = 0.05 if back < 0 else (0.3 if back < 2 else 0.2) * (1 if y > -0.5 or x == 0 else -1)
+        arrow = {
+            "arrowstyle": "-" if relation == "tied" else "-|>",
+            "linestyle": style.get(relation, "solid"),
+            "color": "#888888",
+            "connectionstyle": f"arc3,rad={bend}",
+            "patchA": boxes[source].get_bbox_patch(),
+            "patchB": boxes[target].get_bbox_patch(),
+        }
+        axes.annotate("", xy=place[target], xytext=place[source], arrowprops=arrow, zorder=1)

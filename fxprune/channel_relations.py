@@ -193,8 +193,9 @@ def meet_columns(call: Call, ids: Tensor | None, columns: IdArray) -> None:
 def contract(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Ids of a matrix product of activations, (..., m, k) by (..., k, n).
 
-    Where channels run along k on both sides they meet, and each side's row becomes one block (a head's query and key
-    channels); the product is marked as scores. Where scores meet values, each head's outputs join the head's block.
+    Where channels run along k on both sides, each side's row becomes one block (a head's query channels, its key
+    channels), and the blocks meet in the product, which is marked as scores. Where scores meet values, each head's
+    outputs join the head's block.
     """
     if a is None and b is None:
         return None
@@ -203,12 +204,6 @@ def contract(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     scores = varies_a and varies_b
     ra = reduce_last(call, a, merge=scores, norm=None if scores or not varies_a else "matmul")
     rb = reduce_last(call, b.transpose(-1, -2) if b is not None else None, merge=scores)
-    if scores:
-        assert a is not None
-        assert b is not None
-        rows, columns = a, b.transpose(-1, -2)  # heads may share an axis with the positions
-        rows, columns = (ids[..., :1, :] if steady(ids, -2) else ids for ids in (rows, columns))
-        combine(call, rows.unsqueeze(-2), columns.unsqueeze(-3))
     left = None if ra is None else ra.unsqueeze(-1)
     right = None if rb is None else rb.unsqueeze(-2)
     out = combine(call, left, right)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,20 +58,21 @@ def _convolution(call: Call) -> Ids:
         return pin(call, "its weight is computed, or it is transposed")
     positions = len(weight.shape) - 2
     channel = call.value_of(x).dim() - positions - 1  # 1, or 0 without a batch
-    if ids is not None and not all(steady(ids, axis) for axis in range(channel + 1, ids.dim())):
-        _pin_weight(call, 0, 1)
-        return pin(call, "its channels differ from position to position")
     groups, shape = call.argument("groups", default=1), [-1, *[1] * positions]
     if groups > 1 and (groups != call.value_of(x).shape[channel] or weight.shape[0] != groups):
-        _pin_weight(call, 0)
+        _pin_rows(call)
         return pin(call, "equally many channels of every group would have to go")
+    if ids is not None and not all(steady(ids, axis) for axis in range(channel + 1, ids.dim())):
+        varied = np.unique(ids[ids > 0].numpy())
+        call.ledger.pins.append(Pin(varied, call.op, call.module, "its channels differ from position to position"))
+        ids = None
     rows = torch.from_numpy(call.ledger.axis(weight.name, 0, weight.shape[0]).ids())
     if groups == 1:
         columns = call.ledger.axis(weight.name, 1, weight.shape[1]).ids()
         meet_columns(call, None if ids is None else ids.movedim(channel, -1), columns)
         out: Tensor | None = rows.reshape(shape)
     elif ids is None:
-        _pin_weight(call, 0)
+        _pin_rows(call)
         out = rows.reshape(shape)
     else:
         line = ids
@@ -83,12 +85,11 @@ def _convolution(call: Call) -> Ids:
     return out.expand(call.output.shape)
 
 
-def _pin_weight(call: Call, *axes: int) -> None:
+def _pin_rows(call: Call) -> None:
     weight = call.parameter(1)
     assert weight is not None
-    for axis in axes:
-        ids = call.ledger.axis(weight.name, axis, weight.shape[axis]).ids()
-        call.ledger.pins.append(Pin(ids, call.op, call.module, "reads values that carry no traced channels"))
+    ids = call.ledger.axis(weight.name, 0, weight.shape[0]).ids()
+    call.ledger.pins.append(Pin(ids, call.op, call.module, "reads values that carry no traced channels"))
 
 
 def _pool(call: Call) -> Ids:

@@ -433,7 +433,7 @@ _COUNTS = {aten.histc.default, aten.one_hot.default, aten.bincount.default}
 def _period(node: Node, axis: int) -> int | None:
     """The literal factor of an axis whose length may change (heads, in batch times heads); None for a fixed length."""
     value = node.meta.get("val")
-    size = value.shape[axis] if isinstance(value, Tensor) else None
+    size: Any = value.shape[axis] if isinstance(value, Tensor) else None
     if not isinstance(size, torch.SymInt) or is_concrete_int(size):
         return None
     expression = size.node.expr  # such as 6*s, but also 6*s//s, which never changes

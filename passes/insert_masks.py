@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
+from fxprune.channel_rules_spatial import CONVOLUTIONS
 from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError
 from fxprune.graphs import copy_graph_module
@@ -101,22 +102,41 @@ class _Writer:
         """One mask behind everything that writes units: Linears, embeddings, and norms whose weight spans them."""
         for piece in group.slices:
             weight = self.tensors[piece.parameter]
-            writers = self.readers.get(id(weight), []) if piece.produces else self._lookups(piece)
-            for node in writers:
+            if piece.produces:
+                writers = [(node, -1) for node in self.readers.get(id(weight), [])]
+            else:
+                writers = self._direct_writers(piece)
+            for node, axis in writers:
                 unit_of = _unit_of(piece, weight.shape[piece.axis], weight.device)
                 others = list(node.users)
                 mask = ChannelMask(self.mask_of(group, weight), unit_of, "output")
                 call = self._call(f"{node.name}_mask", mask, (node,), node)
+                if axis != -1:
+                    call = self._move_axis(node, call, axis)
                 for user in others:
                     user.replace_input_with(node, call)
 
-    def _lookups(self, piece: UnitSlice) -> list[Node]:
-        """Embeddings that look up rows of a parameter whose columns are units."""
-        if piece.axis != 1:
-            return []
+    def _move_axis(self, node: Node, mask: Node, axis: int) -> Node:
+        """Bring the channels to the last axis for a mask, and back behind it."""
+        move = torch.ops.aten.movedim.int
+        with self.graph.inserting_before(mask):
+            mask.args = (self.graph.call_function(move, (node, axis, -1)),)
+        with self.graph.inserting_after(mask):
+            back = self.graph.call_function(move, (mask, -1, axis))
+        back.meta = dict(node.meta)
+        return back
+
+    def _direct_writers(self, piece: UnitSlice) -> list[tuple[Node, int]]:
+        """Operators that read a parameter as it is and write the units, with the axis on which these stand.
+
+        Embeddings look up rows of a table whose columns are units; rows of a convolution's weight are its channels.
+        """
         weight = self.tensors[piece.parameter]
         holders = [n for n in self.graph.nodes if n.op == "get_attr" and self.tensors.get(str(n.target)) is weight]
-        return [user for node in holders for user in node.users if user.target is torch.ops.aten.embedding.default]
+        users = [user for node in holders for user in node.users if node in user.args[:2]]
+        if piece.axis == 1:
+            return [(user, -1) for user in users if user.target is torch.ops.aten.embedding.default]
+        return [(user, 1 - weight.dim()) for user in users if user.target in CONVOLUTIONS and weight.dim() > 2]
 
     def choices(self, group: Group) -> None:
         """One mask on the scores of every softmax and top-k among the units."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.fx import GraphModule, symbolic_trace
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fxprune.accounting import (
     MacCount,
@@ -27,6 +29,8 @@ from fxprune.accounting import (
     removed_share,
 )
 from fxprune.errors import PreconditionError
+from fxprune.passes.lift_linears import LiftLinears
+from fxprune.tracing import trace
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 13, 8, 4, 2, 3, 10
 
@@ -275,3 +279,94 @@ def test_a_share_of_nothing_is_absent() -> None:
     norm = nn.LayerNorm(3)
     section = compare_parameters(norm, norm).to_json()
     assert section == {"dense": 6, "slim": 6, "dense_blocks": 0, "slim_blocks": 0, "removed_share_all": 0.0}
+
+
+EXPERTS, CHOSEN, EXPERT_MLP, LAYERS = 5, 2, 12, 2
+ATTENTION = 8 * (8 + 4 + 4 + 8)
+MIXTURE = EXPERTS * 3 * 8 * EXPERT_MLP
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=EXPERT_MLP, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN,
+    )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def mixture(mixtral: MixtralForCausalLM) -> tuple[GraphModule, dict[str, Tensor]]:
+    program = LiftLinears()(trace(mixtral)).program
+    return program.graph_module, dict(program.interface.example_inputs)
+
+
+def test_experts_count_in_a_graph_and_in_the_model_alike(
+    mixtral: MixtralForCausalLM, mixture: tuple[GraphModule, dict[str, Tensor]]
+) -> None:
+    graph, examples = mixture
+    blocks = LAYERS * (ATTENTION + MIXTURE + EXPERTS * 8)
+    macs = LAYERS * (ATTENTION + CHOSEN * MIXTURE // EXPERTS + EXPERTS * 8)
+    for module in (mixtral, graph):
+        assert block_linear_parameters(module) == blocks
+        assert sum(linear_parameters_by_name(module).values()) == blocks + 8 * VOCABULARY
+        count = macs_per_token(module)
+        assert (count.blocks, count.lm_head, count.uncounted) == (macs, 8 * VOCABULARY, ())
+    assert macs_per_token(graph, example_inputs=examples).blocks == macs
+
+
+def test_macs_of_experts_follow_the_rows_at_the_example(mixture: tuple[GraphModule, dict[str, Tensor]]) -> None:
+    graph, examples = mixture
+    longer = dict(examples)
+    longer["input_ids"] = longer["position_ids"] = torch.zeros(2, 7, dtype=torch.long)
+    longer["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    short, long = (macs_per_token(graph, example_inputs=inputs) for inputs in (examples, longer))
+    assert short.blocks == long.blocks  # per token
+
+
+def test_experts_without_known_shapes_are_said_not_guessed(mixture: tuple[GraphModule, dict[str, Tensor]]) -> None:
+    graph = GraphModule(mixture[0], mixture[0].graph)
+    bare = torch.fx.Graph()
+    bare.output(bare.graph_copy(graph.graph, {}))
+    for node in bare.nodes:
+        node.meta.clear()
+    count = macs_per_token(GraphModule(graph, bare))
+    assert count.blocks == LAYERS * (ATTENTION + EXPERTS * 8)
+    assert len(count.uncounted) == 2 * LAYERS
+    assert all(label.startswith("GroupedLinear(") for label in count.uncounted)
+
+
+def test_a_model_that_does_not_say_how_many_experts_a_token_sees(mixtral: MixtralForCausalLM) -> None:
+    experts = copy.deepcopy(mixtral.model.layers[0].mlp.experts)
+    experts.config = None
+    count = macs_per_token(experts)
+    assert (count.blocks, count.uncounted) == (0, ("gate_up_proj", "down_proj"))
+    assert block_linear_parameters(experts) == MIXTURE
+
+
+def test_zeros_of_experts_are_mask_sparsity(mixtral: MixtralForCausalLM) -> None:
+    model = MixtralForCausalLM(mixtral.config)
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.zero_()
+    blocks = LAYERS * (ATTENTION + MIXTURE + EXPERTS * 8)
+    share = MIXTURE / 3 / blocks
+    assert mask_sparsity(model) == pytest.approx(share)
+    assert mask_sparsity(LiftLinears()(trace(model)).program.graph_module) == pytest.approx(share)
+
+
+def test_a_step_reads_only_the_experts_of_its_token(
+    mixtral: MixtralForCausalLM, mixture: tuple[GraphModule, dict[str, Tensor]]
+) -> None:
+    unread = LAYERS * MIXTURE * (EXPERTS - CHOSEN) // EXPERTS + 8 * VOCABULARY  # and the embedding
+    for module in (mixtral, mixture[0]):
+        assert bytes_read_per_step(module) == bytes_of_weights(module) - 4 * unread
+
+
+def test_slim_experts_are_smaller_in_every_figure(mixtral: MixtralForCausalLM) -> None:
+    config = MixtralConfig(**(mixtral.config.to_dict() | {"intermediate_size": EXPERT_MLP - 4}))
+    slim = LiftLinears()(trace(MixtralForCausalLM(config).eval())).program.graph_module
+    dense = LiftLinears()(trace(mixtral)).program.graph_module
+    removed = LAYERS * EXPERTS * 3 * 8 * 4
+    assert compare_parameters(dense, slim).dense_blocks - compare_parameters(dense, slim).slim_blocks == removed
+    macs = compare_macs(dense, slim)
+    assert macs.dense.blocks - macs.slim.blocks == removed * CHOSEN // EXPERTS

@@ -195,6 +195,17 @@ def test_columns_that_read_values_without_channels_must_stay() -> None:
     assert str(pin) == "Linear in proj: reads values that carry no traced channels"
 
 
+def test_columns_that_read_some_elements_without_channels_must_stay_and_the_others_need_not() -> None:
+    class Half(Projection):
+        def forward(self, x: Any) -> Any:
+            return self.proj(aten.cat.default([x, aten.new_ones.default(x, [B, S, 2])], -1))
+
+    walked = Walked(Half(5, 4), x=values(B, S, 3))
+    (pin,) = [pin for pin in walked.map.pins if pin.op == "Linear"]
+    assert pin.ids.tolist() == walked.axis("proj.weight", 1)[3:].tolist()
+    assert walked.classes(walked.axis("proj.weight", 1)[:3]) == walked.classes([1, 2, 3])
+
+
 class SharedScale(nn.Module):
     """Heads that one Linear scales together; another Linear may read the scale as well."""
 

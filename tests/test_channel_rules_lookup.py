@@ -105,9 +105,27 @@ def test_what_numbers_are_used_for_has_the_axis_that_they_address() -> None:
     free = {"x": (0,), "weights": (0, 1)}
     walked = Walked(route, free, x=values(S, EXPERTS), weights=values(S, EXPERTS))
     assert walked.of("scatter_value").tolist() == [[1, 2, 3, 4]] * S
-    both = Walked(route, {"x": (0,), "weights": (0,)}, x=values(S, EXPERTS), weights=values(S, EXPERTS))
-    mine, theirs = both.of("x")[0], both.of("weights")[0]
-    assert {(int(t), int(m)) for m, t in zip(mine, theirs, strict=True)} <= pairs(both.ledger.merges)
+
+
+PICKS: dict[str, Callable[..., Any]] = {
+    "gather": lambda w, i: aten.gather.default(w, 1, i),
+    "take_along_dim": lambda w, i: aten.take_along_dim.default(w, i, 1),
+    "index": lambda w, i: aten.index.Tensor(w, [None, aten.view.default(i, [-1])]),
+    "index_select": lambda w, i: aten.index_select.default(w, 1, aten.view.default(i, [-1])),
+    "scatter": lambda w, i: aten.scatter.value(w, 1, i, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_what_is_picked_by_numbers_is_the_axis_that_they_address(name: str) -> None:
+    def pick(x: Any, weights: Any) -> Any:
+        return PICKS[name](weights, aten.topk.default(x, 2)[1])
+
+    walked = Walked(pick, free=(0,), x=values(S, EXPERTS), weights=values(S, EXPERTS))
+    mine, theirs = walked.of("x")[0], walked.of("weights")[0]
+    assert walked.classes(mine) == walked.classes(theirs)
+    assert len(set(walked.classes(mine))) == EXPERTS
+    assert not walked.ledger.pins
 
 
 def test_cumulative_counts_stay_one_for_each_channel_and_other_sums_pin() -> None:

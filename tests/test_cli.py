@@ -148,7 +148,7 @@ def test_inspect_needs_only_a_config(
         ("hidden", 48),
         ("layers", 2),
     }
-    assert any("looked up by index" in pin for pin in data["pins"])
+    assert any("looked up by index" in pin["reason"] for pin in data["pins"])
 
 
 def test_eval_prints_the_perplexity_and_its_definition(

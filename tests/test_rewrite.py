@@ -13,9 +13,14 @@ from torch.nn import functional
 from fxprune.errors import UnsupportedOpError
 from fxprune.groups import AttentionGroup
 from fxprune.passes.insert_masks import InsertMasks
+from fxprune.passes.lift_linears import LiftLinears
+from fxprune.passes.locate_hidden import LocateHidden
+from fxprune.passes.locate_mlp import LocateMlp
 from fxprune.passes.slim import Slim
+from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan
 from fxprune.rewrite import Grid, full_grid
+from fxprune.tracing import trace
 from tests.families import located_plain
 
 if TYPE_CHECKING:
@@ -146,6 +151,36 @@ def test_a_filter_for_each_channel_is_narrowed_with_its_bias_groups_and_batch_no
     assert {shape for name, shape in shapes.items() if name != "0.conv.weight"} == {(4,)}
     (conv,) = [node for node in slim.graph.nodes if node.target is torch.ops.aten.conv1d.default]
     assert conv.args[6] == 4
+
+
+class Patches(nn.Module):
+    """A vision model without a class of its own: patches by a convolution, RMS norms, one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 10, 2, stride=2)
+        self.norm, self.last = nn.RMSNorm(10, eps=0.1), nn.RMSNorm(10, eps=0.1)
+        self.fc1, self.fc2, self.head = nn.Linear(10, 14), nn.Linear(14, 10), nn.Linear(10, 5)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.last.weight, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.conv(x).flatten(2).transpose(1, 2)
+        hidden = hidden + self.fc2(functional.gelu(self.fc1(self.norm(hidden))))
+        return self.head(self.last(hidden))
+
+
+def test_the_hidden_dimension_behind_patches_is_narrowed_in_the_convolution_too() -> None:
+    images = torch.randn(2, 3, 6, 8, generator=GENERATOR)
+    locate = (LiftLinears(), LocateMlp(), LocateHidden())
+    program = Pipeline(locate)(trace(Patches(), example_inputs=(images,))).program
+    mlp, hidden = program.groups
+    assert (mlp.kind, hidden.kind, hidden.units) == ("mlp", "hidden", 10)
+    plan = Plan.of({hidden.name: [0, 1, 4, 6, 7, 9], mlp.name: [2, 3, 5]})
+    slim = assert_slim_equals_masked(program, plan, images).graph_module
+    assert slim.get_parameter("conv.weight").shape == (6, 3, 2, 2)
+    assert slim.get_parameter("conv.bias").shape == (6,)
 
 
 class EinsumAttention(nn.Module):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from fxprune.accounting import block_linear_parameters
+from fxprune.accounting import block_linear_parameters, count_parameters
+from fxprune.groups import AttentionGroup, HiddenGroup, LayerGroup
 from fxprune.loading import load_model
 from fxprune.passes.channel import ChannelPrune
 from fxprune.passes.insert_masks import InsertMasks
+from fxprune.passes.locate_hidden import LocateHidden
+from fxprune.passes.locate_layers import LocateLayers
+from fxprune.passes.save import Save
 from fxprune.passes.slim import Slim
+from fxprune.passes.verify import Verify
 from fxprune.pipeline import Pipeline
+from fxprune.plan import Plan
 from fxprune.program import Form, Program
 from fxprune.runners import GraphRunner
 from fxprune.tracing import trace
 from fxprune.verify import DOUBLE_TOLERANCE, compare_runners, in_double
 from tests.families import LOCATE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = pytest.mark.real_model
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"  # English that is always there
@@ -61,3 +71,28 @@ def test_masked_equals_slim_on_the_real_model(program: Program, ratio: float) ->
     share = next(event.details["removed_share"] for event in slim.history if event.name == "channel")
     step = 8 * program.groups[-1].unit_parameters
     assert abs(share - ratio) <= step / 2 / dense
+
+
+def test_hidden_channels_layers_and_heads_of_the_real_model_go_together_and_it_reloads(
+    real_model_dir: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(real_model_dir, dtype=torch.float32)
+    program = trace(loaded.model, tokenizer=loaded.tokenizer)
+    program = Pipeline([*LOCATE, LocateHidden(), LocateLayers()])(program).program
+    (hidden,) = (group for group in program.groups if isinstance(group, HiddenGroup))
+    (layers,) = (group for group in program.groups if isinstance(group, LayerGroup))
+    assert (hidden.units, len(hidden.norms), layers.units) == (576, 61, 30)
+    kept: dict[str, Sequence[int]] = {
+        hidden.name: [channel for channel in range(576) if channel % 12],
+        layers.name: [layer for layer in range(30) if layer not in {14, 15, 22}],
+    }
+    for group in program.groups:
+        if isinstance(group, AttentionGroup) and group.layer % 3 == 0:
+            kept[group.name] = [*group.heads_of(0)[:2], *group.heads_of(2)[1:]]
+    slim = Pipeline([InsertMasks(), Slim(), Verify()])(program.replace(plan=Plan.of(kept))).program
+    assert len(slim.interface.cache) == 2 * 27
+    removed = 1 - count_parameters(slim.graph_module) / count_parameters(program.graph_module)
+    assert 0.15 < removed < 0.2
+    Save(out=tmp_path / "slim")(slim)
+    rungs = Verify(checkpoint=tmp_path / "slim", graph=False)(slim).program.results["verify"]
+    assert {rung["rung"] for rung in rungs} >= {"masked = eager without the units", "reloaded checkpoint = slim"}

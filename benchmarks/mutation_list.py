@@ -1,0 +1,385 @@
+"""The list of mutations: ways to break the rules, rewrites and checks, one piece of source text each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MUTATIONS", "Mutation"]
+
+RULES = tuple(
+    f"tests/test_channel_rules{topic}.py"
+    for topic in ("", "_movement", "_contraction", "_reduction", "_lookup", "_spatial")
+)
+REWRITES = ("tests/test_rewrite.py", "tests/test_slim_units.py")
+SLIM = ("tests/test_slim_units.py", "tests/test_slimming.py")
+PLANS = ("tests/test_groups_plan.py", "tests/test_slim_units.py")
+MASKS = ("tests/test_masks.py", "tests/test_insert_masks.py", "tests/test_slim_units.py")
+NORMS = ("tests/test_norms.py", "tests/test_slim_units.py")
+NORMALISE = ("tests/test_normalise.py", "tests/test_rewrite.py")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break the compiler.
+
+    Attributes:
+        what: what is broken, in words.
+        path: the file, from the root of the repository.
+        old: source text that occurs exactly once in it.
+        new: what replaces it.
+        tests: test files that should notice, the fastest first.
+    """
+
+    what: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _in(path: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -> list[Mutation]:
+    """Mutations of one file: what is broken, the old text, the new text."""
+    return [Mutation(what, path, old, new, tests) for what, old, new in changes]
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *_in(
+        "fxprune/channel_relations.py",
+        RULES,
+        ("a Linear's columns are not merged with what they read",
+         "        ledger.merge(x[x > 0], c[x > 0])\n",
+         ""),
+        ("columns that several heads read are merged with one of them",
+         "        ledger.need(pairs[shared, 0], pairs[shared, 1])\n",
+         ""),
+    ),
+    *_in(
+        "fxprune/channel_relations.py",
+        RULES + SLIM,
+        ("columns that read values without channels may go",
+         "    if len(bare):\n",
+         "    if len(bare) > 10**9:\n"),
+    ),
+    *_in(
+        "fxprune/channel_relations.py",
+        RULES,
+        ("channels that a Linear reads are not noted as consumed",
+         "    ledger.consumed.append(np.unique(rows[rows > 0]))\n",
+         ""),
+        ("a shared operand is merged with everything it meets",
+         "    merged = ~many_a & ~many_b & (score_a == score_b)\n",
+         "    merged = score_a == score_b\n"),
+        ("what is added to scores is merged with them",
+         "    merged = ~many_a & ~many_b & (score_a == score_b)\n",
+         "    merged = ~many_a & ~many_b\n"),
+        ("a channel computed from two needs only the first",
+         "        ledger.need(new, ub[tangled])\n",
+         ""),
+        ("query channels of a head are not one block",
+         "ra = reduce_last(call, a, merge=scores,",
+         "ra = reduce_last(call, a, merge=False,"),
+        ("query heads do not meet their key heads",
+         "    out = combine(call, left, right)\n",
+         "    out = left if left is not None else right\n"),
+        ("head outputs do not join the block of their scores",
+         "        call.ledger.merge(pairs[:, 0], pairs[:, 1])\n",
+         ""),
+        ("channels reduced together are one block",
+         "(ledger.merge if merge else ledger.need)(",
+         "(ledger.merge)("),
+        ("reductions over channels are not recorded",
+         "    if norm is not None:\n",
+         "    if norm == '':\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules_movement.py",
+        RULES,
+        ("copies of a KV head are the KV head",
+         "    return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids\n",
+         "    return ids\n"),
+        ("copies do not need the original",
+         "    call.ledger.need(new, unique[unique > 0] // scale)\n",
+         ""),
+        ("repeated positions are copies of channels",
+         "            continue  # positions are repeated\n",
+         "            pass\n"),
+        ("a cache input does not get the channels of what extends it",
+         "            call.ledger.merge(mine.numpy()[both], first.numpy()[both])\n",
+         ""),
+        ("a cache input is pinned like any other input",
+         "            call.ledger.states.append(np.unique(mine.numpy()[both]))\n",
+         ""),
+        ("padding of channels is always there",
+         "        edge = edge.unsqueeze(axis)\n",
+         "        edge = torch.zeros_like(edge).unsqueeze(axis)\n"),
+        ("the parts of a complex number go one by one",
+         "    call.ledger.merge(pairs[:, 0], pairs[:, 1])\n    return torch.where",
+         "    return torch.where"),
+    ),
+    *_in(
+        "fxprune/channel_rules_lookup.py",
+        RULES,
+        ("constant positions pick nothing in particular",
+         "        return ids.index_select(axis, positions)\n",
+         "        return ids.narrow(axis, 0, 1).expand(call.output.shape)\n"),
+        ("softmax and top-k over channels are no choices",
+         "len(line), choice=True))",
+         "len(line)))"),
+        ("counts of numbers are not one for each channel",
+         "    call.ledger.counts.append(known)\n",
+         ""),
+        ("what is indexed is not what numbers address",
+         "    call.ledger.merge(line.numpy(), named)\n",
+         ""),
+        ("rows of an embedding may go",
+         '    call.ledger.pins.append(Pin(rows.ids(), call.op, call.module, "rows are looked up by index"))\n',
+         ""),
+        ("an order of all channels is a choice",
+         'call.op in {"sort", "median", "kthvalue", "mode"} or ',
+         ""),
+    ),
+    *_in(
+        "fxprune/channel_rules.py",
+        RULES,
+        ("rows of a Linear do not go with its bias",
+         "        call.ledger.merge(rows, call.ledger.axis(weight.bias, 0, weight.shape[0]).ids())\n",
+         "        call.ledger.axis(weight.bias, 0, weight.shape[0])\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules.py",
+        SLIM,
+        ("a grouped Linear's experts are not those that were chosen",
+         "        call.ledger.merge(ends.numpy(), experts)\n",
+         "        pass\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules.py",
+        RULES,
+        ("activations are not noted",
+         '    if out is not None and call.op.removesuffix("_") in ACTIVATIONS:\n',
+         "    if False:\n"),
+    ),
+    *_in(
+        "fxprune/channel_relations.py",
+        RULES,
+        ("an operator without a rule pins nothing",
+         "        call.ledger.pins.append(Pin(np.concatenate(ids), call.op, call.module, reason))\n",
+         "        pass\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules_reduction.py",
+        RULES,
+        ("softmax may not run along positions",
+         "    if ids is None or steady(ids, axis) or choice(call, ids, axis):\n",
+         "    if ids is None:\n"),
+        ("a layer norm over channels is not recorded",
+         "        if len(members) > 1:\n",
+         "        if len(members) > 10**9:\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules_contraction.py",
+        RULES,
+        ("the key heads of grouped queries are not repeated inside the operator",
+         "        key = None if key is None else key.repeat_interleave(groups, -3)\n",
+         "        key = None if key is None else key.repeat(1, groups, 1, 1)\n"),
+    ),
+    *_in(
+        "fxprune/channel_rules_spatial.py",
+        RULES,
+        ("rows of a convolution do not go with its bias",
+         "    out = combine(call, out, None if bias is None else bias.reshape(shape))\n",
+         ""),
+        ("a filter for each channel does not go with it",
+         "        out = combine(call, line, rows.reshape(shape))\n",
+         "        out = rows.reshape(shape)\n"),
+    ),
+    *_in(
+        "fxprune/normalise_writes.py",
+        NORMALISE,
+        ("pieces with a gap or an overlap are concatenated",
+         "    if [start for _, start, _, _ in pieces] != ends[:-1] or ends[-1] !=",
+         "    if ends[-1] !="),
+        ("writes that another view sees are made functional",
+         "        return  # another view of what is written is read later\n",
+         "        pass\n"),
+    ),
+    *_in(
+        "fxprune/normalise_products.py",
+        NORMALISE,
+        ("einsum forgets the order of the result's axes",
+         "        value = _permuted(graph, node, value, letters, out)\n",
+         "        pass\n"),
+    ),
+    *_in(
+        "fxprune/normalise.py",
+        NORMALISE,
+        ("a run of positions becomes a slice that is one too short",
+         "listed[0] + len(listed))\n    if",
+         "listed[0] + len(listed) - 1)\n    if"),
+    ),
+    *_in(
+        "fxprune/rewrite.py",
+        REWRITES,
+        ("positions that stay are counted one too many",
+         "        counts = np.unique(line[..., :position].sum(-1)[line.any(-1)])\n",
+         "        counts = np.unique(line[..., : position + 1].sum(-1)[line.any(-1)])\n"),
+        ("shapes keep their old constants",
+         "            new_sizes.append(size if size == -1 else new)\n",
+         "            new_sizes.append(size)\n"),
+        ("sizes of splits keep their old constants",
+         "        args = [args[0], [grid.new_shape[dim] for grid in outputs], dim]\n",
+         "        args = [args[0], [grid.shape[dim] for grid in outputs], dim]\n"),
+        ("a roll goes round by as far as before",
+         "        shifts.append(shift if size == new else",
+         "        shifts.append(shift if size else"),
+        ("rewritten constants are not checked, and slices end where they did",
+         "    bounds = [source.count_before(dim, start), source.count_before(dim, end)]\n",
+         "    bounds = [source.count_before(dim, start), end]\n"),
+    ),
+    *_in(
+        "fxprune/slim_builder.py",
+        REWRITES,
+        ("constant positions are not counted anew",
+         "        new = picked if stays is None else np.searchsorted(stays, picked)\n",
+         "        new = picked\n"),
+        ("a convolution with a filter for each channel keeps its groups",
+         "            given[position] = self.grid(x).new_shape[1 - len(weight.shape)]\n",
+         "            pass\n"),
+    ),
+    *_in(
+        "fxprune/slim_builder.py",
+        SLIM,
+        ("the bias of a narrowed projection stays as long as it was",
+         "                bias = None if bias is None else take(bias.detach(), (rows,))\n",
+         "                bias = None if bias is None else bias.detach()\n"),
+        ("slopes of heads are not selected",
+         "            if lines:\n                mine = self._select(operand, lines)\n",
+         ""),
+        ("cache inputs stay as wide as they were",
+         "            self.examples[node.name] = grid.narrow(self.interface.example_inputs[node.name])\n",
+         "            self.examples[node.name] = self.interface.example_inputs[node.name]\n"),
+        ("the epsilon of a narrowed norm is not rescaled",
+         "            args = [epsilon if isinstance(argument, float) else argument for argument in args]\n",
+         "            pass\n"),
+        ("the weight of a narrowed norm is not rescaled",
+         "                new = _as_parameter(tensor, norm.rescaled(new.detach(), ratio))\n",
+         "                pass\n"),
+        ("counts of experts keep their bins",
+         "            args[1:] = [new, 0, new - 1] if node.target is aten.histc.default else [new]\n",
+         "            pass\n"),
+    ),
+    *_in(
+        "fxprune/slim_builder.py",
+        ("tests/test_slimming.py",),
+        ("soft gates are not folded into what reads them",
+         "            self.folds[call.node] = mask\n",
+         ""),
+    ),
+    *_in(
+        "fxprune/slim_builder.py",
+        SLIM,
+        ("every expert keeps the channels of the first",
+         "            rows = indices if kept[0] is None else indices[kept[0]]\n",
+         "            rows = indices[:1].repeat(len(indices), 0) if kept[0] is None else indices[kept[0]]\n"),
+        ("experts that stay keep the channels of those that stood there before",
+         "            rows = indices if kept[0] is None else indices[kept[0]]\n",
+         "            rows = indices if kept[0] is None else indices[: len(kept[0])]\n"),
+    ),
+    *_in(
+        "fxprune/slim_assembly.py",
+        SLIM,
+        ("tied parameters become two",
+         "        if parameter is not known:\n",
+         "        if False:\n"),
+        ("layers that stay keep their old numbers",
+         "order[entry.layer], entry.kind)",
+         "entry.layer, entry.kind)"),
+        ("shapes of the slim graph are not checked, and predicted wrongly",
+         "            if shapes != expected[node] and",
+         "            if shapes == expected[node] and"),
+    ),
+    *_in(
+        "fxprune/cut.py",
+        ("tests/test_slimming.py",),
+        ("units that are tied to something pinned are removed",
+         "            if len(blocked):\n",
+         "            if len(blocked) > 10**9:\n"),
+        ("a norm over part of its channels is left as it is",
+         "            raise PlanError(_refusal(site, int((~stays).sum())))\n",
+         "            continue\n"),
+    ),
+    *_in(
+        "fxprune/cut.py",
+        SLIM,
+        ("the epsilon grows where it should shrink",
+         "norm.epsilon / ratio\n",
+         "norm.epsilon * ratio\n"),
+        ("caches of layers that are left out stay outputs",
+         "            dropped |= {name for layer in removed for name in group.caches[layer]}\n",
+         ""),
+    ),
+    *_in(
+        "fxprune/norms.py",
+        NORMS,
+        ("a norm that stores its weight minus one is rescaled like any other",
+         "(weight.double() + self.offset) / ratio**0.5 - self.offset\n",
+         "weight.double() / ratio**0.5\n"),
+        ("a mean of cubes is taken for one of squares",
+         "aten.pow.Tensor_Scalar and node.args[1] == 2:",
+         "aten.pow.Tensor_Scalar:"),
+        ("a weight that scales something else is taken for the norm's",
+         " or squared not in [_source(argument) for argument in product.args]:",
+         ":"),
+    ),
+    *_in(
+        "fxprune/plan.py",
+        PLANS,
+        ("KV heads with different numbers of query heads are a plan",
+         "                if len(set(counts.values())) > 1:\n",
+         "                if len(set(counts.values())) > 10**9:\n"),
+        ("experts with different numbers of channels are a plan",
+         "    if len(set(counts.tolist())) > 1:\n",
+         "    if len(set(counts.tolist())) > 10**9:\n"),
+        ("fewer experts than a token is sent to are a plan",
+         "            if len(units) < group.least:\n",
+         "            if len(units) < 0:\n"),
+    ),
+    *_in(
+        "fxprune/channel_ids.py",
+        RULES,
+        ("a shared class stays though none of its users does",
+         "        self.source = self.base & ~self.pinned\n",
+         "        self.source = ~self.pinned\n        self.base[:] = True\n"),
+    ),
+    *_in(
+        "fxprune/channel_ids.py",
+        RULES + SLIM,
+        ("what a pinned channel needs may go",
+         "            self.pinned |= reached\n",
+         ""),
+    ),
+    *_in(
+        "passes/insert_masks.py",
+        MASKS,
+        ("experts that are not kept may still be chosen",
+         "            node.args = (call, *node.args[1:])\n",
+         ""),
+        ("hidden channels are not masked behind what writes them",
+         "                    user.replace_input_with(node, call)\n",
+         "                    pass\n"),
+    ),
+    *_in(
+        "fxprune/masks.py",
+        MASKS,
+        ("a choice mask masks what is kept",
+         "x.masked_fill((self.mask == 0).reshape(shape), -torch.inf)",
+         "x.masked_fill((self.mask != 0).reshape(shape), -torch.inf)"),
+    ),
+    *_in(
+        "fxprune/grouped.py",
+        ("tests/test_grouped.py", "tests/test_masks.py"),
+        ("rows at the end of an expert belong to the one before",
+         "right=True",
+         "right=False"),
+    ),
+)  # fmt: skip
