@@ -72,7 +72,7 @@ def reload(program: Program) -> tuple[str, float | None]:
         try:
             saved = build_pass("save", {"out": str(out)})(program).program
         except CheckpointError as error:
-            return f"refused: {str(error).split(';')[0][:160]}", None
+            return f"refused: {str(error).split(';')[0][:300]}", None
         checked = build_pass("verify", {"checkpoint": str(out), "graph": False})(saved).program
         rungs = {rung["rung"]: rung["max_abs_error"] for rung in checked.results["verify"]}
         kind = "plain" if saved.results["checkpoint"]["kind"] == "uniform" else "mixed"
@@ -170,7 +170,7 @@ def matrix(families: dict[str, Any]) -> str:
                 continue
             reload = entry["reload"]
             if reload.startswith("refused"):
-                reload = note(reload.removeprefix("refused: "))
+                reload = note(reload.removeprefix("refused: ").partition(" and f")[0].partition(" (")[0])
             found = "" if kind == "all" else f"{entry['found']}: "
             cells.append(f"{found}{entry['slim']:.0e} {'' if reload == 'plain nn.Module' else reload}".strip())
         onnx = family["onnx"]
@@ -186,8 +186,8 @@ def _gap(kind: str, family: dict[str, Any], note: Callable[[str], str]) -> str:
     reason = next(iter(refused.values()), None)
     if reason is None:
         return "-"
-    where, separator, rest = reason.partition(") ")
-    return note(f"{where.rpartition('.')[2]}{separator}{rest}")
+    where, _, rest = reason.partition(") ")
+    return note(f"its norm {rest}" if kind == "hidden" else f"{where.rpartition('.')[2]}) {rest}")
 
 
 def main() -> None:

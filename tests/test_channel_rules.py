@@ -232,6 +232,26 @@ def test_what_is_shared_goes_with_its_last_user_unless_a_linear_reads_it(read: b
     assert walked.map.keep(every)[scale].tolist() == [read, read]
 
 
+def test_what_a_pinned_channel_is_computed_from_must_stay() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.reader = (nn.Linear(i, o, bias=False) for i, o in ((3, 4), (3, 2), (4, 5)))
+
+        def forward(self, x: Any) -> Any:
+            a = self.a(x)
+            product = aten.mul.Tensor(aten.unsqueeze.default(a, 3), aten.unsqueeze.default(self.b(x), 2))
+            return product, self.reader(a)
+
+    walked = Walked(Outer(), x=values(B, S, 3))
+    rows = walked.classes([*walked.axis("a.weight", 0), *walked.axis("b.weight", 0)])
+    assert walked.map.pinned[rows].all()
+    assert not walked.map.source[rows].any()
+    assert [str(pin) for pin in walked.map.pin_reasons(np.array(rows))] == [
+        "need: something that must stay is computed from it"
+    ]
+
+
 # --- contraction ----------------------------------------------------------------------------------------------------
 
 
