@@ -1,6 +1,6 @@
 """How long `fxprune inspect` takes and how much memory, by depth: Llama-3-70B, a thousand layers, 128 experts.
 
-    python -m benchmarks.inspect_scale [--only llama toy moe] [--out JSON]
+    python -m benchmarks.inspect_scale [--only llama toy moe] [--out JSON]        (each case is written when it is done)
 
 Each case runs in a process of its own, on the meta device. `wall` is what a user waits for, imports included; the
 stages are those inside of it. The peak is the process's, as the operating system counts it.
@@ -100,14 +100,16 @@ def measure(config: PreTrainedConfig) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line, measure, print and write; fails when the deepest Llama misses its targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="beginnings of names of cases")
+    parser.add_argument(
+        "--only", nargs="*", help="beginnings of names of cases; the others keep the figures in the file"
+    )
     parser.add_argument("--inspect", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/inspect_scale.json"))
     arguments = parser.parse_args()
     if arguments.inspect:
         print(json.dumps(inspect_once(arguments.inspect)))
         return
-    cases = {}
+    cases = json.loads(arguments.out.read_text())["cases"] if arguments.only and arguments.out.exists() else {}
     for name, (config, layers) in CASES.items():
         if not arguments.only or any(name.startswith(beginning) for beginning in arguments.only):
             cases[name] = measure(config(layers))
@@ -116,7 +118,7 @@ def main() -> None:
                 f"{cases[name]['peak_rss_bytes'] / 1e9:.2f} GB, {cases[name]['groups']}",
                 flush=True,
             )
-    write_json(arguments.out, {"cases": cases, "machine": machine()})
+            write_json(arguments.out, {"cases": cases, "machine": machine()})
     deepest = cases.get(f"llama-3-70b, {DEPTHS[-1]} layers")
     if deepest and (deepest["wall_seconds"] > TARGET_SECONDS or deepest["peak_rss_bytes"] > TARGET_BYTES):
         print(f"missed: at most {TARGET_SECONDS:.0f} s and {TARGET_BYTES / 1e9} GB at {DEPTHS[-1]} layers")

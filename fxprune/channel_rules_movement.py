@@ -80,8 +80,8 @@ def _movement(call: Call) -> Ids:
         return None
     if call.node.target in CONCATENATIONS:
         _align_state(call)
-        if (scores := _scores_and_sinks(call)) is not None:
-            return scores
+        if (even := _along_positions(call)) is not None:
+            return even
     ids = call.apply_to_ids()
     return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids
 
@@ -171,13 +171,17 @@ def _align_state(call: Call) -> None:
             call.override(node, first.expand(call.value_of(node).shape).contiguous())
 
 
-def _scores_and_sinks(call: Call) -> Tensor | None:
-    """Ids of attention scores that are extended by a column of their own (attention sinks); None for other `cat`s."""
+def _along_positions(call: Call) -> Tensor | None:
+    """Ids of what is concatenated along positions; None for other `cat`s.
+
+    A class token before patches, or attention sinks beside scores: what follows treats all positions alike, so the
+    channels that stand on them are the same, or one is shared by the other.
+    """
     dim = call.int_argument(1, "dim", 0)
     listed = [ids for node in call.operand_nodes(0) if (ids := call.ids_of(node)) is not None]
-    if not any(call.ledger.is_score(ids.numpy()).any() for ids in listed):
-        return None
-    if not all(steady(ids, dim) for ids in listed):
+    scores = any(call.ledger.is_score(ids.numpy()).any() for ids in listed)
+    # Single elements may be channels as well as positions: what stands beside them tells.
+    if not all(steady(ids, dim) for ids in listed) or not (scores or any(ids.shape[dim] > 1 for ids in listed)):
         return None
     out: Tensor | None = None
     for ids in listed:

@@ -210,21 +210,31 @@ def _quiet_exporter() -> Iterator[None]:
 def _cheap_shapes(device: torch.device) -> Iterator[None]:
     """Halve the time that export spends on symbolic shapes; the graph is the same.
 
-    transformers has attention decomposed to find the shape of its result, a dozen products and reshapes with symbolic
-    sizes for one node of the graph; its shape rule says the same. The cache of fake results costs more than it saves
-    where sizes are symbols.
+    Attention and Linears are decomposed to find the shape of their result: for attention a dozen products and reshapes
+    with symbolic sizes for one node of the graph. Their shape rules say the same. The cache of fake results costs more
+    than it saves where sizes are symbols.
     """
-    attention, key = torch.ops.aten.scaled_dot_product_attention.default, DispatchKey.CompositeImplicitAutograd
-    cheap = device.type in {"cpu", "meta"} and key not in attention.py_kernels  # elsewhere kernels choose the layout
-    if cheap:
-        attention.py_impl(key)(_shape_of_attention)
+    key = DispatchKey.CompositeImplicitAutograd
+    rules: dict[Any, Any] = {torch.ops.aten.linear.default: _shape_of_linear}
+    if device.type in {"cpu", "meta"}:  # elsewhere kernels choose the layout of the result
+        rules[torch.ops.aten.scaled_dot_product_attention.default] = _shape_of_attention
+    rules = {op: rule for op, rule in rules.items() if key not in op.py_kernels}
+    for op, rule in rules.items():
+        op.py_impl(key)(rule)
     try:
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             yield
     finally:
-        if cheap:
-            del attention.py_kernels[key]
-            attention._dispatch_cache.clear()
+        for op in rules:
+            del op.py_kernels[key]
+            op._dispatch_cache.clear()
+
+
+def _shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The result of `linear` without its values."""
+    _agree(x.shape[-1] == weight.shape[1])
+    _agree(bias is None or bias.shape[0] == weight.shape[0])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _shape_of_attention(

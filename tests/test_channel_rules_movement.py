@@ -95,6 +95,20 @@ def test_positions_that_are_repeated_are_no_copies_of_channels() -> None:
     assert pairs(copies.ledger.needs) == {(int(c), o) for c, o in zip(copies.out[0], [1, 2, 3] * 2, strict=True)}
 
 
+def test_channels_that_stand_side_by_side_on_positions_are_the_same() -> None:
+    def tokens(first: Any, others: Any) -> Any:
+        return aten.cat.default([first, others], 1)
+
+    walked = Walked(tokens, first=values(B, 1, 3), others=values(B, S, 3))
+    assert walked.out.tolist() == [[[1, 2, 3]] * (S + 1)] * B
+    assert pairs(walked.ledger.merges) == {(1, 4), (2, 5), (3, 6)}
+    channels = Walked(lambda a, b: aten.cat.default([a, b], 2), a=values(B, S, 2), b=values(B, S, 2))
+    assert not channels.ledger.merges
+    single = Walked(lambda x: aten.cat.default([aten.split.Tensor(x, 1, 2)[i] for i in range(3)], 2), x=values(B, S, 3))
+    assert single.out[0, 0].tolist() == [1, 2, 3]
+    assert not single.ledger.merges
+
+
 def test_padding_of_channels_stays_as_long_as_one_of_them_does() -> None:
     walked = Walked(lambda x: aten.constant_pad_nd.default(x, [1, 2], 0.5), x=values(B, S, 3))
     first, *own, last, again = walked.out[0, 0].tolist()
