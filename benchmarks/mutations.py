@@ -4,12 +4,14 @@
 
 Each mutation replaces one piece of source text in a temporary copy of the package; the named tests run against the
 copy in a process of their own. A mutation that no test notices has survived: the exit status is 1, and what is missing
-is a test. The unmutated copy runs first, since tests that fail anyway prove nothing.
+is a test. The unmutated copy runs first, since tests that fail anyway prove nothing. With `--only` the other mutations
+keep their records in the file; what is not on the list any more leaves it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -65,7 +67,7 @@ def run_tests(target: Path, tests: tuple[str, ...]) -> tuple[str | None, float]:
     seconds = time.perf_counter() - started
     if result.returncode == 0:
         return None, seconds
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", result.stdout, re.MULTILINE)
     if failed is None:
         raise RuntimeError(
             f"pytest stopped with status {result.returncode}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
@@ -100,6 +102,12 @@ def check(mutations: tuple[Mutation, ...]) -> list[dict[str, Any]]:
     return records
 
 
+def merged(known: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New records in place of those known of the same mutations, in the order of the list."""
+    of = {(record["file"], record["what"]): record for record in (*known, *new)}
+    return [of[mutation.path, mutation.what] for mutation in MUTATIONS if (mutation.path, mutation.what) in of]
+
+
 def main() -> int:
     """Run the check; 1 when a mutation survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,8 +124,10 @@ def main() -> int:
     print(f"{len(records) - len(survivors)} of {len(records)} mutations killed")
     for what in survivors:
         print(f"SURVIVED: {what}")
-    if not arguments.only:
-        write_json(arguments.out, {"mutations": records, "killed": len(records) - len(survivors), "of": len(records)})
+    known = json.loads(arguments.out.read_text())["mutations"] if arguments.only and arguments.out.exists() else []
+    every = merged(known, records)
+    killed = sum(record["killed_by"] is not None for record in every)
+    write_json(arguments.out, {"mutations": every, "killed": killed, "of": len(every)})
     return 1 if survivors else 0
 
 

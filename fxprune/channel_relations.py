@@ -63,6 +63,15 @@ def keep_addresses(call: Call) -> None:
         call.set_addresses(known)
 
 
+def _once(*several: Tensor) -> list[Tensor]:
+    """Views of tensors of one shape with a single copy of what all of them repeat along an axis by a stride of 0."""
+    views = list(several)
+    for axis, size in enumerate(several[0].shape):
+        if size > 1 and not any(tensor.stride(axis) for tensor in several):
+            views = [view.narrow(axis, 0, 1) for view in views]
+    return views
+
+
 def _counts(keys: IdArray) -> IdArray:
     """For each element, how often its value occurs."""
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
@@ -79,10 +88,12 @@ def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None or a is b:
         return a if b is None else b
     a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+    shape = a.shape
+    a, b = _once(a, b)
     result = torch.where(a > 0, a, b)
     both = (a > 0) & (b > 0) & (a != b)
     if not both.any():
-        return result
+        return result.expand(shape)
     ledger = call.ledger
     scale = ledger.next_id
     keys, inverse = np.unique(a[both].numpy() * scale + b[both].numpy(), return_inverse=True)
@@ -103,16 +114,16 @@ def combine(call: Call, a: Tensor | None, b: Tensor | None) -> Tensor | None:
         ledger.need(new, ua[tangled])
         ledger.need(new, ub[tangled])
         choice[tangled] = new
-    result = result.clone()
     result[both] = torch.from_numpy(choice[inverse])
-    return result
+    return result.expand(shape)
 
 
-def distinct_rows(ids: Tensor) -> tuple[IdArray, IdArray]:
+def distinct_rows(ids: Tensor) -> tuple[IdArray, Tensor]:
     """Distinct rows along the last axis, in the order they come in, and for each leading position which row it has."""
-    flat = ids.reshape(-1, ids.shape[-1])
+    (single,) = _once(ids)
+    flat = single.expand(*single.shape[:-1], ids.shape[-1]).reshape(-1, ids.shape[-1])
     if len(flat) and bool((flat == flat[:1]).all()):
-        return flat[:1].numpy(), np.zeros(len(flat), dtype=np.int64)
+        return flat[:1].numpy(), torch.zeros((), dtype=torch.int64).expand(ids.shape[:-1])
     every = np.ascontiguousarray(flat.numpy())
     # Rows are compared by a random sum, which sorts much faster than the rows themselves; the result is checked.
     factors = np.random.default_rng(0).integers(1, 2**63, size=every.shape[1], dtype=np.uint64)
@@ -124,7 +135,7 @@ def distinct_rows(ids: Tensor) -> tuple[IdArray, IdArray]:
     rows, inverse = every[np.sort(first)], rank[inverse.reshape(-1)]
     if not np.array_equal(rows[inverse], every):
         rows, inverse = np.unique(every, axis=0, return_inverse=True)
-    return rows, inverse.reshape(-1)
+    return rows, torch.from_numpy(inverse).reshape(single.shape[:-1]).expand(ids.shape[:-1])
 
 
 def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None = None) -> Tensor | None:
@@ -145,7 +156,7 @@ def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None
     if ids is None:
         return None
     ledger = call.ledger
-    rows, inverse = distinct_rows(ids)
+    rows, which = distinct_rows(ids)
     row_of, member = np.nonzero(rows)[0], rows[rows > 0]
     scale = ledger.next_id
     keys = np.unique(row_of * scale + member)
@@ -160,7 +171,7 @@ def reduce_last(call: Call, ids: Tensor | None, *, merge: bool, norm: str | None
     if norm is not None:
         for members in np.split(member, np.flatnonzero(np.diff(row_of)) + 1) if len(member) else ():
             ledger.norms.append(NormSite(call.node.name, call.module, norm, members, rows.shape[1]))
-    return torch.from_numpy(out[inverse]).reshape(ids.shape[:-1])
+    return torch.from_numpy(out)[_once(which)[0]].expand(ids.shape[:-1])
 
 
 def meet_columns(call: Call, ids: Tensor | None, columns: IdArray) -> None:
@@ -223,10 +234,11 @@ def _join_scores(call: Call, left: Tensor | None, right: Tensor | None, out: Ten
         if side is None:
             continue
         spread = side.expand(out.shape)
-        flags = torch.from_numpy(call.ledger.is_score(spread.numpy()))
+        one, of = _once(out, spread)
+        flags = torch.from_numpy(call.ledger.is_score(of.numpy()))
         if not flags.any():
             continue
-        pairs = np.unique(np.stack([out[flags].numpy(), spread[flags].numpy()], 1), axis=0)
+        pairs = np.unique(np.stack([one[flags].numpy(), of[flags].numpy()], 1), axis=0)
         call.ledger.merge(pairs[:, 0], pairs[:, 1])
         if axis == -1:
             spread, out = spread.transpose(-1, -2), out.transpose(-1, -2)

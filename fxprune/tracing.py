@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ import torch._dynamo
 from torch._C import DispatchKey
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
@@ -157,9 +158,23 @@ def _left_padded(batch: int, length: int, device: torch.device) -> Tensor:
 def _cache(model: nn.Module, batch: int, length: int) -> Any:
     """A cache filled by the model itself, so that every model's own layout comes out right."""
     device = next(model.parameters()).device
-    with torch.no_grad():
-        output = model(input_ids=torch.zeros(batch, length, dtype=torch.long, device=device), use_cache=True)
-    return output.past_key_values
+    tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
+    with torch.no_grad(), _without_padding(model.config):
+        return model(input_ids=tokens, use_cache=True).past_key_values
+
+
+@contextmanager
+def _without_padding(config: Any) -> Iterator[None]:
+    """Without a mask some models look for padding among the tokens, and on the meta device tokens have no values."""
+    padding = getattr(config, "pad_token_id", None)
+    if padding is None:
+        yield
+        return
+    config.pad_token_id = None
+    try:
+        yield
+    finally:
+        config.pad_token_id = padding
 
 
 def _dynamic_axes_of_cache(model: nn.Module, cache: Any) -> list[dict[int, Any]]:
@@ -188,10 +203,37 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
             shapes[key] = dict.fromkeys(axes, torch.export.Dim.AUTO)
         elif key == "past_key_values":
             shapes[key] = _dynamic_axes_of_cache(model, value)
-    with _quiet_exporter(), _cheap_shapes(next(model.parameters()).device):
+    device = next(model.parameters()).device
+    lists = _ListsAsSlices() if device.type == "meta" else nullcontext()
+    with _quiet_exporter(), _cheap_shapes(device), lists:
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
     return exported
+
+
+class _ListsAsSlices(TorchFunctionMode):
+    """Takes `x[:, [-2]]` for `x[:, -2:-1]`: what torch makes of a list for a meta tensor has lost its values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func is torch.Tensor.__getitem__:
+            args = (args[0], _lists_as_slices(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _lists_as_slices(index: Any) -> Any:
+    """The same index with its only list, if that is a run of positions and the rest are slices, as a slice."""
+    items = index if isinstance(index, tuple) else (index,)
+    lists = [item for item in items if isinstance(item, list)]
+    rest = all(item is None or item is Ellipsis or isinstance(item, (slice, list)) for item in items)
+    if len(lists) != 1 or not rest or not all(type(position) is int for position in lists[0]) or not lists[0]:
+        return index
+    start, end = lists[0][0], lists[0][-1] + 1
+    if lists[0] != list(range(start, end)) or start < 0 < end:
+        return index
+    return tuple(slice(start, end or None) if item is lists[0] else item for item in items)
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fxprune.channel_ids import ChannelMap
+from fxprune.channel_ids import ChannelLedger, ChannelMap
+from fxprune.channel_relations import combine, distinct_rows, reduce_last
 from fxprune.channels import walk
 from fxprune.program import Interface
 from tests.walked import B, S, Walked, pairs, values
@@ -145,6 +147,30 @@ def test_channels_that_meet_many_to_many_become_new_ones_that_need_both() -> Non
     assert not set(out.ravel().tolist()) & {*x.tolist(), *y.tolist()}
     expected = {(int(out[i, j]), int(a)) for i in range(2) for j in range(3) for a in (x[i], y[j])}
     assert pairs(walked.ledger.needs) == expected
+
+
+MEETINGS: dict[str, tuple[Tensor, Tensor]] = {  # ids of (batch, sequence, heads, channels)
+    "one to one": (torch.tensor([1, 2]).expand(B, S, 1, 2), torch.tensor([3, 4]).expand(B, S, 1, 2)),
+    "many to one": (torch.arange(1, 7).reshape(3, 2).expand(B, S, 3, 2), torch.tensor([7, 8]).expand(B, S, 3, 2)),
+    "many to many": (torch.tensor([[1], [2]]).expand(B, S, 2, 3), torch.tensor([3, 0, 4]).expand(B, S, 2, 3)),
+    "along the last axis": (torch.tensor([[1], [2]]).expand(B, S, 2, 3), torch.tensor([[3], [4]]).expand(B, S, 2, 3)),
+    "one varies": (torch.arange(1, 4).reshape(1, S, 1, 1).expand(B, S, 1, 1), torch.tensor([4]).expand(B, S, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MEETINGS)
+def test_what_repeats_meets_as_if_every_copy_were_looked_at(name: str) -> None:
+    found: list[Any] = []
+    for a, b in (MEETINGS[name], [ids.contiguous() for ids in MEETINGS[name]]):
+        call: Any = SimpleNamespace(ledger=ChannelLedger(next_id=9))
+        out = combine(call, a, b)
+        assert out is not None
+        rows, which = distinct_rows(out)
+        assert torch.equal(torch.from_numpy(rows)[which], out)
+        reduced = reduce_last(call, out, merge=False)
+        assert reduced is not None
+        found.append((out.tolist(), reduced.tolist(), pairs(call.ledger.merges), pairs(call.ledger.needs)))
+    assert found[0] == found[1]
 
 
 def test_activations_are_noted_with_the_channels_they_are_applied_to() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fxprune.checkpoint import load, save
+from fxprune.checkpoint import load, load_skeleton, save
 from fxprune.errors import CheckpointError
+from fxprune.skeleton import state_shapes
 from tests.slices import (
     SMALL,
     Keep,
@@ -125,6 +126,10 @@ def test_reloaded_model_computes_what_the_masked_one_does(case: Case, tmp_path: 
     torch.testing.assert_close(logits(loaded), logits(reference), atol=1e-5, rtol=1e-5)
     assert text(loaded) == text(reference)
     assert sum(p.numel() for p in loaded.parameters()) == info.parameters
+    skeleton = load_skeleton(tmp_path / "out")
+    assert state_shapes(skeleton) == state_shapes(loaded)
+    assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+    assert skeleton.config.to_dict() == loaded.config.to_dict()
     if kind == "uniform":
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(logits(plain), logits(loaded), atol=0, rtol=0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from fxprune.checkpoint import load
+from fxprune.checkpoint import load, load_skeleton
 from fxprune.errors import CheckpointError
 from tests.slices import SMALL, Keep, cut, cuts_of, make_model, save_slim
 
@@ -159,6 +159,33 @@ def test_bad_input_is_refused_by_name(case: tuple[Callable[[Path], object], str]
         or "layer override" in str(caught.value)
         or "transformers maps" in str(caught.value)
     )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            edit("fxprune.json", "added_biases", value=["model.layers.0.bias"]),
+            "adds model.layers.0.bias to no projection",
+        ),
+        (edit("fxprune.json", "added_biases", value=["model.norm.bias"]), r"model\.norm\.bias \(None built"),
+        (
+            edit("fxprune.json", "parameters", "model.norm.weight", value={"dense": [32], "slim": [31]}),
+            r"model\.norm\.weight \(\(32,\) built, \(31,\) stored",
+        ),
+        (edit("config.json", "intermediate_size", value=25), "does not give .* its dense shape"),
+    ],
+    ids=["bias of nothing", "bias of a norm", "narrow norm", "other config"],
+)
+def test_a_skeleton_is_refused_where_its_two_files_do_not_agree(
+    damage: Callable[[Path], None], message: str, damaged: Path
+) -> None:
+    for file in damaged.glob("*.safetensors"):
+        file.unlink()
+    load_skeleton(damaged)
+    damage(damaged)
+    with pytest.raises(CheckpointError, match=message):
+        load_skeleton(damaged)
 
 
 def test_missing_directory_is_refused(tmp_path: Path) -> None:

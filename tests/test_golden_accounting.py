@@ -1,7 +1,8 @@
 """Golden accounting: what pruning published architectures removes, at full width, to four decimals.
 
-Parameters are linear in the number of layers: models of two and three layers give the full depth exactly. The script
-`benchmarks/golden_accounting.py` traces all of them at full depth.
+Parameters are linear in the number of layers: two depths give the full one exactly, the least two that are enough: one
+and two layers, or two and three where layers are removed. The script `benchmarks/golden_accounting.py` traces all of
+them at full depth.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ def at_depth() -> Callable[[Callable[[], PreTrainedConfig], int], Program]:
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.name)
 def test_golden(golden: Golden, at_depth: Callable[[Callable[[], PreTrainedConfig], int], Program]) -> None:
     depth = golden.config().num_hidden_layers
-    two, three = (at_depth(golden.config, layers) for layers in (2, 3))
+    least = 2 if any(other.layers for other in GOLDEN if other.config is golden.config) else 1
+    less, more = (at_depth(golden.config, layers) for layers in (least, least + 1))
     if golden.layers:
-        a, b = (remove_layers(program, 1) for program in (two, three))
+        a, b = (remove_layers(program, 1) for program in (less, more))
         assert a.removed == b.removed == b.parameters - a.parameters  # a layer is a layer
         removed = golden.layers * a.removed
     else:
-        a, b = (remove_mlp(program) for program in (two, three))
-        removed = a.removed + (depth - 2) * (b.removed - a.removed)
-    parameters = a.parameters + (depth - 2) * (b.parameters - a.parameters)
+        a, b = (remove_mlp(program) for program in (less, more))
+        removed = a.removed + (depth - least) * (b.removed - a.removed)
+    parameters = a.parameters + (depth - least) * (b.parameters - a.parameters)
     whole = Removal(a.kept_width, removed, parameters)
     assert whole.kept_width == golden.kept_width
     assert round(whole.percent, golden.decimals) == golden.percent

@@ -12,8 +12,23 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from transformers import AlbertConfig, BertConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig, T5Config, ViTConfig
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    T5Config,
+    ViTConfig,
+)
 
+import fxprune
 from fxprune import channel_ids
 from fxprune.accounting import count_parameters, macs_per_token
 from fxprune.channel_ids import IdSet
@@ -21,12 +36,19 @@ from fxprune.errors import CheckpointError
 from fxprune.groups import AttentionGroup, ExpertMlpGroup, LayerGroup, collect_slices
 from fxprune.inspection import GroupCost, Inspection, inspect_groups, like_names, tied_weights
 from fxprune.locate import NormIndex
+from fxprune.passes.insert_masks import InsertMasks
+from fxprune.passes.slim import Slim
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.plan import Plan
 from fxprune.tracing import trace
-from fxprune.workflow import Stopwatch, inspect_program
+from fxprune.workflow import LOCATE, Stopwatch, inspect_program
 from tests.families import located, located_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedModel
 
     from fxprune.program import Program
 
@@ -50,19 +72,24 @@ def inspected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Inspec
     return program, inspect_groups(program)
 
 
-@functools.cache
-def mixture() -> tuple[Program, Inspection]:
-    from transformers import AutoModelForCausalLM
-
-    config = MixtralConfig(
+def mixtral() -> MixtralConfig:
+    return MixtralConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2,
     )  # fmt: skip
-    from fxprune.pipeline import Pipeline, build_pass
-    from fxprune.workflow import LOCATE
 
-    program = trace(AutoModelForCausalLM.from_config(config))
-    program = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+
+def located_model(model: PreTrainedModel) -> Program:
+    return Pipeline([build_pass(name, {}) for name in LOCATE])(trace(model)).program
+
+
+def slimmed(program: Program, kept: Mapping[str, Sequence[int]]) -> Program:
+    return Slim()(InsertMasks()(program.replace(plan=Plan.of(kept))).program).program
+
+
+@functools.cache
+def mixture() -> tuple[Program, Inspection]:
+    program = located_model(MixtralForCausalLM(mixtral()))
     return program, inspect_groups(program)
 
 
@@ -189,18 +216,13 @@ def test_experts_cost_what_a_token_computes() -> None:
 
 def test_group_costs_are_what_plans_remove() -> None:
     """What a table says goes with a unit is what slimming a unit away takes from parameters and MACs."""
-    from fxprune.passes.insert_masks import InsertMasks
-    from fxprune.passes.slim import Slim
-    from fxprune.plan import Plan
-
     program = located("llama")
     found = inspect_groups(program)
     for group in program.groups:
         if isinstance(group, AttentionGroup):
             cost = next(cost for cost in found.groups if cost.name == group.name)
             heads = group.heads_of(0)
-            plan = Plan.of({group.name: [unit for unit in range(group.units) if unit not in heads]})
-            slim = Slim()(InsertMasks()(program.replace(plan=plan)).program).program
+            slim = slimmed(program, {group.name: [unit for unit in range(group.units) if unit not in heads]})
             gone = count_parameters(program.graph_module) - count_parameters(slim.graph_module)
             assert gone == len(heads) * cost.unit_parameters + cost.shared_parameters
             outputs = program.interface.outputs
@@ -252,6 +274,75 @@ def test_a_mixture_in_float32_is_inspected_from_its_config(tmp_path: Path) -> No
     ).save_pretrained(tmp_path)  # fmt: skip
     found = inspect_groups(inspect_program(str(tmp_path), Stopwatch()))
     assert [group.units for group in of_kind(found, "experts")] == [4, 4]
+
+
+def test_a_mixed_checkpoint_shows_its_slim_widths_without_weights(tmp_path: Path) -> None:
+    """Layer 0 has one KV head left, layer 1 two query heads of each, layer 2 is dense."""
+    heads = {0: [0, 1, 2], 1: [0, 2, 4, 5], 2: range(HEADS)}
+    widths = {0: 40, 1: 72, 2: MLP}
+    program = located_model(LlamaForCausalLM(llama()))
+    by_layer = {f"model.layers.{layer}.self_attn": kept for layer, kept in heads.items()}
+    by_layer |= {f"model.layers.{layer}.mlp": range(width) for layer, width in widths.items()}
+    slim = slimmed(program, by_layer)
+    fxprune.save(slim, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "fxprune.json").read_text())["kind"] == "mixed"
+    for file in (tmp_path / "out").glob("*.safetensors*"):
+        file.unlink()
+    for path in (tmp_path / "out", tmp_path / "out" / "config.json"):
+        inspected = inspect_program(str(path), Stopwatch())
+        assert all(tensor.is_meta for tensor in inspected.graph_module.parameters())
+        found = inspect_groups(inspected)
+        assert {group.name: group.units for group in of_kind(found, "attention")} == {
+            f"model.layers.{layer}.self_attn": len(kept) for layer, kept in heads.items()
+        }
+        assert {group.name: group.units for group in of_kind(found, "mlp")} == {
+            f"model.layers.{layer}.mlp": width for layer, width in widths.items()
+        }
+        assert [(g.units, g.kv_heads) for g in inspected.groups if isinstance(g, AttentionGroup)] == [
+            (3, 1),
+            (4, 2),
+            (6, 2),
+        ]
+        assert found.parameters == count_parameters(slim.graph_module)
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any]]] = {
+    # Its class takes the number of heads from the configuration, and looks for padding where there is no mask.
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=24, n_layer=2, n_head=4, pad_token_id=3)),
+        {"transformer.h.0.attn": [0, 2, 3], "transformer.h.0.mlp": range(40)},
+    ),
+    # Takes keys and values out of one projection by lists of positions.
+    "falcon": (
+        lambda: FalconForCausalLM(
+            FalconConfig(vocab_size=41, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, bias=False)
+        ),
+        {"transformer.h.0.self_attention": [0, 2], "transformer.h.1.mlp": range(40)},
+    ),
+    "experts": (
+        lambda: MixtralForCausalLM(mixtral()),
+        {
+            "model.layers.0.mlp": [0, 2, 4],
+            "model.layers.1.mlp.experts": [48 * expert + channel for expert in range(5) for channel in range(40)],
+        },
+    ),
+    "layers and hidden channels": (
+        lambda: LlamaForCausalLM(llama(num_hidden_layers=4)),
+        {"model.layers": [0, 2, 3], "model.layers.2.mlp": range(16), "model": range(40)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_is_inspected_as_if_its_weights_were_loaded(name: str, tmp_path: Path) -> None:
+    build, kept = CHECKPOINTS[name]
+    fxprune.save(slimmed(located_model(build()), kept), tmp_path / "out")
+    loaded = located_model(fxprune.load(tmp_path / "out"))
+    assert {type(group) for group in loaded.groups} >= {AttentionGroup, LayerGroup}
+    for file in (tmp_path / "out").glob("*.safetensors*"):
+        file.unlink()
+    found = inspect_groups(inspect_program(str(tmp_path / "out"), Stopwatch()))
+    assert found.to_json() == inspect_groups(loaded).to_json() | {"model": found.model}
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:

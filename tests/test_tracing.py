@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.runners import EagerRunner, GraphRunner, Past, Runner, greedy
-from fxprune.tracing import sample_inputs, trace
+from fxprune.tracing import _ListsAsSlices, sample_inputs, trace
 from tests.families import FAMILIES, STEPS, build, located, steps
 
 
@@ -157,3 +157,48 @@ def test_inputs_that_are_handed_back_untouched_are_no_outputs() -> None:
     program = trace(Counter(), example_inputs=(torch.randn(3, 4), torch.zeros(3)))
     assert program.interface.outputs == ("output_0",)
     assert len(program.graph_module(*program.interface.example_inputs.values())) == 1
+
+
+@pytest.mark.parametrize(
+    ("index", "is_run"),
+    [
+        ((slice(None), [1]), True),
+        ((..., [-2]), True),
+        ([-1], True),
+        ((None, slice(0, 2), [0, 1, 2]), True),
+        ([-2, -1], True),
+        ([0, 2], False),
+        ([-1, 0], False),
+        ([0, 0], False),
+        ((0, [1]), False),
+        (([0, 1], [1, 2]), False),
+        ((slice(None), slice(None), [True, False, True, False]), False),
+    ],
+    ids=str,
+)
+def test_lists_of_positions_are_slices_where_they_are_runs(index: Any, is_run: bool) -> None:
+    x = torch.arange(24).reshape(2, 3, 4) if index != [0, 2] else torch.arange(24).reshape(4, 3, 2)
+    with _ListsAsSlices():
+        found = x[index]
+    assert torch.equal(found, x[index])
+    assert (found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_run
+
+
+def test_positions_in_a_list_are_known_on_the_meta_device() -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    with torch.device("meta"):
+        model = FalconForCausalLM(
+            FalconConfig(vocab_size=41, hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
+        )
+    graph = trace(model).graph_module.graph
+    assert not [name for node in graph.nodes if "lifted_tensor" in (name := str(node.target))]
+
+
+def test_a_model_that_looks_for_padding_is_traced_on_the_meta_device() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=24, n_layer=1, n_head=4, pad_token_id=3))
+    assert trace(model).interface.outputs[0] == "logits"
+    assert model.config.pad_token_id == 3
