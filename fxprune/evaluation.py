@@ -1,0 +1,149 @@
+"""What `fxprune eval` does: perplexities and tasks of one form of a model, shown as text and kept for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from fxprune.batching import BatchSize, fitting_batch_size, halve_until_it_fits
+from fxprune.errors import CheckpointError, UsageError
+from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
+from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
+from fxprune.harness_tasks import HarnessTask, load_tasks
+from fxprune.workflow import OpenForm, open_form
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+__all__ = ["Evaluation", "run_evaluation", "tasks_table"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Attributes:
+        ppl: text files for the perplexity.
+        tasks: names that lm-eval knows.
+        data: directory with the tasks' files; the hub when None.
+        limit: use the first so many documents of each task.
+        window: tokens per window of a text.
+        windows: use the first so many windows of each text.
+        batch_size: windows or sequences at once.
+        max_length: the most tokens of a task's sequence; the model's own limit when None.
+        dtype: precision of a torch model; as saved when None.
+    """
+
+    ppl: Sequence[Path] = ()
+    tasks: Sequence[str] = ()
+    data: Path | None = None
+    limit: int | None = None
+    window: int = 512
+    windows: int | None = None
+    batch_size: BatchSize = "auto"
+    max_length: int | None = None
+    dtype: str | None = None
+
+
+def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure a checkpoint, a hub id or an ONNX directory; what can be refused is refused before it is loaded.
+
+    Args:
+        model: checkpoint, hub id, or ONNX directory with its tokenizer.
+        what: what to measure.
+        out: gets the figures.
+        say: gets progress messages.
+
+    Returns:
+        For JSON: the model, the perplexities and the tasks.
+
+    Raises:
+        UsageError: nothing to measure, an unknown task, or an option is out of range.
+        CalibrationError: a text or a task's data cannot be used, or `lm-eval` is not installed.
+        CheckpointError: the model cannot be loaded, or has no tokenizer.
+        VerificationError: the model returned numbers that are not finite.
+    """
+    if not what.ppl and not what.tasks:
+        raise UsageError("nothing to measure: give --ppl FILE, --tasks NAME,... or both")
+    if what.data is not None and not what.tasks:
+        raise UsageError("--data names the files of tasks; give --tasks NAME,... as well")
+    check_limits(what.limit, what.max_length)
+    for path in what.ppl:
+        read_text(path)
+    if what.tasks:
+        say(f"loading {', '.join(what.tasks)}")
+    tasks = load_tasks(what.tasks, what.data) if what.tasks else []
+    say(f"loading {model}")
+    form = open_form(model, dtype=what.dtype)
+    if form.tokenizer is None:
+        raise CheckpointError(f"{model} has no tokenizer; a text needs one")
+    perplexities = [_perplexity(form, path, what) for path in what.ppl]
+    for result in perplexities:
+        error = f" (standard error of the log {result.standard_error:.3f})" if result.standard_error else ""
+        out.print(f"{result.text}: perplexity {result.perplexity:.2f}{error}; {result.definition}", highlight=False)
+    results = [_task(form, task, what, say) for task in tasks]
+    if results:
+        out.print(tasks_table(results))
+        shown = {metric.name for result in results for metric in result.metrics}
+        for name in sorted(shown & DEFINITIONS.keys()):
+            out.print(f"{name}: {DEFINITIONS[name]}", highlight=False)
+    return {
+        "model": model,
+        "perplexity": [result.as_dict() for result in perplexities],
+        "tasks": [result.as_dict() for result in results],
+    }
+
+
+def _perplexity(form: OpenForm, path: Path, what: Evaluation) -> PerplexityResult:
+    def measure(batch_size: int) -> PerplexityResult:
+        return file_perplexity(
+            form.runner,
+            path,
+            form.tokenizer,
+            window=what.window,
+            max_windows=what.windows,
+            batch_size=batch_size,
+        )
+
+    if what.batch_size != "auto":
+        return measure(what.batch_size)
+    return halve_until_it_fits(measure, fitting_batch_size(what.window, len(form.tokenizer)))
+
+
+def _task(form: OpenForm, task: HarnessTask, what: Evaluation, say: Callable[[str], None]) -> TaskResult:
+    say(f"running {task.name}")
+    (result,) = evaluate_tasks(
+        form.runner,
+        form.tokenizer,
+        [task],
+        limit=what.limit,
+        batch_size=what.batch_size,
+        max_length=what.max_length,
+    )
+    return result
+
+
+def tasks_table(results: Sequence[TaskResult]) -> Table:
+    """Tasks in rows, metrics in columns, each figure with its standard error."""
+    names = list(dict.fromkeys(metric.name for result in results for metric in result.metrics))
+    title = f"Tasks of lm-eval {results[0].lm_eval_version}, {results[0].dtype}, value ± standard error"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "n", *names):
+        table.add_column(column, overflow="fold")
+    for result in results:
+        metrics = {metric.name: metric for metric in result.metrics}
+        cells = [_cell(metrics[name]) if name in metrics else "-" for name in names]
+        table.add_row(result.task, str(result.documents), *cells)
+    return table
+
+
+def _cell(metric: Metric) -> str:
+    """Three decimals for shares, two for what is larger."""
+    digits = 3 if abs(metric.value) <= 1 else 2
+    error = "" if metric.standard_error is None else f" ± {metric.standard_error:.{digits}f}"
+    return f"{metric.value:.{digits}f}{error}"
