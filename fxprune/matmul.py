@@ -1,0 +1,60 @@
+"""Fast float32 products: which kernels torch may use for them.
+
+On CPUs torch sends float32 products to a library whose kernels may not use what the machine has; oneDNN's do, and torch
+takes them only when float32 products may be computed in bfloat16. Whether this machine's oneDNN then really rounds is
+found out by multiplying two matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["fast_products"]
+
+
+@functools.cache
+def _onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _keeps_float32() -> bool:
+    """Whether oneDNN's kernels, allowed to round, still give float32's accuracy here."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    with _allowed():
+        error = (one @ other - (one.double() @ other.double()).float()).abs().mean()
+    return bool(error < 1e-4)  # bfloat16 inputs would give 0.05
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    flags: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = flags.fp32_precision
+    flags.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
+
+
+@contextmanager
+def fast_products(*, rounded: bool = False) -> Iterator[None]:
+    """Let float32 products on the CPU use oneDNN's kernels while the block runs.
+
+    Args:
+        rounded: the operands are bfloat16 numbers already, so that rounding them changes nothing; without this the
+            kernels are used only where they keep float32's accuracy. Sums are float32 either way.
+    """
+    if not _onednn() or not (rounded or _keeps_float32()):
+        yield
+        return
+    with _allowed():
+        yield
