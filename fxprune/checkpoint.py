@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from fxprune.constants import apply_constants, float_changes
+from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
 from fxprune.layout import Layout, classify, mark_config, runs_grouped, same_bits
 from fxprune.manifest import Manifest, ShapeChange, SourceRecord, read_manifest, versions, write_manifest
@@ -41,6 +43,7 @@ from fxprune.skeleton import (
     state_shapes,
 )
 from fxprune.trial import ExpectedLogits, relative_error, run_once, tolerance_of, wrong_result
+from fxprune.weight_masks import write_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from fxprune.program import Source
     from fxprune.skeleton import Shape
 
-__all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "save"]
+__all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "load_skeleton", "save"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONFIG_NAME = "config.json"
@@ -99,6 +102,7 @@ def save(
     history: Sequence[Any],
     epsilons: Mapping[str, float] | None = None,
     expected: ExpectedLogits | None = None,
+    weight_masks: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointInfo:
@@ -117,6 +121,7 @@ def save(
         history: what was done, JSON-able, oldest first.
         epsilons: as for `classify`: the epsilon of each norm that needs another one, by dense module name.
         expected: inputs, and the logits that the slim model gives for them.
+        weight_masks: bool masks of pruned projections, written beside the weights (`fxprune.weight_masks`).
         overwrite: whether an earlier output may be replaced.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
 
@@ -137,6 +142,8 @@ def save(
         files = write_shards(layout.tensors, staging, max_shard_size, "fxprune" if overlooked else "model")
         _write_config(layout, staging / _CONFIG_NAME)
         _write_companions(source, staging)
+        named = {renumbered(name, layout.kept_layers): mask for name, mask in (weight_masks or {}).items()}
+        write_masks(staging, {name: mask for name, mask in named.items() if name is not None})
         write_manifest(staging, _manifest(layout, source, plan, history, files))
         _prove(staging, layout, source, expected)
     return CheckpointInfo(
@@ -232,23 +239,11 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged, changed, or does not fit the others; the message says which.
     """
-    path = Path(directory).expanduser()
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; name one that fxprune wrote")
+    path, manifest, model = _open(directory, dtype)
     target = torch.device(device)
-    manifest = read_manifest(path)
-    config = read_config(path / _CONFIG_NAME)
-    architecture = (config.architectures or [None])[0]
-    if not isinstance(architecture, str):
-        raise CheckpointError(f"{path / _CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
-    model_class = resolve_model_class(config, architecture)
     shapes = read_shapes(path, manifest.files)
     if verify_hash:
         verify_hashes(path, manifest.files)
-    try:
-        model = build_skeleton(model_class, config, dtype)
-    except BUILD_ERRORS as error:
-        raise CheckpointError(f"{path / _CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
     model = _fit(model, manifest, shapes, dtype, path)
     fp32 = _kept_in_float32(model, dtype)
 
@@ -259,17 +254,66 @@ def load(
 
     fill_skeleton(model, read_tensors(path, manifest.files, target, dtype_of), target)
     apply_constants(model, manifest.constants)
-    if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
-        model.set_experts_implementation("eager")
-    if manifest.layer_overrides:
-        model.config.per_layer_config = {index: dict(fields) for index, fields in manifest.layer_overrides.items()}
-    model.config.name_or_path = str(path)
+    _configure(model, manifest, path)
     if (path / _GENERATION_NAME).exists() and model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
         except (OSError, *BUILD_ERRORS) as error:
             raise CheckpointError(f"{path / _GENERATION_NAME} cannot be read: {error}; correct or remove it") from error
     return model
+
+
+def load_skeleton(directory: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the model of a checkpoint on the meta device from `config.json` and `fxprune.json` alone.
+
+    Args:
+        directory: the checkpoint; its weight files may be missing.
+        dtype: floating dtype of parameters and buffers; by default the configuration's.
+
+    Returns:
+        The model that `load` returns, without data.
+
+    Raises:
+        CheckpointError: one of the two files is missing, damaged, or does not fit the other.
+    """
+    path, manifest, plain = _open(directory, dtype)
+    shapes = state_shapes(plain) | {name: change.slim for name, change in manifest.parameters.items()}
+    for name in manifest.added_biases:
+        if name not in shapes:
+            owner = name.removesuffix(".bias")
+            weight = shapes.get(f"{owner}.weight")
+            if weight is None:
+                raise CheckpointError(f"{path}: fxprune.json adds {name} to no projection; write the checkpoint again")
+            shapes[name] = (weight[-1] if isinstance(plain.get_submodule(owner), Conv1D) else weight[0],)
+    model = _fit(plain, manifest, shapes, dtype, path)
+    _configure(model, manifest, path)
+    return model
+
+
+def _open(directory: str | Path, dtype: torch.dtype | None) -> tuple[Path, Manifest, PreTrainedModel]:
+    """Read what a checkpoint says about itself, and build the skeleton of its `config.json`."""
+    path = Path(directory).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; name one that fxprune wrote")
+    manifest = read_manifest(path)
+    config = read_config(path / _CONFIG_NAME)
+    architecture = (config.architectures or [None])[0]
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path / _CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
+    model_class = resolve_model_class(config, architecture)
+    try:
+        return path, manifest, build_skeleton(model_class, config, dtype)
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"{path / _CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
+
+
+def _configure(model: PreTrainedModel, manifest: Manifest, path: Path) -> None:
+    """Let the configuration of a rebuilt model say what it can about it, and experts run in a way that they can."""
+    if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
+        model.set_experts_implementation("eager")
+    if manifest.layer_overrides:
+        model.config.per_layer_config = {index: dict(fields) for index, fields in manifest.layer_overrides.items()}
+    model.config.name_or_path = str(path)
 
 
 def _fit(

@@ -18,7 +18,7 @@ from fxprune.program import Event, Program
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Pass", "PassResult", "option_names"]
+__all__ = ["Pass", "PassResult", "constructor_options", "option_names"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,27 @@ class PassResult:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+def constructor_options(cls: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """The options that a pass's constructor takes, by name, each with the constructor that declares it.
+
+    A constructor with `**options` hands them on to that of its base class, whose options come after its own.
+    """
+    found: dict[str, tuple[inspect.Parameter, Any]] = {}
+    for owner in cls.__mro__:
+        constructor = vars(owner).get("__init__")
+        if constructor is None or constructor is object.__init__:
+            continue
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in {p.VAR_POSITIONAL, p.VAR_KEYWORD}]
+        found = {**{p.name: (p, constructor) for p in named}, **found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
 def option_names(cls: type) -> list[str]:
     """The named options that a pass's constructor takes."""
-    parameters = inspect.signature(cls).parameters.values()
-    variadic = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return [p.name for p in parameters if p.kind not in variadic]
+    return list(constructor_options(cls))
 
 
 class Pass(ABC):

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ConfigDict, ValidationError, create_model
 
 from fxprune.errors import UsageError
-from fxprune.pass_base import Pass, PassResult, option_names
+from fxprune.pass_base import Pass, PassResult, constructor_options
 from fxprune.registry import get_pass
 
 if TYPE_CHECKING:
@@ -129,14 +129,16 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 
 def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str, Any]:
     """Check options against the constructor's signature; return them with pydantic's conversions."""
-    signature = inspect.signature(cls).parameters
-    parameters = {name: signature[name] for name in option_names(cls)}
+    declared = constructor_options(cls)
+    parameters = {name: parameter for name, (parameter, _) in declared.items()}
     for option in options:
         if option not in parameters:
             near = difflib.get_close_matches(option, parameters, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(parameters) or 'no options'}"
             raise UsageError(f"{where}: unknown option {option!r}{hint}")
-    hints = get_type_hints(cls.__init__, {**_TYPE_NAMES, **getattr(cls.__init__, "__globals__", {})})
+    hints: dict[str, Any] = {}
+    for constructor in dict.fromkeys(constructor for _, constructor in reversed(declared.values())):
+        hints |= get_type_hints(constructor, {**_TYPE_NAMES, **getattr(constructor, "__globals__", {})})
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if p.default is inspect.Parameter.empty else p.default)
         for name, p in parameters.items()

@@ -125,6 +125,8 @@ class Program:
         history: what was done, oldest first.
         references: forms of the same model that verification compares with, by name (`"eager"`, `"traced"`,
             `"lifted"`, `"masked"`).
+        weight_masks: bool masks of projections whose weights were pruned, in the layout of the weight, True for kept,
+            by qualified name; later passes hold them.
         results: measurements that passes leave for the report, JSON-able, by section of `report.json`.
     """
 
@@ -136,6 +138,7 @@ class Program:
     plan: Plan | None = None
     history: tuple[Event, ...] = ()
     references: Mapping[str, Form] = field(default_factory=dict)
+    weight_masks: Mapping[str, Tensor] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Program:

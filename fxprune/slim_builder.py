@@ -19,7 +19,7 @@ from fxprune.channel_rules import CASTS, MOVEMENT, NORMS
 from fxprune.channel_rules_contraction import ATTENTION
 from fxprune.channel_rules_movement import CONCATENATIONS, SCATTERS
 from fxprune.channel_rules_spatial import CONVOLUTIONS
-from fxprune.channels import get_attribute
+from fxprune.channels import Weight, get_attribute
 from fxprune.errors import PlanError, UnsupportedOpError
 from fxprune.lifted import with_parameters
 from fxprune.masks import ChannelMask, ExpertChannelMask, LayerGate
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from fxprune.channel_ids import ChannelMap, IdArray
     from fxprune.channel_rules import Ids
-    from fxprune.channels import Call, Weight
+    from fxprune.channels import Call
     from fxprune.cut import Cut
     from fxprune.program import Interface
 
@@ -201,6 +201,12 @@ class GraphBuilder:
             index = torch.from_numpy(np.ascontiguousarray(rows)).to(narrow.device).reshape(shape).expand(size)
             narrow = narrow.gather(axis, index)
         return narrow
+
+    def narrowed_like(self, projection: str, tensor: Tensor) -> Tensor:
+        """What stays of a tensor that has an element for every weight of a projection."""
+        weight = get_attribute(self.old, projection).weight
+        names = (name for name, p in self.old.named_parameters(remove_duplicate=False) if p is weight)
+        return self._narrowed(tensor, Weight(next(names), tuple(tensor.shape)))
 
     def _projection(self, call: Call) -> Node:
         node = call.node

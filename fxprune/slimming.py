@@ -17,8 +17,9 @@ from fxprune.slim_assembly import assemble
 from fxprune.slim_builder import GraphBuilder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
     from torch.fx import GraphModule, Node
 
     from fxprune.groups import Group
@@ -29,8 +30,12 @@ __all__ = ["slim_graph"]
 
 
 def slim_graph(
-    graph_module: GraphModule, interface: Interface, groups: Sequence[Group], plan: Plan
-) -> tuple[GraphModule, Interface]:
+    graph_module: GraphModule,
+    interface: Interface,
+    groups: Sequence[Group],
+    plan: Plan,
+    weight_masks: Mapping[str, Tensor] | None = None,
+) -> tuple[GraphModule, Interface, dict[str, Tensor]]:
     """Write the graph in which the units that `plan` removes do not exist.
 
     Args:
@@ -38,10 +43,11 @@ def slim_graph(
         interface: how it is called.
         groups: the groups the plan speaks of.
         plan: which units stay.
+        weight_masks: bool masks of projections, in the layout of the weight, by qualified name.
 
     Returns:
-        A new graph module that shares every parameter no unit was removed from, and its interface: cache inputs become
-        smaller, those of layers that were left out are gone.
+        A new graph module that shares every parameter no unit was removed from; its interface: cache inputs become
+        smaller, those of layers that were left out are gone; and what stays of the masks.
 
     Raises:
         PlanError: the plan is illegal, or removes part of what a norm that cannot be rescaled normalises together.
@@ -52,4 +58,7 @@ def slim_graph(
     channels = ChannelMap(walk(graph_module, interface, results=results))
     builder = GraphBuilder(graph_module, interface, channels, decide(graph_module, channels, groups, plan))
     walk(graph_module, interface, builder.visit, results)
-    return assemble(builder)
+    slim, slim_interface = assemble(builder)
+    called = {str(node.target) for node in slim.graph.nodes if node.op == "call_module"}  # layers may be gone
+    masks = {name: builder.narrowed_like(name, mask) for name, mask in (weight_masks or {}).items() if name in called}
+    return slim, slim_interface, masks

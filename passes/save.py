@@ -113,6 +113,7 @@ class Save(Pass):
             history=[event.to_json() for event in program.history],
             epsilons=_epsilons(program),
             expected=_expected(program),
+            weight_masks=program.weight_masks,
             overwrite=self.overwrite,
         )
         details = {"directory": str(info.directory), "kind": info.kind, "reason": info.reason, "bytes": info.bytes}

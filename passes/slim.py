@@ -50,9 +50,11 @@ class Slim(Pass):
         nothing = all(not program.plan.removed_units(group) for group in program.groups)
         if nothing and not has_masks(program.graph_module):
             return PassResult(program, modified=False, details={"linear_parameters": [before, before]})
-        graph_module, interface = slim_graph(program.graph_module, program.interface, program.groups, program.plan)
+        graph_module, interface, masks = slim_graph(
+            program.graph_module, program.interface, program.groups, program.plan, program.weight_masks
+        )
         slim = program.with_reference("unslimmed", program.graph_module)
-        slim = slim.replace(graph_module=graph_module, interface=interface, channels=None)
+        slim = slim.replace(graph_module=graph_module, interface=interface, channels=None, weight_masks=masks)
         return PassResult(slim, modified=True, details={"linear_parameters": [before, _linear_parameters(slim)]})
 
     def ensures(self, before: Program, after: Program) -> None:

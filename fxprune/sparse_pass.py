@@ -1,0 +1,358 @@
+"""What all weight-pruning passes share: calibrate stage by stage, solve, keep the masks, report.
+
+    x ─ q_proj(W) ─ ...        =>        x ─ q_proj(W') ─ ...        W' has zeros, the graph is the same
+
+Shapes stay, so the checkpoint loads wherever the dense one did. Zeros make no mainstream runtime faster by themselves:
+weight sparsity buys file size after compression, and speed only where kernels exist for the pattern.
+
+Refused:
+ 1. a program whose projections are not lifted, or without any;
+ 2. a scope that matches nothing, or a pattern that does not divide a projection's inputs (it is named);
+ 3. a weight that two modules share;
+ 4. calibration text for a graph that does not read tokens;
+ 5. a projection that was pruned weight by weight before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fxprune.calibration import CalibrationSpec, calibration_set
+from fxprune.channels import get_attribute
+from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
+from fxprune.errors import PostconditionError, PreconditionError, UsageError
+from fxprune.graphs import copy_graph_module
+from fxprune.layerwise import LayerwiseSolver
+from fxprune.lifted import with_parameters
+from fxprune.loading import resolve_dtype
+from fxprune.locate import require_lifted
+from fxprune.pass_base import Pass, PassResult
+from fxprune.progress import track
+from fxprune.runners import GraphRunner
+from fxprune.scope import called_projections, targets_of
+from fxprune.sparsity import Sparsity
+from fxprune.sparsity_allocation import allocate_by_loss
+from fxprune.stages import cut_stages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+    from fxprune.engine import Samples
+    from fxprune.layerwise import LayerFigures
+    from fxprune.program import Program
+    from fxprune.solvers import Solver
+    from fxprune.stages import Cut
+
+__all__ = ["SparsePass", "forward_precision", "own_projections", "read_per_module", "read_sparsity"]
+
+_LOWER = (torch.bfloat16, torch.float16)
+
+
+def read_sparsity(sparsity: float | None, pattern: str | None) -> Sparsity:
+    """One of the two options, `0.5` when neither is given.
+
+    Raises:
+        UsageError: both are given, or one is out of range.
+    """
+    if sparsity is not None and pattern is not None:
+        raise UsageError("give either a sparsity or a pattern: an N:M pattern says how much goes")
+    if pattern is not None:
+        return Sparsity.parse(pattern)
+    return Sparsity(0.5 if sparsity is None else sparsity)
+
+
+def read_per_module(values: Mapping[str, Any]) -> dict[str, Sparsity | None]:
+    """Patterns to sparsities: a share, `2:4`, or `dense`.
+
+    Raises:
+        UsageError: a value is none of these.
+    """
+    return {
+        pattern: None if str(value).strip() == "dense" else Sparsity.parse(str(value))
+        for pattern, value in values.items()
+    }
+
+
+def forward_precision(name: str | None, program_dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The precision of the forward passes' products: `auto` is bfloat16 where the machine computes it faster.
+
+    Args:
+        name: `auto`, or a dtype.
+        program_dtype: the graph's own precision.
+        device: where the graph is; on the meta device it will run elsewhere, and what the CPU can do counts.
+
+    Returns:
+        None when the graph's own precision is meant.
+
+    Raises:
+        UsageError: the dtype is higher than the graph's: products cannot be more precise than its weights.
+    """
+    if name == "auto":
+        native = device.type not in {"cpu", "meta"} or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name = "bfloat16" if native and program_dtype is torch.float32 else None
+    dtype = resolve_dtype(name)
+    if dtype is not None and dtype not in {program_dtype, *_LOWER}:
+        raise UsageError(
+            f"forward_dtype is {name}, but the model is in {str(program_dtype).removeprefix('torch.')}: use auto, or "
+            f"load it in {name}"
+        )
+    return None if dtype is program_dtype else dtype
+
+
+def own_projections(graph_module: GraphModule, names: Iterable[str]) -> GraphModule:
+    """A copy of a graph with projections of its own; weights are shared until they are replaced."""
+    copy = copy_graph_module(graph_module)
+    for name in names:
+        module = get_attribute(copy, name)
+        bias = getattr(module, "bias", None)
+        copy.set_submodule(name, with_parameters(module, module.weight.detach(), bias))
+    return copy
+
+
+class SparsePass(Pass):
+    """Base of the passes that set weights to zero (see the module's docstring for the graph and the refusals).
+
+    Args:
+        sparsity: share of each projection's weights to remove, in [0, 1); 0.5 when there is no pattern either.
+        pattern: N:M, keep N of every M along the inputs, such as `2:4`.
+        calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        samples: calibration sequences.
+        seq_len: tokens of each.
+        seed: of every random choice.
+        include: shell-style patterns of projections to prune; all but the output projection and routers by default.
+        exclude: patterns of projections that stay dense.
+        per_module: pattern to sparsity (`0.6`, `2:4`, `dense`) where it differs.
+        exclude_lm_head: whether the output projection stays dense.
+        allocation: `uniform`, or `loss`: more is removed where the loss minds less (see `fxprune.sparsity_allocation`).
+        true_sequential: solve every projection on inputs that have seen its block's earlier ones pruned.
+        inputs: `pruned` or `dense` activations from earlier blocks.
+        correction: how far weights move, before they are pruned, to what gives the dense model's outputs from the
+            pruned inputs, 0 to 1; above 0 the dense model runs beside the pruned one.
+        forward_dtype: precision of calibration forwards: `auto`, `float32`, `bfloat16`.
+        batch_size: samples at once; found from `work_bytes` by default.
+        work_bytes: what one batch may allocate.
+        memory_bytes: what kept activations may take in main memory before they go to files; no limit by default.
+        device_bytes: what they may take on an accelerator.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        calibration: str = "self",
+        samples: int = 128,
+        seq_len: int = 512,
+        seed: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        per_module: Mapping[str, str | float] | None = None,
+        exclude_lm_head: bool = True,
+        allocation: Literal["uniform", "loss"] = "uniform",
+        true_sequential: bool = True,
+        inputs: Literal["pruned", "dense"] = "pruned",
+        correction: float = 0.0,
+        forward_dtype: str = "auto",
+        batch_size: int | None = None,
+        work_bytes: int = 1 << 29,
+        memory_bytes: int | None = None,
+        device_bytes: int = 0,
+    ) -> None:
+        self.wanted = read_sparsity(sparsity, pattern)
+        self.sparsity = None if pattern is not None else self.wanted.share
+        self.pattern = pattern
+        if allocation not in {"uniform", "loss"}:
+            raise UsageError(f"allocation is {allocation!r}; use uniform or loss")
+        if allocation == "loss" and pattern is not None:
+            raise UsageError(f"an N:M pattern is the same everywhere: allocation=loss needs a sparsity, not {pattern}")
+        if inputs not in {"pruned", "dense"}:
+            raise UsageError(f"inputs is {inputs!r}; use pruned or dense")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("work_bytes", work_bytes, 1),
+            ("memory_bytes", memory_bytes, 0),
+            ("device_bytes", device_bytes, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
+        if forward_dtype != "auto":
+            resolve_dtype(forward_dtype)
+        CalibrationSpec(calibration, samples=samples, seq_len=seq_len, seed=seed)
+        self.calibration = calibration
+        self.samples = samples
+        self.seq_len = seq_len
+        self.seed = seed
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self.per_module = {key: str(value) for key, value in (per_module or {}).items()}
+        read_per_module(self.per_module)
+        self.exclude_lm_head = exclude_lm_head
+        self.allocation = allocation
+        self.true_sequential = true_sequential and inputs == "pruned"
+        self.inputs = inputs
+        if not 0 <= correction <= 1:
+            raise UsageError(f"correction must lie in [0, 1], got {correction}")
+        self.correction = correction
+        self.forward_dtype = forward_dtype
+        self.batch_size = batch_size
+        self.work_bytes = work_bytes
+        self.memory_bytes = memory_bytes
+        self.device_bytes = device_bytes
+
+    needs_data = True
+
+    @abstractmethod
+    def solver(self) -> Solver:
+        """The solver for this pass's options."""
+
+    def requires(self, program: Program) -> None:
+        """There are projections, and the scope matches some.
+
+        Raises:
+            PreconditionError: refusals 1, 4 and 5.
+            UsageError, PlanError: refusals 2 and 3; the forward precision is higher than the model's.
+        """
+        require_lifted(program, self.name)
+        again = [name for name in self.targets(program) if name in program.weight_masks]
+        if again:
+            raise PreconditionError(
+                f"{again[0]} has a mask already, which {self.name} would not hold: prune each projection once, and "
+                "leave those that are done out with exclude"
+            )
+        if self.needs_data:
+            self._dtype(program)
+            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
+            if program.source is None:
+                raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
+
+    def targets(self, program: Program) -> dict[str, Sparsity]:
+        """The projections to prune, and how far; see `fxprune.scope.targets_of`."""
+        return targets_of(
+            program,
+            self.wanted,
+            include=self.include,
+            exclude=self.exclude,
+            per_module=read_per_module(self.per_module),
+            exclude_lm_head=self.exclude_lm_head,
+        )
+
+    def call(self, program: Program) -> PassResult:
+        """Prune; masks are left in `Program.weight_masks`, figures in `results["sparsity"]`."""
+        targets = self.targets(program)
+        seconds: dict[str, float] = {}
+        results: dict[str, Any] = {}
+        root = own_projections(program.graph_module, targets)
+        details: dict[str, Any] = {}
+        if self.needs_data:
+            start = time.perf_counter()
+            tokens, results["calibration"] = self._tokens(program)
+            seconds["text"] = time.perf_counter() - start
+            if self.allocation == "loss":
+                start = time.perf_counter()
+                targets = allocate_by_loss(program, targets, tokens, self._dtype(program))
+                seconds["allocate"] = time.perf_counter() - start
+            layers = LayerwiseSolver(root, self.solver(), targets, correction=self.correction)
+            details = self._calibrated(program, layers, text_samples(program.interface, tokens), seconds)
+        else:
+            layers = LayerwiseSolver(root, self.solver(), targets)
+            start = time.perf_counter()
+            layers.without_data()
+            seconds["solve"] = time.perf_counter() - start
+        pruned = program.replace(graph_module=root, weight_masks={**program.weight_masks, **layers.masks})
+        sparsity: dict[str, Any] = {**self.figures(root, list(layers.figures.values())), **details, "seconds": seconds}
+        pruned = pruned.with_results(**results, sparsity=sparsity)
+        summary: dict[str, Any] = {key: sparsity[key] for key in ("target", "removed_share", "mean_error")}
+        return PassResult(
+            pruned, modified=True, details={**summary, "linears": len(layers.figures), "seconds": seconds}
+        )
+
+    def _dtype(self, program: Program) -> torch.dtype | None:
+        parameter = next(p for p in program.graph_module.parameters() if p.is_floating_point())
+        return forward_precision(self.forward_dtype, parameter.dtype, parameter.device)
+
+    def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
+        assert program.source is not None
+        device = program.interface.example_inputs["input_ids"].device
+        texts = calibration_set(
+            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+            tokenizer=program.source.tokenizer,
+            runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
+            config=program.source.config,
+            device=device,
+        )
+        return texts.tokens.to(device), texts.description
+
+    def engine_options(self, program: Program) -> EngineOptions:
+        """How the engine shall run."""
+        return EngineOptions(
+            batch_size=self.batch_size,
+            work_bytes=self.work_bytes,
+            memory_bytes=self.memory_bytes,
+            device_bytes=self.device_bytes,
+            forward_dtype=self._dtype(program),
+        )
+
+    def cut(self, root: GraphModule, targets: Iterable[str], samples: Samples) -> Cut:
+        """The graph in stages."""
+        return cut_stages(
+            root, targets, samples.varying, true_sequential=self.true_sequential, replay=self.inputs == "pruned"
+        )
+
+    def _calibrated(
+        self, program: Program, layers: LayerwiseSolver, samples: Samples, seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        cut = self.cut(layers.root, layers.targets, samples)
+        seconds["cut"] = time.perf_counter() - start
+        dense = self.cut(program.graph_module, layers.targets, samples) if self.correction else None
+        engine = CalibrationEngine(cut, samples, self.engine_options(program), dense=dense)
+        with track(f"{self.name}: stages", len(cut.stages)) as advance:
+            engine.run(layers, on_stage=advance)
+        seconds |= engine.seconds
+        seconds["prepare"] = layers.prepare_seconds
+        seconds["solve"] -= layers.prepare_seconds
+        return {
+            "blocks": len(cut.blocks),
+            "stages": len(cut.stages),
+            "batch_size": engine.batch_size,
+            "activation_bytes": {where: size for where, size in engine.peak_bytes.items() if size},
+            "forward_dtype": str(engine.options.forward_dtype or "as traced").removeprefix("torch."),
+        }
+
+    def figures(self, root: GraphModule, figures: Sequence[LayerFigures]) -> dict[str, Any]:
+        """The report's `sparsity` section."""
+        weights = sum(math.prod(f.shape) for f in figures)
+        removed = sum(f.removed * math.prod(f.shape) for f in figures)
+        return {
+            "method": self.name,
+            "target": self.wanted.describe(),
+            "allocation": self.allocation,
+            "removed_share": removed / weights,
+            "weights": weights,
+            "pruned_linears": len(figures),
+            "dense_linears": [name for name in called_projections(root) if name not in {f.name for f in figures}],
+            "mean_error": sum(f.error for f in figures) / len(figures),
+            "linears": [figure.to_json() for figure in figures],
+            "speed": "zeros alone make no dense kernel faster; ONNX Runtime computes them like any other number",
+        }
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Removed weights are exactly zero, shapes are as before.
+
+        Raises:
+            PostconditionError: they are not.
+        """
+        for name, mask in after.weight_masks.items():
+            weight = get_attribute(after.graph_module, name).weight
+            if weight.shape != get_attribute(before.graph_module, name).weight.shape:
+                raise PostconditionError(f"{self.name} changed the shape of {name}")
+            if bool(weight.detach()[~mask].count_nonzero()):
+                raise PostconditionError(f"{self.name} left weights of {name} that its mask removes")

@@ -1,0 +1,99 @@
+"""Masks of pruned weights: kept beside the weights, so that later training or quantization can hold them.
+
+One bit a weight, in `weight_masks.safetensors` (or several `weight_masks-*.safetensors`): for every projection its
+packed mask (uint8, row-major, first bit highest), with the mask's shape in the file's metadata. Loaders of the weights
+do not look at these files.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fxprune.channels import get_attribute
+from fxprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+__all__ = ["hold_masks", "read_masks", "write_masks"]
+
+_STEM = "weight_masks"
+
+
+def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None = None) -> str | None:
+    """Write masks, bool of any shape, by the qualified names of their projections; without masks nothing is written.
+
+    Args:
+        directory: where.
+        masks: what.
+        part: a number, where the masks of a model are written in several files.
+
+    Returns:
+        The file's name, if one was written.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    if not masks:
+        return None
+    name = f"{_STEM}.safetensors" if part is None else f"{_STEM}-{part:05d}.safetensors"
+    packed = {key: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for key, mask in masks.items()}
+    shapes = {key: list(mask.shape) for key, mask in masks.items()}
+    try:
+        save_file(packed, directory / name, {"shapes": json.dumps(shapes)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {directory / name}: {error}") from error
+    return name
+
+
+def read_masks(directory: Path) -> dict[str, Tensor]:
+    """Read the masks of a checkpoint: bool, True for kept, in the layout of the projections' weights.
+
+    Returns:
+        By qualified name of the projection; empty where nothing was pruned weight by weight.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob(f"{_STEM}*.safetensors")):
+        found |= _read_file(path)
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: _unpacked(packed[name], shapes[name]) for name in shapes}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+
+
+def _unpacked(packed: Tensor, shape: list[int]) -> Tensor:
+    count = int(np.prod(shape))
+    bits = np.unpackbits(packed.numpy(), count=count)
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set what masks remove to zero again, in place: to be called after every step of a training that must hold them.
+
+    Args:
+        model: a model or graph with the projections that the masks name.
+        masks: by qualified name, in the layout of the weight.
+    """
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = get_attribute(model, name).weight
+            weight.mul_(mask.to(weight.device))

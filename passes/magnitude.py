@@ -1,0 +1,51 @@
+"""Magnitude pruning of weights: the smallest go, without looking at any data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fxprune.solvers import Prepared, Solved, finish, working_weight
+from fxprune.sparse_pass import SparsePass
+from fxprune.sparsity import keep_largest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fxprune.gram import Gram
+    from fxprune.sparsity import Sparsity
+
+__all__ = ["Magnitude", "MagnitudeSolver"]
+
+
+class MagnitudeSolver:
+    """Keeps the weights of largest |W|: over the whole Linear, or within each group of an N:M pattern."""
+
+    name = "magnitude"
+
+    def prepare(self, gram: Gram | None) -> Prepared:
+        """Nothing is needed; a Gram, if there is one, serves to measure the error.
+
+        Raises:
+            CalibrationError: the Gram holds NaN or infinity.
+        """
+        if gram is not None:
+            gram.require_finite()
+        return Prepared(gram)
+
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+        """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
+        working = working_weight(weight, prepared, sparsity, torch.float32)
+        return finish(weight, working, keep_largest(working.abs(), sparsity), prepared)
+
+
+class Magnitude(SparsePass):
+    """Prune the smallest weights, with no text at all (see `fxprune.sparse_pass` for graph, options and refusals)."""
+
+    name = "magnitude"
+    needs_data = False
+
+    def solver(self) -> MagnitudeSolver:
+        """The solver."""
+        return MagnitudeSolver()
