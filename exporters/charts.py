@@ -12,20 +12,21 @@ import re
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
 
-__all__ = ["TIMES", "Chart", "quality_chart", "speed_chart", "widths_chart"]
+__all__ = ["TIMES", "Chart", "error_chart", "error_series", "quality_chart", "speed_chart", "widths_chart"]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 """How a ratio ends, as in 1.25 times."""
@@ -34,6 +35,7 @@ WIDE, NARROW = 720, 340
 """Widths of the two drawings in CSS pixels."""
 
 _INK, _MUTED, _LINE, _SLIM, _DENSE, _BOUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
+_SERIES = tuple(f"#01030{index}" for index in range(8))
 _VARIABLES = {
     _INK: "var(--ink)",
     _MUTED: "var(--muted)",
@@ -41,6 +43,7 @@ _VARIABLES = {
     _SLIM: "var(--accent)",
     _DENSE: "var(--dense)",
     _BOUND: "var(--bound)",
+    **{sentinel: f"var(--s{index})" for index, sentinel in enumerate(_SERIES)},
 }
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -207,6 +210,81 @@ def _panels(groups: Sequence[Mapping[str, Any]]) -> list[_Panel]:
             _Panel(f"{name} ({unit})", numbers, [layers[i][0] for i in numbers], [layers[i][1] for i in numbers])
         )
     return sorted(panels, key=lambda panel: not panel.title.startswith("MLP"))
+
+
+# ---- errors of pruned Linears --------------------------------------------------------------------------------------
+
+
+def error_series(linears: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Errors that a logarithmic axis can show: by kind of projection, then by depth.
+
+    The kind is the end of a name, as much of it as tells the projections of a layer apart (at most all but numbers;
+    those that stay alike, such as experts, are averaged). The depth is the first number in the name; stacks of layers
+    follow each other.
+    """
+    drawn = [entry for entry in linears if _finite(entry.get("error")) and entry["error"] > 0]
+    names = [entry["name"] for entry in drawn]
+    depths = _depths(names)
+    words = [[word for word in name.split(".") if not word.isdecimal()] or [name] for name in names]
+    kinds: list[str] = []
+    for length in (*range(1, max(map(len, words), default=0) + 1), 1):
+        kinds = [".".join(parts[-length:]) for parts in words]
+        if len(set(zip(depths, kinds, strict=True))) == len(names):
+            break
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for entry, depth, kind in zip(drawn, depths, kinds, strict=True):
+        found[kind][depth].append(entry["error"])
+    return {kind: {depth: fmean(series[depth]) for depth in sorted(series)} for kind, series in found.items()}
+
+
+def _depths(names: Sequence[str]) -> list[int]:
+    places: list[tuple[str, int]] = []
+    for name in names:
+        before, number = name, 0
+        if found := re.search(r"(?:^|\.)(\d+)(?:\.|$)", name, re.ASCII):
+            before, number = name[: found.start()], int(found[1])
+        places.append((before, number))
+    starts: dict[str, int] = {}
+    end = 0
+    for stack in dict.fromkeys(stack for stack, _ in places):
+        starts[stack] = end
+        end += max(number for other, number in places if other == stack) + 1
+    return [starts[stack] + number for stack, number in places]
+
+
+def error_chart(linears: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Error of every pruned Linear against depth, a line for each kind of projection; None when there is none above 0.
+
+    Line i has the page's colour `--s{i}`, counted round after the last.
+    """
+    series = error_series(linears)
+    if not series:
+        return None
+    alt = "; ".join(
+        f"{kind}: {min(line.values()):.2g} to {max(line.values()):.2g} over {len(line)} layers"
+        for kind, line in series.items()
+    )
+    errors = [error for line in series.values() for error in line.values()]
+    low, high = min(errors), max(errors)
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 300)
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        for index, line in enumerate(series.values()):
+            style = ("-", "--", ":")[index // len(_SERIES) % 3]
+            color = _SERIES[index % len(_SERIES)]
+            axes.plot(list(line), list(line.values()), style, color=color, linewidth=1.6, marker="o", markersize=3.5)
+        axes.set_ylim(low / 1.25, high * 1.25)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 45, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+        _bare(axes, grid="y")
+        axes.set_xlabel("layer")
+        return figure
+
+    return _chart("errors", f"Error of every pruned Linear by layer. {alt}", draw)
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------

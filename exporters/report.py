@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fxprune.errors import ExportError, OutputError
-from fxprune.exporters.report_page import headline, page, percent, si, spread, times
+from fxprune.exporters.report_page import headline, page, percent, si, sparsity_facts, spread, times
 from fxprune.output import write_json
 
 if TYPE_CHECKING:
@@ -84,6 +84,38 @@ class GroupEntry(_Section):
     kv_kept: Count | None = None
 
 
+class LinearEntry(_Section):
+    """One Linear whose weights were pruned: the error is that of its output on the calibration text, squared, relative.
+
+    Without calibration text (`tokens` is 0) it is that of its weight.
+    """
+
+    name: str
+    target: str
+    shape: list[Count] | None = None
+    removed: Share | None = None
+    error: float | None = None
+    tokens: Count | None = None
+    seconds: Time | None = None
+    notes: dict[str, Any] | None = None
+
+
+class Sparsity(_Section):
+    """Weights that were set to zero; shapes stay. `removed_share` is of the pruned Linears' weights alone."""
+
+    method: str
+    target: str
+    allocation: str | None = None
+    removed_share: Share
+    weights: Count | None = None
+    pruned_linears: Count
+    dense_linears: list[str] | None = None
+    mean_error: float | None = None
+    linears: list[LinearEntry] | None = None
+    speed: str | None = None
+    seconds: dict[str, Time] | None = None
+
+
 class VerifyEntry(_Section):
     """One rung of the verification ladder."""
 
@@ -143,6 +175,7 @@ class Report(_Section):
     macs: Macs | None = None
     file_bytes: Size | None = None
     groups: list[GroupEntry] | None = None
+    sparsity: Sparsity | None = None
     verify: list[VerifyEntry] | None = None
     speed: list[SpeedEntry] | None = None
     quality: list[QualityEntry] | None = None
@@ -264,8 +297,9 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     title = _cell(data.get("model", "fxprune report"))
     lines = [f"### {title}" + (f", {_cell(data['method'])}" if "method" in data else "")]
     facts = headline(data)
-    if facts:
-        lines += ["", "; ".join(_cell(fact.text) for fact in facts) + "."]
+    for clauses in (facts, sparsity_facts(data)):
+        if clauses:
+            lines += ["", "; ".join(_cell(fact.text) for fact in clauses) + "."]
     lines += _table(
         ("figure", "dense", "slim", "removed"),
         [

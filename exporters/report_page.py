@@ -13,14 +13,24 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fxprune.exporters.charts import TIMES, Chart, quality_chart, speed_chart, widths_chart
+from fxprune.exporters.charts import (
+    TIMES,
+    Chart,
+    error_chart,
+    error_series,
+    quality_chart,
+    speed_chart,
+    widths_chart,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Fact", "headline", "page", "percent", "si", "spread", "times"]
+__all__ = ["Fact", "headline", "page", "percent", "si", "sparsity_facts", "spread", "times"]
 
 _PRIMARY_METRICS = ("perplexity", "ppl")
+_NAMED = 3
+"""How many Linears of a list are named before the rest is counted."""
 
 
 # ---- figures as text -----------------------------------------------------------------------------------------------
@@ -113,6 +123,10 @@ def headline(report: Mapping[str, Any]) -> list[Fact]:
     if params.get("mask_sparsity"):
         value = percent(params["mask_sparsity"])
         facts.append(Fact(value, "zeros in block Linears", f"{value} zeros in block Linears"))
+    if sparsity := report.get("sparsity"):
+        value = percent(sparsity["removed_share"])
+        count = sparsity["pruned_linears"]
+        facts.append(Fact(value, f"zeros in {count} Linears", f"{value} zeros in {count} Linears"))
     facts += _quality_fact(report.get("quality", []))
     speed = report.get("speed", [])
     if speed:
@@ -139,6 +153,87 @@ def _verify_fact(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
         return [Fact("failed", "verification", f"verification FAILED at {failed[0]}", "bad")]
     count = len(entries)
     return [Fact(f"{count}/{count}", "checks passed", f"{count} of {count} checks passed")]
+
+
+# ---- weight sparsity -----------------------------------------------------------------------------------------------
+
+
+def sparsity_facts(report: Mapping[str, Any]) -> list[Fact]:
+    """What became of the weights: method, zeros, what stayed dense, errors, trouble, and what it means for speed."""
+    section = report.get("sparsity")
+    if not section:
+        return []
+    linears = section.get("linears", [])
+    how = f"{section['method']}, {section['target']}"
+    if section.get("allocation", "uniform") != "uniform":
+        how += f" allocated by {section['allocation']}"
+    facts = [Fact(how, "Method", how)]
+    zeros = f"{percent(section['removed_share'])} of "
+    zeros += f"{si(section['weights'])} weights" if "weights" in section else "the weights"
+    zeros += f" in {section['pruned_linears']} Linears"
+    facts.append(Fact(zeros, "Zeros", f"zeros: {zeros}"))
+    if dense := section.get("dense_linears"):
+        facts.append(Fact(_listed(dense), "Dense as before", f"dense as before: {_listed(dense)}"))
+    facts += _error_fact(section, linears)
+    return [*facts, *_trouble_facts(linears), *_speed_facts(section, report.get("speed", []))]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _error_fact(section: Mapping[str, Any], linears: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    if "mean_error" not in section:
+        return []
+    read = any(entry.get("tokens") for entry in linears) or not linears
+    label = "Mean layer error" if read else "Mean change of weights"
+    value = number(section["mean_error"])
+    worst = max((e for e in linears if "error" in e), key=lambda e: float(e["error"]), default=None)
+    if worst is not None:
+        value += f" (largest {number(worst['error'])}, {worst['name']})"
+    return [Fact(value, label, f"{label.lower()} {value}")]
+
+
+def _trouble_facts(linears: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    notes = [(entry["name"], entry["notes"]) for entry in linears if "notes" in entry]
+    facts = []
+    if raised := [(name, note) for name, note in notes if note.get("damping_escalations")]:
+        value = f"raised for {_listed([name for name, _ in raised])}"
+        if shares := [note["damping"] for _, note in raised if "damping" in note]:
+            value += f", up to {number(max(shares))}"
+        facts.append(Fact(value, "Damping", f"damping {value}"))
+    few = [(name, note["experts_with_few_tokens"]) for name, note in notes if note.get("experts_with_few_tokens")]
+    if few:
+        experts = _listed([f"{len(which)} of {name}" for name, which in few])
+        label = "Experts that read fewer tokens than they have inputs"
+        facts.append(Fact(experts, label, f"experts that read fewer tokens than they have inputs: {experts}"))
+    return facts
+
+
+def _speed_facts(section: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    facts = [Fact(section["speed"], "Speed", section["speed"])] if "speed" in section else []
+    if entries:
+        value = ", ".join(f"{entry['case']} {times(entry['speedup'])} ({entry['runtime']})" for entry in entries)
+        facts.append(Fact(value, "Measured speed-up", f"measured speed-up: {value}"))
+    return facts
+
+
+def _linears_table(linears: Sequence[Mapping[str, Any]]) -> Table | None:
+    rows = [
+        (
+            entry["name"],
+            entry["target"],
+            f" {TIMES} ".join(map(str, entry.get("shape", []))),
+            percent(entry.get("removed")),
+            number(entry.get("error")),
+            f"{entry['tokens']:,}" if entry.get("tokens") else "",
+            ", ".join(f"{key.replace('_', ' ')}: {_value(value)}" for key, value in entry.get("notes", {}).items()),
+        )
+        for entry in linears
+    ]
+    return _table(("Linear", "Target", "Weight", "Zeros", "Error", "Tokens", "Notes"), rows, (3, 4, 5))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -296,6 +391,8 @@ def page(report: Mapping[str, Any]) -> str:
     """
     facts = headline(report)
     groups, quality, speed = (report.get(name, []) for name in ("groups", "quality", "speed"))
+    sparsity = report.get("sparsity", {})
+    linears = sparsity.get("linears", [])
     subtitle = [report[key] for key in ("method",) if key in report]
     if "seed" in report:
         subtitle.append(f"seed {report['seed']}")
@@ -317,6 +414,12 @@ def page(report: Mapping[str, Any]) -> str:
         widths=_trusted(widths_chart(groups)) if groups else None,
         groups=_groups_table(groups),
         group_count=len(groups),
+        sparsity=_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
+        error_chart=_trusted(error_chart(linears)),
+        error_kinds=list(error_series(linears)),
+        linears=_linears_table(linears),
+        linear_count=len(linears),
+        sparsity_stages=_stages(sparsity.get("seconds", {})),
         quality_chart=_trusted(quality_chart(quality)) if quality else None,
         quality=_quality_table(quality),
         definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),

@@ -45,8 +45,8 @@ Threads = Annotated[int, typer.Option(help="Threads of torch and ONNX Runtime.",
 Calibration = Annotated[
     str, typer.Option(help="`self` (text sampled from the model), a .txt or .jsonl file, or a hub data set.")
 ]
-Samples = Annotated[int, typer.Option(help="Calibration sequences.", min=1)]
-SeqLen = Annotated[int, typer.Option(help="Tokens of each calibration sequence.", min=2)]
+Samples = Annotated[int | None, typer.Option(help="Calibration sequences; the method's own number by default.", min=1)]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens of each calibration sequence.", min=2)]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", min=0)]
 Uniform = Annotated[bool, typer.Option("--uniform", help="Same widths in every layer: loads with plain transformers.")]
 RoundTo = Annotated[int, typer.Option(help="Kept MLP widths are multiples of this.", min=1)]
@@ -212,16 +212,43 @@ def _show_inspection(found: Inspection) -> None:
 @app.command()
 def prune(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Directory for the slim checkpoint and the report.")],
-    ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove, in (0, 1).")],
-    method: Annotated[str, typer.Option(help="Pruning pass.")] = "channel",
+    out: Annotated[Path, typer.Option(help="Directory for the pruned checkpoint and the report.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Structured: share of the block Linears' parameters to remove, in (0, 1).")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Weights: share of each projection's weights to set to zero, in [0, 1).")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Weights: N:M, keep N of every M, such as 2:4.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Pruning pass: channel with --ratio; magnitude, wanda, sparsegpt, alps with the others.")
+    ] = "channel",
     calibration: Calibration = "self",
-    samples: Samples = 64,
-    seq_len: SeqLen = 256,
+    samples: Samples = None,
+    seq_len: SeqLen = None,
     seed: Seed = 0,
     uniform: Uniform = False,
-    round_to: RoundTo = 8,
-    min_keep: Annotated[float, typer.Option(help="Share of every group that stays whatever the scores say.")] = 0.1,
+    round_to: Annotated[int | None, typer.Option(help="Kept MLP widths are multiples of this.", min=1)] = None,
+    min_keep: Annotated[
+        float | None, typer.Option(help="Share of every group that stays whatever the scores say.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Weights: prune only projections like this, such as '*.k_proj'; repeat.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Weights: leave projections like this dense; repeat.")
+    ] = None,
+    per_module: Annotated[
+        list[str] | None, typer.Option(help="Weights: PATTERN=0.6, PATTERN=2:4 or PATTERN=dense; repeat.")
+    ] = None,
+    exclude_lm_head: Annotated[
+        bool | None, typer.Option("--exclude-lm-head/--include-lm-head", help="Weights: leave the output dense.")
+    ] = None,
+    allocation: Annotated[str | None, typer.Option(help="Weights: uniform, or loss.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Weights: block by block from the shards; goes on after an interruption.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="With --stream: throw unfinished work away.")] = False,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
     device: Device = "cpu",
@@ -229,41 +256,36 @@ def prune(
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Prune a model, slim it, verify it, and write a checkpoint that loads back."""
-    from fxprune.output import prepare_output
-    from fxprune.pipeline import build_pass
+    """Prune a model, verify it, and write a checkpoint that loads back: slim with --ratio, with zeros otherwise."""
+    from fxprune.pruning import Destination, parse_per_module, prune_model, stream_model
 
-    options = {
+    given = {
         "ratio": ratio,
-        "calibration": calibration,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "calibration": None if calibration == "self" else calibration,
         "samples": samples,
         "seq_len": seq_len,
-        "seed": seed,
-        "uniform": uniform,
+        "seed": seed or None,
+        "uniform": uniform or None,
         "round_to": round_to,
         "min_keep": min_keep,
+        "include": include or None,
+        "exclude": exclude or None,
+        "per_module": parse_per_module(per_module or []) or None,
+        "exclude_lm_head": exclude_lm_head,
+        "allocation": allocation,
     }
-    build_pass(method, options)  # a wrong option is told before the model is loaded
-    prepare_output(out, overwrite=overwrite)
-    from fxprune.loading import load_model
-    from fxprune.registry import resolve
-    from fxprune.reporting import report_of
-    from fxprune.workflow import Stopwatch, front_end, perplexities, prune_program
-
-    watch = Stopwatch()
-    _say(f"loading {model}")
-    with watch.stage("load"):
-        loaded = load_model(model, dtype=dtype, device=device)
-    _say("tracing and locating")
-    program = front_end(loaded, watch)
-    program = prune_program(program, method, options, out=out, overwrite=overwrite, on_pass=lambda p: _say(p.name))
-    quality = None
-    if ppl:
-        _say("measuring perplexity")
-        with watch.stage("quality"):
-            quality = perplexities(program, ppl, windows=windows)
-    report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality)
-    resolve("fxprune.exporters.report:write_report")(report, out)
+    options = {name: value for name, value in given.items() if value is not None}
+    place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
+    if restart and not stream:
+        raise UsageError("--restart goes with --stream")
+    if stream:
+        if ppl:
+            raise UsageError("--ppl runs the whole model, which --stream never holds; use fxprune eval afterwards")
+        report = stream_model(model, method, options, place, restart=restart, say=_say)
+    else:
+        report = prune_model(model, method, options, place, ppl=ppl or [], windows=windows, say=_say)
     _write_json(json, report)
     _summary(report)
 
@@ -367,32 +389,35 @@ def bench(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint, hub id, or ONNX directory with its tokenizer.")],
-    ppl: Annotated[list[Path], typer.Option(help="Text file; repeat for several.")],
-    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
-    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 1,
+    ppl: Annotated[list[Path] | None, typer.Option(help="Text file for the perplexity; repeat for several.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval's harness, separated by commas.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory with the tasks' files; the hub by default.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many documents of a task.", min=1)] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of a text.", min=2)] = 512,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows of a text.", min=1)] = None,
+    batch_size: Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a task's sequence; the model's by default.", min=2)
+    ] = None,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Perplexity of any form of a model."""
-    from fxprune.errors import CheckpointError
-    from fxprune.evaluate import file_perplexity, read_text
-    from fxprune.workflow import open_form
+    """Perplexity and zero-shot tasks of any form of a model."""
+    from fxprune.batching import parse_batch_size
+    from fxprune.evaluation import Evaluation, run_evaluation
 
-    for path in ppl:
-        read_text(path)  # told before the model is loaded
-    form = open_form(model, dtype=dtype)
-    if form.tokenizer is None:
-        raise CheckpointError(f"{model} has no tokenizer; perplexity of a text needs one")
-    results = []
-    for path in ppl:
-        result = file_perplexity(
-            form.runner, path, form.tokenizer, window=window, max_windows=windows, batch_size=batch_size
-        )
-        results.append(result.as_dict())
-        error = f" (standard error of the log {result.standard_error:.3f})" if result.standard_error else ""
-        _out.print(f"{result.text}: perplexity {result.perplexity:.2f}{error}; {result.definition}", highlight=False)
-    _write_json(json, {"model": model, "perplexity": results})
+    what = Evaluation(
+        ppl=ppl or (),
+        tasks=[name.strip() for names in tasks or () for name in names.split(",") if name.strip()],
+        data=data,
+        limit=limit,
+        window=window,
+        windows=windows,
+        batch_size=parse_batch_size(batch_size),
+        max_length=max_length,
+        dtype=dtype,
+    )
+    _write_json(json, run_evaluation(model, what, _out, _say))
 
 
 @app.command()

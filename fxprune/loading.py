@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedModel",
     "check_weights",
+    "config_path",
     "expand_user",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "local_snapshot",
     "max_positions",
     "quiet_transformers",
     "resolve_device",
@@ -101,7 +103,7 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: there is none, it is not valid, or its model type is unknown to transformers.
     """
-    path = _local_path(name_or_path, _CONFIG_FILES)
+    path = config_path(name_or_path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         hint = "; it has an adapter_config.json: merge the adapter into its base model first"
@@ -115,6 +117,15 @@ def load_config(name_or_path: str | Path) -> PreTrainedConfig:
     with _load_errors(str(file)):
         # With False transformers refuses a repository's own code; its default would ask on the terminal.
         return AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
+
+
+def config_path(name_or_path: str | Path) -> Path:
+    """The local directory or file of a configuration, of a hub repository the snapshot of its small files.
+
+    Raises:
+        CheckpointError: there is nothing of this name.
+    """
+    return _local_path(name_or_path, _CONFIG_FILES)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -223,6 +234,19 @@ def check_weights(path: Path) -> None:
     weight_map = _read_json(path / _INDEX)["weight_map"]
     if lost := sorted(name for name, file in weight_map.items() if (file, name) not in found):
         raise CheckpointError(f"{path}: tensors that {_INDEX} names are not in their shards: {_some(lost)}")
+
+
+def local_snapshot(name_or_path: str | Path) -> Path:
+    """The local directory of a model's files, downloaded first if it is a hub id, with whole weights in it.
+
+    Raises:
+        CheckpointError: there is no such model, or its files are damaged or cannot be used.
+    """
+    path = _local_path(name_or_path, _MODEL_FILES)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; name the directory that holds config.json and the weights")
+    _check_plain_checkpoint(path)
+    return path
 
 
 def _local_path(name_or_path: str | Path, patterns: tuple[str, ...]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,6 @@ from fxprune.groups import AttentionGroup
 from fxprune.measure import machine, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fxprune.program import Program
 
 __all__ = ["group_entries", "report_of", "stage_seconds"]
@@ -25,12 +24,18 @@ _STAGES = {
     "locate_experts": "trace",
     "locate_layers": "trace",
     "channel": "prune",
+    "magnitude": "prune",
+    "wanda": "prune",
+    "sparsegpt": "prune",
+    "alps": "prune",
     "insert_masks": "slim",
     "slim": "slim",
     "verify": "verify",
     "save": "save",
     "export_onnx": "export",
 }
+_PARTS = {"calibrate": "calibrate", "text": "calibrate", "forward": "calibrate", "gram": "calibrate"}
+"""Parts of a pass that are stages of their own, by the names under which passes time them."""
 _PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
 
 
@@ -54,14 +59,20 @@ def group_entries(program: Program) -> list[dict[str, Any]]:
 
 
 def stage_seconds(program: Program) -> dict[str, float]:
-    """Seconds per stage of the history; what a pass timed itself (calibration) is told apart."""
+    """Seconds per stage of the history.
+
+    A pass may leave `seconds` by part in its details: what went into calibration is told apart, the rest is its own.
+    """
     seconds: dict[str, float] = {}
     for event in program.history:
+        inner = event.details.get("seconds", {})
+        rest = event.seconds
+        for part, value in inner.items() if isinstance(inner, Mapping) else ():
+            if part in _PARTS:
+                seconds[_PARTS[part]] = seconds.get(_PARTS[part], 0.0) + value
+                rest -= value
         stage = _STAGES.get(event.name, event.name)
-        inner = event.details.get("seconds", {}) if event.name == "channel" else {}
-        for name, value in inner.items():
-            seconds[name] = seconds.get(name, 0.0) + value
-        seconds[stage] = seconds.get(stage, 0.0) + max(0.0, event.seconds - sum(inner.values()))
+        seconds[stage] = seconds.get(stage, 0.0) + max(0.0, rest)
     return seconds
 
 
@@ -111,9 +122,9 @@ def report_of(
         outputs = program.interface.outputs
         report["params"] = compare_parameters(lifted.module, program.graph_module, outputs=outputs).to_json()
         report["macs"] = compare_macs(lifted.module, program.graph_module, outputs=outputs).to_json()
-    if program.groups:
+    if program.groups and program.plan is not None:
         report["groups"] = group_entries(program)
-    for section in ("verify", "calibration"):
+    for section in ("sparsity", "verify", "calibration"):
         if section in program.results:
             report[section] = program.results[section]
     details = {name: program.results[name] for name in ("checkpoint", "onnx") if name in program.results}

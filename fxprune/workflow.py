@@ -12,19 +12,30 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxprune.checkpoint import load_skeleton
 from fxprune.errors import CheckpointError, TraceError, UsageError
 from fxprune.evaluate import file_perplexity, perplexity, tokenise
-from fxprune.loading import LoadedModel, load_config, load_model, load_tokenizer, quiet_transformers
+from fxprune.loading import (
+    LoadedModel,
+    config_path,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
+from fxprune.manifest import MANIFEST_NAME
 from fxprune.measure import Cost, bench, cost_of, decode, prefill
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Form
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner, Runner
+from fxprune.sparse_pass import SparsePass
 from fxprune.tracing import trace
 
 if TYPE_CHECKING:
@@ -40,10 +51,12 @@ __all__ = [
     "front_end",
     "inspect_program",
     "measure_speed",
+    "models_of_config",
     "open_form",
     "prune_program",
     "quality_entry",
     "text_of_python",
+    "trace_on_meta",
 ]
 
 LOCATE = (
@@ -95,6 +108,8 @@ _AUTO_CLASSES = (
 def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
     """Trace and locate from a configuration alone, on the meta device: no weights are read.
 
+    Of a checkpoint that fxprune wrote, `fxprune.json` is read too: it says the shapes that no configuration can say.
+
     Args:
         name_or_path: a directory, a `config.json`, or a hub id.
         watch: gets the seconds of tracing.
@@ -103,9 +118,12 @@ def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
         CheckpointError: there is no usable configuration.
         TraceError: no class for this configuration could be traced.
     """
-    config = load_config(name_or_path)
+    name = str(name_or_path)
+    path = config_path(name)
+    own = path.parent if path.name == "config.json" else path
+    candidates = {name: partial(load_skeleton, own)} if (own / MANIFEST_NAME).is_file() else models_of_config(path)
     with watch.stage("trace"):
-        program = _trace_on_meta(config, str(name_or_path))
+        program = trace_on_meta(candidates, name)
     return _located(program)
 
 
@@ -123,25 +141,36 @@ def _auto_classes(config: Any) -> list[Any]:
     return [auto for _, auto in sorted(found, key=operator.itemgetter(0))]
 
 
-def _trace_on_meta(config: Any, name: str) -> Program:
-    """Trace the first class for a configuration that can be traced."""
-    candidates = _auto_classes(config)
+def models_of_config(path: Path, dtype: torch.dtype | None = None) -> dict[str, Callable[..., Any]]:
+    """Ways to build a model from a configuration, by the name of the auto class; in its own dtype or in another one."""
+    config = load_config(path)
+    options = {} if dtype is None else {"dtype": dtype}
+    candidates: dict[str, Callable[..., Any]] = {
+        auto.__name__: partial(auto.from_config, config, **options) for auto in _auto_classes(config)
+    }
     if not candidates:
-        raise CheckpointError(f"{name}: transformers has no model for {type(config).__name__} that fxprune can trace")
+        raise CheckpointError(f"{path}: transformers has no model for {type(config).__name__} that fxprune can trace")
+    return candidates
+
+
+def trace_on_meta(candidates: Mapping[str, Callable[..., Any]], name: str) -> Program:
+    """Trace the first model that can be traced; each is built with a `dtype`, or without for the configuration's."""
     first: Exception | None = None
-    for auto in candidates:
+    for build in candidates.values():
         # Some operators (grouped products) have a shape rule for bfloat16 only.
-        for dtype in (None, torch.bfloat16):
+        for options in ({}, {"dtype": torch.bfloat16}):
             try:
                 with torch.device("meta"), quiet_transformers():
-                    model = auto.from_config(config) if dtype is None else auto.from_config(config, dtype=dtype)
-                return trace(model, name=name)
+                    model = build(**options)
+                # Outside: constants that the model makes when it runs keep their values.
+                with quiet_transformers():
+                    return trace(model, name=name)
             except (TraceError, RuntimeError, NotImplementedError, ValueError) as error:
                 first = first or error
     if isinstance(first, TraceError):
         raise first
     raise TraceError(
-        f"{name}: {candidates[0].__name__} cannot be traced on the meta device: {type(first).__name__}: {first}"
+        f"{name}: {next(iter(candidates))} cannot be traced on the meta device: {type(first).__name__}: {first}"
     ) from first
 
 
@@ -170,7 +199,10 @@ def prune_program(
     Raises:
         FxpruneError: any pass refused or any rung failed.
     """
-    passes = [build_pass(method, options), *(build_pass(name, {}) for name in ("insert_masks", "slim", "verify"))]
+    pruning = build_pass(method, options)
+    # Zeros change no shape: there is nothing to mask and nothing to slim.
+    steps = ("verify",) if isinstance(pruning, SparsePass) else ("insert_masks", "slim", "verify")
+    passes = [pruning, *(build_pass(name, {}) for name in steps)]
     if out is not None:
         passes.append(build_pass("save", {"out": str(out), "overwrite": overwrite}))
         passes.append(build_pass("verify", {"checkpoint": str(out), "graph": False}))

@@ -110,6 +110,107 @@ def test_a_ratio_that_no_plan_reaches_says_what_can_be_reached(
     assert not out.exists()
 
 
+def zeros(model: torch.nn.Module) -> dict[str, float]:
+    """Share of zeros of every Linear but the output projection."""
+    return {
+        name: float((module.weight == 0).float().mean())
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def test_prune_sets_weights_to_zero_and_says_what_that_buys(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "sparse"
+    status, shown, err = run(
+        monkeypatch, capsys, "prune", tiny_llama_dir, "--method", "wanda", "--sparsity", 0.5, "--out", out,
+        "--calibration", text, *PRUNE,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "wanda, 0.5; zeros: 50.0% of" in shown
+    assert "ONNX Runtime" in shown
+    assert set(zeros(AutoModelForCausalLM.from_pretrained(out)).values()) == {0.5}
+    report = json.loads((out / "report.json").read_text())
+    assert report["method"] == report["sparsity"]["method"] == "wanda"
+    assert report["sparsity"]["dense_linears"] == ["lm_head"]
+    assert {"calibrate", "prune", "verify", "save"} <= set(report["seconds"])
+    assert all(rung["passed"] for rung in report["verify"])
+    assert "reloaded checkpoint = slim" in {rung["rung"] for rung in report["verify"]}
+    assert {"params", "groups"}.isdisjoint(report)
+    assert 'id="sparsity"' in (out / "report.html").read_text()
+
+
+def test_prune_streams_what_it_would_prune_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    command = (
+        "prune", tiny_llama_dir, "--method", "sparsegpt", "--pattern", "2:4", "--exclude", "*.o_proj",
+        "--per-module", "*.down_proj=1:4", "--calibration", text, *PRUNE,
+    )  # fmt: skip
+    models = []
+    for name, more in (("memory", ()), ("streamed", ("--stream",))):
+        out = tmp_path / name
+        status, _, err = run(monkeypatch, capsys, *command, "--out", out, *more)
+        assert status == 0, err
+        models.append(AutoModelForCausalLM.from_pretrained(out))
+        sparsity = json.loads((out / "report.json").read_text())["sparsity"]
+        assert sparsity["target"] == "2:4"
+        assert sparsity["pruned_linears"] == 12
+        assert (out / "report.html").is_file()
+    assert "block 2 of 2" in err
+    found = zeros(models[1])
+    for name, share in found.items():
+        assert share == {"o_proj": 0, "down_proj": 0.75}.get(name.rpartition(".")[2], 0.5), name
+    one, other = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "wanda", "--ratio", "0.3"), "ratio"),
+        (("--method", "wanda", "--sparsity", "0.5", "--pattern", "2:4"), "either a sparsity or a pattern"),
+        (("--method", "wanda", "--sparsity", "1"), "less than 1"),
+        (("--method", "wanda", "--sparsity", "-0.5"), "less than 1"),
+        (("--method", "wanda", "--pattern", "2-4"), "neither a share"),
+        (("--method", "wanda", "--pattern", "4:2"), ""),
+        (("--method", "wanda", "--allocation", "random"), "allocation"),
+        (("--method", "wanda", "--per-module", "*.q_proj"), "PATTERN=0.6"),
+        (("--method", "wanda", "--per-module", "*.q_proj=many"), "neither a share"),
+        (("--method", "wanda", "--uniform"), "uniform"),
+        (("--method", "wanda", "--round-to", "4"), "round_to"),
+        (("--sparsity", "0.5"), "sparsity"),
+        (("--ratio", "0.2", "--pattern", "2:4"), "pattern"),
+        ((), "ratio"),
+        (("--ratio", "0.2", "--stream"), "--stream prunes weights"),
+        (("--method", "magnitude", "--stream"), "needs no calibration"),
+        (("--method", "wanda", "--stream"), "name a text file"),
+        (("--method", "wanda", "--stream", "--calibration", "t.txt", "--dtype", "float32"), "leave --dtype out"),
+        (("--method", "wanda", "--stream", "--calibration", "t.txt", "--allocation", "loss"), "uniform"),
+    ],
+)
+def test_options_that_do_not_go_together_are_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    status, _, err = run(monkeypatch, capsys, "prune", "nowhere", "--out", tmp_path / "x", *options)
+    assert status == 2, err
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_is_not_empty_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:

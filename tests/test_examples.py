@@ -53,6 +53,15 @@ def test_quickstart_saves_a_model_that_loads(run: Run, tiny_llama_dir: Path, tex
     assert sum(p.numel() for p in fxprune.load(tmp_path / "slim").parameters()) == slim
 
 
+def test_sparsegpt_saves_what_plain_transformers_loads(
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    shown = run("sparsegpt.py", tiny_llama_dir, text, tmp_path / "sparse")
+    assert "14 Linears, 50.0% of their weights removed" in shown
+    assert "zeros in the first one: 50.0%" in shown
+    assert len((EXAMPLES / "sparsegpt.py").read_text().splitlines()) < 30
+
+
 def test_own_pass_runs_and_verifies(run: Run, tiny_llama_dir: Path) -> None:
     assert "slim = masked: max abs error" in run("own_pass.py", tiny_llama_dir)
 

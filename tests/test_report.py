@@ -43,6 +43,41 @@ FULL: dict[str, Any] = {
         {"name": "l.1.mlp", "kind": "mlp", "layer": 1, "dense": 1536, "kept": 1280, "unit": "channels"},
         {"name": "l.0.attn", "kind": "attention", "layer": 0, "dense": 9, "kept": 6, "kv_dense": 3, "kv_kept": 2},
     ],
+    "sparsity": {
+        "method": "sparsegpt",
+        "target": "0.5",
+        "allocation": "loss",
+        "removed_share": 0.5,
+        "weights": 20_480,
+        "pruned_linears": 3,
+        "dense_linears": ["l.1.attn.q", "l.1.attn.k", "l.1.attn.v", "lm_head"],
+        "mean_error": 0.0412,
+        "linears": [
+            {"name": "l.0.attn.q", "target": "0.5", "shape": [64, 64], "removed": 0.5, "error": 0.012, "tokens": 4096},
+            {
+                "name": "l.0.mlp.down",
+                "target": "2:4",
+                "shape": [64, 128],
+                "removed": 0.5,
+                "error": 0.11,
+                "tokens": 4096,
+                "seconds": 0.25,
+                "notes": {"damping": 0.1, "damping_escalations": 1},
+            },
+            {
+                "name": "l.1.mlp.down",
+                "target": "0.5",
+                "shape": [4, 64, 32],
+                "removed": 0.5,
+                "error": 0.0016,
+                "tokens": 17,
+                "notes": {"experts_with_few_tokens": [1, 3]},
+            },
+        ],
+        "speed": "zeros make nothing faster",
+        "seconds": {"text": 1.5, "solve": 4.0},
+        "batch_size": 4,
+    },
     "verify": [
         {"rung": "masked = slim", "max_abs_error": 3.1e-7, "tolerance": 1e-5, "passed": True},
         {"rung": "greedy text", "passed": True},
@@ -87,6 +122,7 @@ FULL: dict[str, Any] = {
 SECTIONS = {
     "size": ("params", "macs", "file_bytes"),
     "widths": ("groups",),
+    "sparsity": ("sparsity",),
     "quality": ("quality",),
     "speed": ("speed",),
     "verify": ("verify",),
@@ -196,6 +232,8 @@ def test_none_is_kept_where_it_is_a_value(tmp_path: Path) -> None:
         ({"params": {"removed_share_all": 1.2}}, "params.removed_share_all"),
         ({"speed": [{"runtime": "torch"}]}, "speed.0.speedup"),
         ({"groups": [{"name": "a", "kind": "mlp", "dense": -1, "kept": 0}]}, "groups.0.dense"),
+        ({"sparsity": {"method": "wanda", "target": "0.5"}}, "sparsity.removed_share"),
+        ({"sparsity": {**FULL["sparsity"], "linears": [{"name": "a"}]}}, "sparsity.linears.0.target"),
         ({"verify": [{"rung": "a"}]}, "verify.0.passed"),
         ({"details": {"value": object()}}, "not JSON"),
     ],
@@ -302,17 +340,19 @@ def test_inner_references_resolve(tmp_path: Path) -> None:
 def test_charts_are_described_and_follow_the_scheme(tmp_path: Path) -> None:
     _, html, parsed = written(FULL, tmp_path)
     charts = [attrs for tag, attrs in parsed.tags if tag == "svg"]
-    assert len(charts) == 6  # three charts, for wide screens and for phones
+    assert len(charts) == 8  # four charts, for wide screens and for phones
     labels = [attrs["aria-label"] or "" for attrs in charts]
     assert all(attrs["role"] == "img" for attrs in charts)
     assert "2,304 of 3,072 kept over 2 layers" in labels[0]
     assert "KV groups" in labels[0]
-    assert "dense 35.2, slim 60.1" in labels[2]
-    assert "1.25 times, 95% interval 1.21 to 1.29, bound 1.27" in labels[4]
+    assert "q: 0.012 to 0.012 over 1 layers; down: 0.0016 to 0.11 over 2 layers" in labels[2]
+    assert "dense 35.2, slim 60.1" in labels[4]
+    assert "1.25 times, 95% interval 1.21 to 1.29, bound 1.27" in labels[6]
     assert "prefers-color-scheme: dark" in html
     assert "#0102" not in html
     svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
-    assert {"var(--accent)", "var(--dense)", "var(--bound)", "var(--ink)"} <= set(re.findall(r"var\(--\w+\)", svgs))
+    used = set(re.findall(r"var\(--\w+\)", svgs))
+    assert {f"var(--{name})" for name in ("accent", "dense", "bound", "ink", "s0", "s1")} <= used
     assert re.findall(r"(?:fill|stroke): #\w+", svgs) == []
 
 
@@ -364,7 +404,8 @@ def test_query_heads_are_drawn_when_they_leave_inside_their_groups() -> None:
 def test_headline_reads_as_a_sentence() -> None:
     sentence = "; ".join(fact.text for fact in headline(FULL))
     assert sentence == (
-        f"134.5 M → 113.1 M parameters; 20.0% of block Linears removed; perplexity 35.2 → 60.1; "
+        f"134.5 M → 113.1 M parameters; 20.0% of block Linears removed; 50.0% zeros in 3 Linears; "
+        f"perplexity 35.2 → 60.1; "
         f"prefill-512 {times(1.247)}; 2 of 2 checks passed"
     )
     assert headline({}) == []

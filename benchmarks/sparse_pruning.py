@@ -1,0 +1,182 @@
+"""Weight pruning, measured: methods and sparsities against perplexity, LAMBADA, seconds and memory.
+
+    python -m benchmarks.sparse_pruning --data DIR [--method ...] [--target ...] [--seed 0 1 2] [--out JSON]
+
+DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.jsonl` for the calibration text. Every
+cell runs in a process of its own, so that its peak memory is its own, and is written as soon as it is measured: a run
+that is interrupted goes on with the cells that are missing. `--plain` prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from fxprune.default_model import default_model_path
+from fxprune.evaluate import file_perplexity
+from fxprune.graphs import state_tensors
+from fxprune.harness import evaluate_tasks
+from fxprune.loading import load_model
+from fxprune.measure import machine, peak_rss_bytes
+from fxprune.output import write_json
+from fxprune.pipeline import build_pass
+from fxprune.runners import EagerRunner
+from fxprune.tracing import trace
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense": ("dense", {}),
+    "magnitude": ("magnitude", {}),
+    "wanda": ("wanda", {}),
+    "sparsegpt": ("sparsegpt", {}),
+    "alps": ("alps", {}),
+    "alps, allocated": ("alps", {"allocation": "loss"}),
+}
+"""Rows of the table: a pass and its options."""
+
+TARGETS = ("0.4", "0.5", "0.6", "2:4", "4:8")
+RESULT = Path("benchmarks/results/sparse_pruning.json")
+
+
+def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) -> dict[str, Any]:
+    """One cell: prune, then evaluate in bfloat16."""
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model or str(default_model_path()))
+    entry: dict[str, Any] = {"method": method, "target": target, "seed": seed}
+    if method != "dense":
+        program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
+        program = build_pass("lift_linears", {})(program).program
+        key = "pattern" if ":" in target else "sparsity"
+        name, more = METHODS[method]
+        options: dict[str, Any] = {key: target if ":" in target else float(target), **more}
+        options |= json.loads(arguments.options)
+        if method != "magnitude":
+            text = arguments.data / "calibration" / "sample_c4-rp1.jsonl"
+            options |= {"calibration": str(text), "samples": arguments.samples, "seq_len": 512, "seed": seed}
+        start = time.perf_counter()
+        program = build_pass(name, options)(program).program
+        sparsity = program.results["sparsity"]
+        entry |= {
+            "seconds": time.perf_counter() - start,
+            "parts": sparsity["seconds"],
+            "peak_rss_bytes": peak_rss_bytes(),
+            "removed_share": sparsity["removed_share"],
+            "mean_error": sparsity["mean_error"],
+            "options": options,
+            "calibration_sha256": program.results.get("calibration", {}).get("sha256"),
+        }
+        loaded.model.load_state_dict(state_tensors(program.graph_module), strict=False)
+        del program
+    model = loaded.model.to(torch.bfloat16)
+    runner = EagerRunner(model, "eager bfloat16")
+    start = time.perf_counter()
+    text = arguments.data / "wikitext-2-raw" / ("wiki.valid.raw" if arguments.valid else "wiki.test.raw")
+    perplexity = file_perplexity(runner, text, loaded.tokenizer, max_windows=arguments.windows, batch_size=4)
+    entry |= {"perplexity": perplexity.perplexity, "perplexity_definition": perplexity.definition}
+    if arguments.rows:
+        (lambada,) = evaluate_tasks(
+            runner, loaded.tokenizer, ["lambada_openai"], data=arguments.data, limit=arguments.rows
+        )
+        word = lambada["last_word_accuracy"]
+        entry |= {"lambada": word.value, "lambada_se": word.standard_error}
+    return entry | {"eval_seconds": time.perf_counter() - start, "threads": arguments.threads}
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table: a row for each method and target, seeds together."""
+    lines = [
+        "| method | removed | perplexity | LAMBADA | prune s | peak GB | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        for target in TARGETS:
+            mine = [c for c in cells if (c["method"], c["target"]) == (method, target)]
+            if not mine:
+                continue
+            perplexity = spread([c["perplexity"] for c in mine], ".1f")
+            lambada = spread([c["lambada"] for c in mine if "lambada" in c], ".3f")
+            seconds = f"{fmean(c['seconds'] for c in mine):.0f}" if "seconds" in mine[0] else "-"
+            peak = f"{max(c['peak_rss_bytes'] for c in mine) / 1e9:.1f}" if "peak_rss_bytes" in mine[0] else "-"
+            removed = "-" if method == "dense" else target
+            lines.append(f"| {method} | {removed} | {perplexity} | {lambada} | {seconds} | {peak} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    if not values:
+        return "-"
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell is found by."""
+    return cell["method"], cell["target"], cell["seed"]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure the cells that are missing, each in a process of its own."""
+    cells = json.loads(arguments.out.read_text())["cells"] if arguments.out.is_file() else []
+    wanted = [
+        (method, target, seed)
+        for target in arguments.target
+        for method in arguments.method
+        for seed in (arguments.seed if method not in {"dense", "magnitude"} else arguments.seed[:1])
+        if method != "dense" or target == arguments.target[0]
+        if "allocation" not in METHODS[method][1] or ":" not in target  # an N:M pattern is the same everywhere
+    ]
+    for cell in wanted:
+        if any(key(known) == cell for known in cells):
+            continue
+        passed = [part for part in sys.argv[1:] if part != "--plain"]
+        command = [sys.executable, "-m", "benchmarks.sparse_pruning", *passed, "--cell", json.dumps(cell)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        cells.append(json.loads(done.stdout.splitlines()[-1]))
+        print(
+            {
+                k: v
+                for k, v in cells[-1].items()
+                if k in {"method", "target", "seed", "seconds", "perplexity", "lambada"}
+            }
+        )
+        result = {"cells": cells, "machine": machine(), "windows": arguments.windows, "lambada_rows": arguments.rows}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.out, result)
+    return {"cells": cells}
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", help="hub id or directory; the embedded default by default")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--target", nargs="+", default=list(TARGETS))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=400, help="LAMBADA rows; 0 for none")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--options", default="{}", help="further options of the pass, as JSON")
+    parser.add_argument("--valid", action="store_true", help="perplexity on wiki.valid.raw: for choosing options")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--plain", action="store_true", help="only print the table of what was measured")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        method, target, seed = json.loads(arguments.cell)
+        print(json.dumps(measure(arguments, method, target, seed)))
+        return
+    cells = json.loads(arguments.out.read_text())["cells"] if arguments.plain else run(arguments)["cells"]
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

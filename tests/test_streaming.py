@@ -1,0 +1,215 @@
+"""Streaming: the same weights as in memory, the same bits after an interruption, and trouble told by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fxprune.channels import get_attribute
+from fxprune.errors import CheckpointError, OutputError, PlanError, UsageError
+from fxprune.loading import load_model
+from fxprune.passes.magnitude import Magnitude
+from fxprune.passes.sparsegpt import SparseGpt
+from fxprune.passes.wanda import Wanda
+from fxprune.pipeline import build_pass
+from fxprune.streaming import StreamingOutput
+from fxprune.streaming_run import prune_streaming
+from fxprune.tracing import trace
+from fxprune.weight_masks import read_masks
+from tests.conftest import TINY_LINES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(TINY_LINES * 40))
+    return file
+
+
+@pytest.fixture
+def dense(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A tied llama of three layers in bfloat16, in several shards."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path / "dense"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="20KB")
+    tiny_tokenizer.save_pretrained(path)
+    assert (path / "model.safetensors.index.json").is_file()
+    return path
+
+
+def options(text: Path, **more: Any) -> dict[str, Any]:
+    return {"calibration": str(text), "samples": 6, "seq_len": 16, "batch_size": 2, **more}
+
+
+def stop(*_: int) -> None:
+    """An interruption after the first block."""
+    raise KeyboardInterrupt
+
+
+def weights_of(directory: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if path.name.startswith("weight_masks"):
+                continue
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return found
+
+
+@pytest.mark.parametrize("method", [Wanda, SparseGpt])
+def test_streamed_weights_are_those_of_a_run_in_memory(
+    dense: Path, text: Path, tmp_path: Path, method: type[SparseGpt]
+) -> None:
+    report = prune_streaming(dense, tmp_path / "out", method(**options(text)))
+    loaded = load_model(dense)
+    program = trace(loaded.model, tokenizer=loaded.tokenizer)
+    program = method(**options(text))(build_pass("lift_linears", {})(program).program).program
+    streamed = weights_of(tmp_path / "out")
+    assert set(streamed) == set(weights_of(dense))
+    for name in program.weight_masks:
+        mine = get_attribute(program.graph_module, name).weight.detach()
+        assert torch.equal(streamed[f"{name}.weight"], mine), name
+        assert streamed[f"{name}.weight"].dtype is torch.bfloat16
+    assert report["sparsity"]["removed_share"] == pytest.approx(0.5, abs=0.01)
+    assert len(report["sparsity"]["linears"]) == len(program.weight_masks) == 21
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not (tmp_path / ".out.streaming").exists()
+    masks = read_masks(tmp_path / "out")
+    assert set(masks) == set(program.weight_masks)
+    assert all(torch.equal(masks[name], mask) for name, mask in program.weight_masks.items())
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_run_goes_on_with_the_same_bits(dense: Path, text: Path, tmp_path: Path, after: int) -> None:
+    prune_streaming(dense, tmp_path / "whole", SparseGpt(**options(text)))
+
+    def interrupt(done: int, blocks: int) -> None:
+        assert blocks == 3
+        if done == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)), on_block=interrupt)
+    assert not (tmp_path / "out").exists()
+    seen: list[int] = []
+    report = prune_streaming(
+        dense, tmp_path / "out", SparseGpt(**options(text)), on_block=lambda done, _: seen.append(done)
+    )
+    assert seen == list(range(after + 1, 4))
+    whole, again = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert set(whole) == set(again)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert len(report["sparsity"]["linears"]) == 21
+
+
+def test_unfinished_work_of_another_run_is_not_continued(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)), on_block=stop)
+    with pytest.raises(OutputError, match="other options"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text, sparsity=0.4)))
+    staging = tmp_path / ".out.streaming"
+    shard = next(staging.glob("block-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=f"{shard.name} is missing or was changed"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)))
+    prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text, sparsity=0.4)), restart=True)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_full_disk_leaves_what_was_finished(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_streaming(dense, tmp_path / "whole", Wanda(**options(text)))
+    usage = shutil.disk_usage(tmp_path)
+    calls = 0
+
+    def full(_: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return usage if calls < 4 else usage._replace(free=0)
+
+    monkeypatch.setattr("fxprune.streaming.shutil.disk_usage", full)
+    with pytest.raises(CheckpointError, match="make room and run the same command again"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    staging = tmp_path / ".out.streaming"
+    assert json.loads((staging / "progress.json").read_bytes())["next_stage"] > 0
+    assert not list(staging.glob("*.partial"))
+    monkeypatch.undo()
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    whole, again = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_cannot_be_streamed_is_refused(dense: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name a text file"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt())
+    with pytest.raises(UsageError, match="allocation=loss"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text, allocation="loss")))
+    with pytest.raises(UsageError, match="needs no calibration"):
+        prune_streaming(dense, tmp_path / "out", Magnitude())
+    with pytest.raises(PlanError, match=r"down_proj has 56 inputs.*groups of 16"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text, pattern="4:16")))
+
+
+def test_a_missing_shard_is_named(dense: Path, text: Path, tmp_path: Path) -> None:
+    victim = sorted(dense.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=victim.name):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)))
+
+
+def test_the_old_output_is_whole_until_the_end(dense: Path, text: Path, tmp_path: Path) -> None:
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    before = weights_of(tmp_path / "out")
+    with pytest.raises(OutputError, match="not empty"):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)))
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)), overwrite=True, on_block=stop)
+    after = weights_of(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_transposed_and_parallel_layouts_stream(
+    tmp_path: Path, text: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """GPT-2's Conv1D weights are (in, out); they come back that way."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=24, n_layer=2, n_head=3, n_inner=40, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    prune_streaming(tmp_path / "gpt2", tmp_path / "out", Wanda(**options(text)))
+    old, new = weights_of(tmp_path / "gpt2"), weights_of(tmp_path / "out")
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert new[name].shape == old[name].shape
+    assert float((new[name] == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    kept = new[name] != 0
+    assert torch.equal(new[name][kept], old[name][kept])
+
+
+def test_output_lies_beside_its_target(tmp_path: Path) -> None:
+    output = StreamingOutput(tmp_path / "x", None, "")  # type: ignore[arg-type]
+    assert output.staging == tmp_path / ".x.streaming"
