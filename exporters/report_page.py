@@ -175,6 +175,7 @@ def sparsity_facts(report: Mapping[str, Any]) -> list[Fact]:
     if dense := section.get("dense_linears"):
         facts.append(Fact(_listed(dense), "Dense as before", f"dense as before: {_listed(dense)}"))
     facts += _error_fact(section, linears)
+    facts += _work_fact(section.get("work", {}), section.get("seconds", {}))
     return [*facts, *_trouble_facts(linears), *_speed_facts(section, report.get("speed", []))]
 
 
@@ -194,6 +195,19 @@ def _error_fact(section: Mapping[str, Any], linears: Sequence[Mapping[str, Any]]
     if worst is not None:
         value += f" (largest {number(worst['error'])}, {worst['name']})"
     return [Fact(value, label, f"{label.lower()} {value}")]
+
+
+def _work_fact(work: Mapping[str, float], seconds: Mapping[str, float]) -> list[Fact]:
+    """What calibration had to compute, and how long that takes at the machine's measured peak."""
+    parts = []
+    for part in ("forward", "gram"):
+        if f"{part}_tflop" in work and part in seconds:
+            least = 1e3 * work[f"{part}_tflop"] / work[f"{part}_peak_gflops"]
+            parts.append(
+                f"{part} {number(work[f'{part}_tflop'])} TFLOP in {duration(seconds[part])} (at the measured peak of "
+                f"{number(work[f'{part}_peak_gflops'])} GFLOP/s at least {duration(least)})"
+            )
+    return [Fact("; ".join(parts), "Work", f"work: {'; '.join(parts)}")] if parts else []
 
 
 def _trouble_facts(linears: Sequence[Mapping[str, Any]]) -> list[Fact]:

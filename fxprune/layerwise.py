@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerFigures", "LayerwiseSolver"]
 
-_RIDGE = 0.01
-
 
 @dataclass(frozen=True)
 class LayerFigures:
@@ -73,20 +71,17 @@ class LayerwiseSolver:
         root: the graph whose projections are pruned in place; each must be a module of its own.
         solver: how.
         targets: how much of each projection goes.
-        correction: with a dense path, how far a weight moves to what gives the dense model's outputs from the pruned
-            inputs before it is pruned, 0 to 1.
     """
 
-    def __init__(
-        self, root: GraphModule, solver: Solver, targets: Mapping[str, Sparsity], *, correction: float = 1.0
-    ) -> None:
+    def __init__(self, root: GraphModule, solver: Solver, targets: Mapping[str, Sparsity]) -> None:
         self.root = root
-        self.correction = correction
         self.solver = solver
         self.targets = targets
         self.figures: dict[str, LayerFigures] = {}
         self.masks: dict[str, Tensor] = {}
         self.prepare_seconds = 0.0
+        self.flop = {"forward": 0.0, "gram": 0.0}
+        """Floating point operations that calibration needs at least: each projection once, half of each Gram matrix."""
 
     def __call__(self, stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
         """Prune what the sites of a stage feed.
@@ -101,35 +96,21 @@ class LayerwiseSolver:
                 if not names:
                     continue
                 start = time.perf_counter()
+                self._count(names, one.grams)
                 grams, borrowed = _completed(one.grams)
                 prepared = [self._named(names[0], self.solver.prepare, gram) for gram in grams]
                 seconds = time.perf_counter() - start
                 self.prepare_seconds += seconds
-                if one.cross is not None and self.correction:
-                    self._correct(names, grams[0], one.cross)
                 for name in names:
                     self._prune(name, prepared, one, borrowed, seconds)
                     seconds = 0.0
 
-    def _correct(self, names: Sequence[str], gram: Gram, cross: Tensor) -> None:
-        """Move weights to the least squares answer to the dense outputs, with a ridge toward the weights themselves.
-
-        With X' the pruned and X the dense inputs, W + (X'ᵀX' + r I)⁻¹ (X'ᵀX - X'ᵀX') W; r is 1% of the median of the
-        diagonal.
-        """
-        matrix = gram.matrix.double()
-        diagonal = matrix.diagonal()
-        live = diagonal[diagonal > 0]
-        ridge = _RIDGE * (live.median() if live.numel() else diagonal.new_ones(()))
-        factor = torch.linalg.cholesky(
-            matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        )
-        shift = torch.cholesky_solve(cross.double() - matrix, factor).float()
-        for name in names:
-            module = get_attribute(self.root, name)
-            weight = module.weight.detach()
-            moved = weight.float() + self.correction * (weight.float() @ shift.t())
-            module.weight = nn.Parameter(moved.to(weight.dtype), module.weight.requires_grad)
+    def _count(self, names: Sequence[str], grams: Sequence[Gram | None]) -> None:
+        for gram in grams:
+            if gram is not None:
+                self.flop["gram"] += gram.features**2 * gram.tokens
+                rows = sum(get_attribute(self.root, name).out_features for name in names)
+                self.flop["forward"] += 2 * gram.features * rows * gram.tokens
 
     def without_data(self) -> None:
         """Prune all targets with a solver that needs no statistics."""

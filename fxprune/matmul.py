@@ -8,6 +8,7 @@ found out by multiplying two matrices.
 from __future__ import annotations
 
 import functools
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["fast_products"]
+__all__ = ["fast_products", "product_rate"]
 
 
 @functools.cache
@@ -58,3 +59,15 @@ def fast_products(*, rounded: bool = False) -> Iterator[None]:
         return
     with _allowed():
         yield
+
+
+def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, size: int = 1024) -> float:
+    """What this machine reaches in matrix products, in GFLOP/s: the best of five products of square matrices."""
+    one = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    with fast_products():
+        for _ in range(6):  # the first one warms up
+            start = time.perf_counter()
+            float((one @ one)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9

@@ -31,6 +31,7 @@ from fxprune.layerwise import LayerwiseSolver
 from fxprune.lifted import with_parameters
 from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
+from fxprune.matmul import product_rate
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
 from fxprune.runners import GraphRunner
@@ -107,6 +108,17 @@ def forward_precision(name: str | None, program_dtype: torch.dtype, device: torc
     return None if dtype is program_dtype else dtype
 
 
+def work_of(layers: LayerwiseSolver, forward_dtype: torch.dtype, samples: Samples) -> dict[str, float]:
+    """What the calibration had to compute, and what this machine reaches in products, to judge the seconds by."""
+    device = next(iter(samples.varying.values())).device
+    return {
+        "forward_tflop": layers.flop["forward"] / 1e12,
+        "gram_tflop": layers.flop["gram"] / 1e12,
+        "forward_peak_gflops": product_rate(forward_dtype, device),
+        "gram_peak_gflops": product_rate(torch.float32, device),
+    }
+
+
 def own_projections(graph_module: GraphModule, names: Iterable[str]) -> GraphModule:
     """A copy of a graph with projections of its own; weights are shared until they are replaced."""
     copy = copy_graph_module(graph_module)
@@ -134,8 +146,6 @@ class SparsePass(Pass):
         allocation: `uniform`, or `loss`: more is removed where the loss minds less (see `fxprune.sparsity_allocation`).
         true_sequential: solve every projection on inputs that have seen its block's earlier ones pruned.
         inputs: `pruned` or `dense` activations from earlier blocks.
-        correction: how far weights move, before they are pruned, to what gives the dense model's outputs from the
-            pruned inputs, 0 to 1; above 0 the dense model runs beside the pruned one.
         forward_dtype: precision of calibration forwards: `auto`, `float32`, `bfloat16`.
         batch_size: samples at once; found from `work_bytes` by default.
         work_bytes: what one batch may allocate.
@@ -159,7 +169,6 @@ class SparsePass(Pass):
         allocation: Literal["uniform", "loss"] = "uniform",
         true_sequential: bool = True,
         inputs: Literal["pruned", "dense"] = "pruned",
-        correction: float = 0.0,
         forward_dtype: str = "auto",
         batch_size: int | None = None,
         work_bytes: int = 1 << 29,
@@ -198,9 +207,6 @@ class SparsePass(Pass):
         self.allocation = allocation
         self.true_sequential = true_sequential and inputs == "pruned"
         self.inputs = inputs
-        if not 0 <= correction <= 1:
-            raise UsageError(f"correction must lie in [0, 1], got {correction}")
-        self.correction = correction
         self.forward_dtype = forward_dtype
         self.batch_size = batch_size
         self.work_bytes = work_bytes
@@ -259,7 +265,7 @@ class SparsePass(Pass):
                 start = time.perf_counter()
                 targets = allocate_by_loss(program, targets, tokens, self._dtype(program))
                 seconds["allocate"] = time.perf_counter() - start
-            layers = LayerwiseSolver(root, self.solver(), targets, correction=self.correction)
+            layers = LayerwiseSolver(root, self.solver(), targets)
             details = self._calibrated(program, layers, text_samples(program.interface, tokens), seconds)
         else:
             layers = LayerwiseSolver(root, self.solver(), targets)
@@ -312,8 +318,7 @@ class SparsePass(Pass):
         start = time.perf_counter()
         cut = self.cut(layers.root, layers.targets, samples)
         seconds["cut"] = time.perf_counter() - start
-        dense = self.cut(program.graph_module, layers.targets, samples) if self.correction else None
-        engine = CalibrationEngine(cut, samples, self.engine_options(program), dense=dense)
+        engine = CalibrationEngine(cut, samples, self.engine_options(program))
         with track(f"{self.name}: stages", len(cut.stages)) as advance:
             engine.run(layers, on_stage=advance)
         seconds |= engine.seconds
@@ -325,6 +330,7 @@ class SparsePass(Pass):
             "batch_size": engine.batch_size,
             "activation_bytes": {where: size for where, size in engine.peak_bytes.items() if size},
             "forward_dtype": str(engine.options.forward_dtype or "as traced").removeprefix("torch."),
+            "work": work_of(layers, engine.options.forward_dtype or torch.float32, samples),
         }
 
     def figures(self, root: GraphModule, figures: Sequence[LayerFigures]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["allocate_by_loss", "blend_shares", "loss_sensitivity", "shares_by_ranking"]
 
-_SAMPLES = 16
+_SAMPLES = 8
 _STRENGTH = 0.5
 _LIMIT = 0.12
 _HISTOGRAM = 4096

@@ -75,8 +75,6 @@ def prune_streaming(
         raise UsageError("streaming cannot sample text from a model that does not fit in memory; name a text file")
     if method.allocation != "uniform":
         raise UsageError(f"allocation={method.allocation} needs the whole model in memory; streaming prunes uniformly")
-    if method.correction:
-        raise UsageError("a correction needs the dense model beside the pruned one; streaming has neither in memory")
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
     path, target = local_snapshot(source), prepare_output(out, overwrite=overwrite)

@@ -110,3 +110,13 @@ def test_a_sparse_run_leaves_its_section_and_its_seconds(
     assert data["sparsity"] == json.loads(json.dumps(section))
     assert "sparsity" in parsed.sections
     assert "zeros alone make no dense kernel faster" in markdown_summary(report)
+
+
+def test_work_is_told_next_to_what_the_machine_reaches() -> None:
+    work = {"forward_tflop": 2.0, "gram_tflop": 1.0, "forward_peak_gflops": 400.0, "gram_peak_gflops": 200.0}
+    section = {"method": "wanda", "target": "0.5", "removed_share": 0.5, "pruned_linears": 1, "linears": []}
+    report = {"sparsity": {**section, "work": work, "seconds": {"forward": 10.0, "gram": 8.0}}}
+    assert (
+        "work: forward 2 TFLOP in 10 s (at the measured peak of 400 GFLOP/s at least 5 s); gram 1 TFLOP in 8 s (at the "
+        "measured peak of 200 GFLOP/s at least 5 s)"
+    ) in markdown_summary(report)
