@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) 
     """One cell: prune, then evaluate in bfloat16."""
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model or str(default_model_path()))
-    entry: dict[str, Any] = {"method": method, "target": target, "seed": seed}
+    entry: dict[str, Any] = {"method": method, "target": target, "seed": seed, "conditions": conditions(arguments)}
     if method != "dense":
         program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
         program = build_pass("lift_linears", {})(program).program
@@ -72,7 +72,9 @@ def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) 
             "options": options,
             "calibration_sha256": program.results.get("calibration", {}).get("sha256"),
         }
-        loaded.model.load_state_dict(state_tensors(program.graph_module), strict=False)
+        unknown = loaded.model.load_state_dict(state_tensors(program.graph_module), strict=False).unexpected_keys
+        if unknown:
+            raise SystemExit(f"the pruned graph has tensors that the model lacks: {unknown[:3]}")
         del program
     model = loaded.model.to(torch.bfloat16)
     runner = EagerRunner(model, "eager bfloat16")
@@ -82,7 +84,7 @@ def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) 
     entry |= {"perplexity": perplexity.perplexity, "perplexity_definition": perplexity.definition}
     if arguments.rows:
         (lambada,) = evaluate_tasks(
-            runner, loaded.tokenizer, ["lambada_openai"], data=arguments.data, limit=arguments.rows
+            runner, loaded.tokenizer, ["lambada_openai"], data=arguments.data, limit=arguments.rows, batch_size=16
         )
         word = lambada["last_word_accuracy"]
         entry |= {"lambada": word.value, "lambada_se": word.standard_error}
@@ -116,9 +118,21 @@ def spread(values: list[float], form: str) -> str:
     return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
 
 
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for a cell that was measured earlier to count."""
+    return {
+        "model": Path(arguments.model or default_model_path()).name,
+        "text": "wiki.valid.raw" if arguments.valid else "wiki.test.raw",
+        "samples": arguments.samples,
+        "windows": arguments.windows,
+        "rows": arguments.rows,
+        "options": json.loads(arguments.options),
+    }
+
+
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
     """What a cell is found by."""
-    return cell["method"], cell["target"], cell["seed"]
+    return cell["method"], cell["target"], cell["seed"], json.dumps(cell["conditions"], sort_keys=True)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,11 +147,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if "allocation" not in METHODS[method][1] or ":" not in target  # an N:M pattern is the same everywhere
     ]
     for cell in wanted:
-        if any(key(known) == cell for known in cells):
+        here = json.dumps(conditions(arguments), sort_keys=True)
+        if any(key(known) == (*cell, here) for known in cells):
             continue
         passed = [part for part in sys.argv[1:] if part != "--plain"]
         command = [sys.executable, "-m", "benchmarks.sparse_pruning", *passed, "--cell", json.dumps(cell)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         cells.append(json.loads(done.stdout.splitlines()[-1]))
         print(
             {

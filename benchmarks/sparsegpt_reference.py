@@ -146,7 +146,8 @@ def flops(model: Any, tokens: int) -> dict[str, float]:
     widths = {"attention": layer.self_attn.q_proj, "output": layer.self_attn.o_proj}
     widths |= {"mlp": layer.mlp.gate_proj, "down": layer.mlp.down_proj}
     gram = sum(m.in_features**2 for m in widths.values()) * tokens * len(model.model.layers)
-    return {"forward": forward / 1e12, "gram": gram / 1e12, "gram_reference": 0.0}
+    reference = sum(2 * m.in_features**2 for m in linears) * tokens
+    return {"forward": forward / 1e12, "gram": gram / 1e12, "gram_reference": reference / 1e12}
 
 
 def main() -> None:

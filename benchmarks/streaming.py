@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, directory: Path, blocks: int) -> dict
 def child(directory: Path, blocks: int) -> dict[str, Any]:
     """Measure in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.streaming", *sys.argv[1:], "--measure", str(directory), str(blocks)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(directory.name, found, flush=True)
     return found

@@ -47,6 +47,8 @@ class ActivationStore:
         self.device = torch.device(device)
         self.budgets = {"device": 0 if self.device.type == "cpu" else device_budget, "memory": memory_budget}
         self.used = {"device": 0, "memory": 0, "file": 0}
+        self._reserved = {"device": 0, "memory": 0, "file": 0}  # for values whose batches are still to come
+        self._sizes: dict[str, int] = {}
         self.peak = dict(self.used)
         self._where: dict[str, str] = {}
         self._values: dict[str, list[Any]] = {}
@@ -82,7 +84,9 @@ class ActivationStore:
         """
         if name not in self._values:
             self._values[name] = [None] * self.batches
-            self._where[name] = self._place(_bytes(value) * self.batches)
+            self._sizes[name] = _bytes(value) * self.batches
+            self._where[name] = self._place(self._sizes[name])
+            self._reserved[self._where[name]] += self._sizes[name]
         if not isinstance(value, Tensor):  # a length
             self._values[name][batch] = value
             return
@@ -111,12 +115,13 @@ class ActivationStore:
                 self.used[self._where[name]] -= _bytes(self._values[name][batch])
                 self._values[name][batch] = None
                 if all(value is None for value in self._values[name]):
-                    del self._values[name], self._where[name]
+                    self._reserved[self._where[name]] -= self._sizes[name]
+                    del self._values[name], self._where[name], self._sizes[name]
 
     def _place(self, size: int) -> str:
         for where in ("device", "memory"):
             budget = self.budgets[where]
-            if budget is None or self.used[where] + size <= budget:
+            if budget is None or self._reserved[where] + size <= budget:
                 return where
         return "file"
 

@@ -121,7 +121,7 @@ def save(
         history: what was done, JSON-able, oldest first.
         epsilons: as for `classify`: the epsilon of each norm that needs another one, by dense module name.
         expected: inputs, and the logits that the slim model gives for them.
-        weight_masks: bool masks of pruned projections, written beside the weights (`fxprune.weight_masks`).
+        weight_masks: bool masks of pruned weights by dense name, written beside the weights (`fxprune.weight_masks`).
         overwrite: whether an earlier output may be replaced.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
 

@@ -245,6 +245,9 @@ def prune(
         bool | None, typer.Option("--exclude-lm-head/--include-lm-head", help="Weights: leave the output dense.")
     ] = None,
     allocation: Annotated[str | None, typer.Option(help="Weights: uniform, or loss.")] = None,
+    memory_bytes: Annotated[
+        int | None, typer.Option(help="Weights: what kept activations may take in main memory before they go to files.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Weights: block by block from the shards; goes on after an interruption.")
     ] = False,
@@ -275,6 +278,7 @@ def prune(
         "per_module": parse_per_module(per_module or []) or None,
         "exclude_lm_head": exclude_lm_head,
         "allocation": allocation,
+        "memory_bytes": memory_bytes,
     }
     options = {name: value for name, value in given.items() if value is not None}
     place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
@@ -461,7 +465,7 @@ def main() -> None:
     except (KeyboardInterrupt, Exception) as error:
         # Native code may turn the interrupt into an error of its own; what fails after Ctrl-C is its consequence.
         if interrupted or isinstance(error, (KeyboardInterrupt, typer.Abort)):
-            _say("interrupted; earlier output is whole and nothing half-written is left")
+            _say("interrupted; earlier output is whole, and what --stream has finished is kept for the same command")
             status = 130
         elif isinstance(error, (FxpruneError, TyperException)):
             status = _exit_status(error)

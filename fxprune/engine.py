@@ -5,7 +5,8 @@
                        solve: new weights for these projections, before the next stage runs them
 
 One engine serves every pass that learns from activations. Its memory is one stage's weights and work, the values kept
-between stages, and the Gram matrices of the projections at hand; it does not grow with the depth of the model.
+between stages, and the Gram matrices of the projections at hand; for a decoder or an encoder it does not grow with
+depth. (An encoder-decoder's keys and values of the encoder's output are known, and kept, for all its layers at once.)
 """
 
 from __future__ import annotations
@@ -117,9 +118,12 @@ class Residency(Protocol):
 
 @dataclass
 class _Clock:
+    device: torch.device
     seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "gram": 0.0, "solve": 0.0})
 
     def add(self, name: str, start: float) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # work that was only started counts for nobody else
         now = time.perf_counter()
         self.seconds[name] += now - start
         return now
@@ -154,8 +158,9 @@ class _GramSum:
     def result(self) -> Gram | None:
         if not self.tokens:
             return None
-        upper = self.matrix.triu()
-        return Gram(upper + upper.triu(1).t(), self.tokens)
+        self.matrix.triu_()
+        self.matrix.add_(self.matrix.triu(1).t())
+        return Gram(self.matrix, self.tokens)
 
 
 class CalibrationEngine:
@@ -184,7 +189,7 @@ class CalibrationEngine:
         self.options = options or EngineOptions()
         self.residency = residency
         self.device = next(iter(samples.varying.values())).device
-        self.clock = _Clock()
+        self.clock = _Clock(device=self.device)
         self.batch_size = 0
         self.peak_bytes: dict[str, int] = {}
         self._contexts: dict[int, dict[str, Any]] = {}
@@ -216,16 +221,8 @@ class CalibrationEngine:
         """
         self.batch_size = self.options.batch_size or self._fitting_batch()
         starts = list(range(0, self.samples.count, self.batch_size))
-        store = ActivationStore(
-            len(starts),
-            device=self.device,
-            device_budget=self.options.device_bytes,
-            memory_budget=self.options.memory_bytes,
-            directory=self.options.spill_directory,
-        )
-        beside = ActivationStore(
-            len(starts), memory_budget=self.options.memory_bytes, directory=self.options.spill_directory
-        )
+        store = self._store(len(starts))
+        beside = self._store(len(starts))
         with store, beside:
             for name, values in (restored or {}).items():
                 for batch, value in enumerate(values):
@@ -240,12 +237,22 @@ class CalibrationEngine:
                     if self.residency is not None:
                         self.residency.solving([name for one in statistics for name in one.site.linears])
                     solve(stage, statistics)
+                del statistics  # the Gram matrices of a wide stage are larger than its weights
                 self.clock.add("solve", start)
                 if self.residency is not None and self._ends_block(index):
                     self.residency.end_block(index + 1, store)
                 if on_stage is not None:
                     on_stage(index + 1)
             self.peak_bytes = dict(store.peak)
+
+    def _store(self, batches: int) -> ActivationStore:
+        return ActivationStore(
+            batches,
+            device=self.device,
+            device_budget=self.options.device_bytes,
+            memory_budget=self.options.memory_bytes,
+            directory=self.options.spill_directory,
+        )
 
     def _ends_block(self, index: int) -> bool:
         stages = self.cut.stages

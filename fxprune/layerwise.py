@@ -6,7 +6,7 @@ The bridge between the engine, which knows graphs, and solvers, which know a wei
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +92,12 @@ class LayerwiseSolver:
         del stage
         with torch.no_grad(), fast_products():
             for one in statistics:
-                names = [name for name in one.site.linears if name not in self.figures]  # a second call sees the first
+                again = [name for name in one.site.linears if name in self.figures]
+                for name in again:  # a layer that is called again was solved on what its first call read
+                    notes = dict(self.figures[name].notes)
+                    notes["calls"] = notes.get("calls", 1) + 1
+                    self.figures[name] = replace(self.figures[name], notes=notes)
+                names = [name for name in one.site.linears if name not in again]
                 if not names:
                     continue
                 start = time.perf_counter()
@@ -144,7 +149,7 @@ class LayerwiseSolver:
         ]
         weight, mask = _assembled(module, solved)
         module.weight = nn.Parameter(weight, module.weight.requires_grad)
-        self.masks[name] = mask
+        self.masks[name] = mask.cpu()
         notes = _notes(solved)
         if borrowed:
             notes["experts_with_few_tokens"] = list(borrowed)

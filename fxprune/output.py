@@ -20,7 +20,7 @@ from fxprune.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["prepare_output", "staged_directory", "write_json"]
+__all__ = ["prepare_output", "staged_directory", "swap", "write_json"]
 
 _LOGGER = logging.getLogger(__name__)
 _MARKERS = ("fxprune.json", "report.json", "genai_config.json", "export.json", "*.onnx")
@@ -127,13 +127,13 @@ def staged_directory(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"cannot create a directory beside {target}: {error}") from error
         yield staging
-        _swap(staging, target, overwrite=overwrite)
+        swap(staging, target, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _swap(staging: Path, target: Path, *, overwrite: bool) -> None:
+def swap(staging: Path, target: Path, *, overwrite: bool) -> None:
     """Rename `staging` to `target`; if that fails, put back what was there."""
     prepare_output(target, overwrite=overwrite)  # the work took minutes: somebody else may have written here
     old = _sibling(target, "old")

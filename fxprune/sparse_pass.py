@@ -10,7 +10,8 @@ Refused:
  2. a scope that matches nothing, or a pattern that does not divide a projection's inputs (it is named);
  3. a weight that two modules share;
  4. calibration text for a graph that does not read tokens;
- 5. a projection that was pruned weight by weight before.
+ 5. a projection that was pruned weight by weight before;
+ 6. experts whose routers were not located.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +29,8 @@ from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.graphs import copy_graph_module
+from fxprune.grouped import GroupedLinear
+from fxprune.groups import ExpertGroup
 from fxprune.layerwise import LayerwiseSolver
 from fxprune.lifted import with_parameters
 from fxprune.loading import resolve_dtype
@@ -39,6 +43,7 @@ from fxprune.scope import called_projections, targets_of
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss
 from fxprune.stages import cut_stages
+from fxprune.weight_masks import read_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -117,6 +122,11 @@ def work_of(layers: LayerwiseSolver, forward_dtype: torch.dtype, samples: Sample
         "forward_peak_gflops": product_rate(forward_dtype, device),
         "gram_peak_gflops": product_rate(torch.float32, device),
     }
+
+
+def _dtype_of(program: Program) -> torch.dtype:
+    """The precision of the weights."""
+    return next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
 
 
 def own_projections(graph_module: GraphModule, names: Iterable[str]) -> GraphModule:
@@ -223,10 +233,23 @@ class SparsePass(Pass):
         """There are projections, and the scope matches some.
 
         Raises:
-            PreconditionError: refusals 1, 4 and 5.
+            PreconditionError: refusals 1, 4, 5 and 6.
             UsageError, PlanError: refusals 2 and 3; the forward precision is higher than the model's.
         """
         require_lifted(program, self.name)
+        names = called_projections(program.graph_module)
+        experts = any(isinstance(get_attribute(program.graph_module, name), GroupedLinear) for name in names)
+        if experts and not any(isinstance(group, ExpertGroup) for group in program.groups):
+            raise PreconditionError(
+                f"{self.name}: the model has experts, and nobody has looked for their routers, which would be pruned "
+                "too: run locate_attention, locate_mlp, locate_hidden and locate_experts first"
+            )
+        path = None if program.source is None else program.source.path
+        if path is not None and not program.weight_masks and read_masks(path):
+            raise PreconditionError(
+                f"{path} has masks of weights that were pruned before, and {self.name} would not hold them: start from "
+                "the dense checkpoint"
+            )
         again = [name for name in self.targets(program) if name in program.weight_masks]
         if again:
             raise PreconditionError(
@@ -263,7 +286,8 @@ class SparsePass(Pass):
             seconds["text"] = time.perf_counter() - start
             if self.allocation == "loss":
                 start = time.perf_counter()
-                targets = allocate_by_loss(program, targets, tokens, self._dtype(program))
+                free = {name: one for name, one in targets.items() if not self._is_said(name)}
+                targets = targets | allocate_by_loss(program, free, tokens, self._dtype(program))
                 seconds["allocate"] = time.perf_counter() - start
             layers = LayerwiseSolver(root, self.solver(), targets)
             details = self._calibrated(program, layers, text_samples(program.interface, tokens), seconds)
@@ -280,9 +304,13 @@ class SparsePass(Pass):
             pruned, modified=True, details={**summary, "linears": len(layers.figures), "seconds": seconds}
         )
 
-    def _dtype(self, program: Program) -> torch.dtype | None:
+    def _is_said(self, name: str) -> bool:
+        """Whether the user says how much of a projection goes."""
+        return any(fnmatchcase(name, pattern) for pattern in self.per_module)
+
+    def _dtype(self, program: Program, device: torch.device | None = None) -> torch.dtype | None:
         parameter = next(p for p in program.graph_module.parameters() if p.is_floating_point())
-        return forward_precision(self.forward_dtype, parameter.dtype, parameter.device)
+        return forward_precision(self.forward_dtype, _dtype_of(program), device or parameter.device)
 
     def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
         assert program.source is not None
@@ -296,14 +324,14 @@ class SparsePass(Pass):
         )
         return texts.tokens.to(device), texts.description
 
-    def engine_options(self, program: Program) -> EngineOptions:
-        """How the engine shall run."""
+    def engine_options(self, program: Program, device: torch.device | None = None) -> EngineOptions:
+        """How the engine shall run, on another device than the program's if one is given."""
         return EngineOptions(
             batch_size=self.batch_size,
             work_bytes=self.work_bytes,
             memory_bytes=self.memory_bytes,
             device_bytes=self.device_bytes,
-            forward_dtype=self._dtype(program),
+            forward_dtype=self._dtype(program, device),
         )
 
     def cut(self, root: GraphModule, targets: Iterable[str], samples: Samples) -> Cut:
@@ -330,7 +358,7 @@ class SparsePass(Pass):
             "batch_size": engine.batch_size,
             "activation_bytes": {where: size for where, size in engine.peak_bytes.items() if size},
             "forward_dtype": str(engine.options.forward_dtype or "as traced").removeprefix("torch."),
-            "work": work_of(layers, engine.options.forward_dtype or torch.float32, samples),
+            "work": work_of(layers, engine.options.forward_dtype or _dtype_of(program), samples),
         }
 
     def figures(self, root: GraphModule, figures: Sequence[LayerFigures]) -> dict[str, Any]:

@@ -115,12 +115,13 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_smallest(scores.reshape(1, -1), count)[0]
-    found = scores <= threshold
+    flat = scores.reshape(-1)
+    found = flat <= threshold
     surplus = int(found.sum()) - count
     if surplus:
-        ties = (scores == threshold).flatten().nonzero()[:, 0]
-        found.view(-1)[ties[len(ties) - surplus :]] = False
-    return found
+        ties = (flat == threshold).nonzero()[:, 0]
+        found[ties[len(ties) - surplus :]] = False
+    return found.view(scores.shape)
 
 
 def lowest_per_row(scores: Tensor, count: int) -> Tensor:

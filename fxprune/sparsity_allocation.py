@@ -75,10 +75,7 @@ def allocate_by_loss(
         if not bool(torch.isfinite(weight).all()):
             raise PreconditionError(f"{name}: its weight holds NaN or infinity; the checkpoint is broken")
     inputs, outputs = loss_sensitivity(program, list(free), tokens[:samples], forward_dtype)
-    scores = {
-        name: weight.double().square().mul_(inputs[name]).mul_(outputs[name][:, None])
-        for name, weight in weights.items()
-    }
+    scores = {name: _log_scores(weight, inputs[name], outputs[name]) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
     removed = sum(share * weights[name].numel() for name, share in free.items())
     ranked = shares_by_ranking(scores, removed / total)
@@ -166,12 +163,24 @@ def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+def _log_scores(weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """log(w_ij^2 E[x_j^2] E[g_i^2]) of a weight (out, in), float32."""
+    scores = weight.float().abs().log_().mul_(2)
+    return scores.add_(inputs.log().float()).add_(outputs.log().float()[:, None])
+
+
 def shares_by_ranking(scores: Mapping[str, Tensor], share: float) -> dict[str, float]:
-    """The share of each tensor's scores among the lowest `share` of all, found on a histogram of logarithms."""
-    logs = {name: value.clamp_min(1e-300).log() for name, value in scores.items()}
-    low = min(float(value.min()) for value in logs.values())
-    high = max(float(value.max()) for value in logs.values())
-    counts = {name: torch.histc(value.float(), _HISTOGRAM, low, high).double() for name, value in logs.items()}
+    """The share of each tensor's scores among the lowest `share` of all, found on a histogram.
+
+    Args:
+        scores: logarithms, float32; minus infinity for a score of zero, which is among the lowest.
+        share: of all scores.
+    """
+    ends = [value[value.isfinite()].aminmax() for value in scores.values() if bool(value.isfinite().any())]
+    if not ends:
+        return dict.fromkeys(scores, share)
+    low, high = min(float(least) for least, _ in ends), max(float(most) for _, most in ends)
+    counts = {name: torch.histc(value.clamp(min=low), _HISTOGRAM, low, high).double() for name, value in scores.items()}
     total = torch.stack(list(counts.values())).sum(0).cumsum(0)
     place = int(torch.searchsorted(total, share * total[-1]))
     return {name: float(count[: place + 1].sum() / count.sum()) for name, count in counts.items()}

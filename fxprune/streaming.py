@@ -25,8 +25,9 @@ from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError, OutputError
 from fxprune.lifted import origin_of
 from fxprune.loading import weight_files
+from fxprune.output import swap
 from fxprune.shards import hash_file
-from fxprune.weight_masks import write_masks
+from fxprune.weight_masks import masks_of_state, write_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ __all__ = ["ShardReader", "StreamingOutput", "StreamingWeights"]
 _PROGRESS = "progress.json"
 _ACTIVATIONS = "activations-{stage}.safetensors"
 _FREE_MARGIN = 1 << 26
+_GO_ON = "make room and run the same command again, it goes on after the last finished block"
 
 
 class ShardReader:
@@ -126,7 +128,7 @@ class StreamingOutput:
             CheckpointError: a shard of the unfinished work is missing or damaged.
         """
         file = self.staging / _PROGRESS
-        if restart and self.staging.exists():
+        if self.staging.exists() and (restart or not file.is_file()):
             shutil.rmtree(self.staging)
         if file.is_file():
             self.progress = json.loads(file.read_bytes())
@@ -141,12 +143,19 @@ class StreamingOutput:
                     raise CheckpointError(
                         f"{path} is missing or was changed since it was written; start over with restart"
                     )
+            self._remove_leftovers()
             return
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot create {self.staging}: {error}") from error
         self.progress = {"fingerprint": self.fingerprint, "next_stage": 0, "files": {}, "tensors": {}, "figures": []}
+
+    def _remove_leftovers(self) -> None:
+        """What a killed run had not recorded yet."""
+        for path in self.staging.iterdir():
+            if path.name not in {_PROGRESS, *self.progress["files"]}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @property
     def next_stage(self) -> int:
@@ -161,7 +170,7 @@ class StreamingOutput:
         found: dict[str, dict[int, Any]] = {}
         for key, tensor in load_file(self.staging / name).items():
             value, _, batch = key.rpartition("@")
-            found.setdefault(value, {})[int(batch)] = tensor
+            found.setdefault(value, {})[int(batch)] = tensor.clone()  # aligned as it was, and not a mapped file
         for key, number in self.progress.get("numbers", {}).items():
             value, _, batch = key.rpartition("@")
             found.setdefault(value, {})[int(batch)] = number
@@ -178,33 +187,30 @@ class StreamingOutput:
         masks: Mapping[str, Tensor],
         next_stage: int,
         store: ActivationStore,
+        *,
         figures: Sequence[Any],
+        batch_size: int,
     ) -> None:
         """Write a block's tensors and the activations at its end; from here an interrupted run goes on.
 
         Raises:
             CheckpointError: the disk is full; what was finished before is whole.
         """
-        files = dict(self.progress["files"])
-        places = dict(self.progress["tensors"])
+        files = self.progress["files"]
         if tensors:
-            name = _shard_name(sum(file.startswith("block-") for file in files) + 1)
-            self._save(tensors, name)
-            files[name] = hash_file(self.staging / name)
-            places |= dict.fromkeys(tensors, name)
+            self._record(tensors)
             masks_file = write_masks(self.staging, masks, part=len(files))
             if masks_file is not None:
                 files[masks_file] = hash_file(self.staging / masks_file)
         kept, numbers = _flat(store)
         activations = _ACTIVATIONS.format(stage=next_stage)
         self._save(kept, activations)
-        files = {name: digest for name, digest in files.items() if not name.startswith("activations-")}
-        files[activations] = hash_file(self.staging / activations)
         before = self.progress.get("activations")
+        files.pop(before, None)
+        files[activations] = hash_file(self.staging / activations)
         self.progress |= {
             "next_stage": next_stage,
-            "files": files,
-            "tensors": places,
+            "batch_size": batch_size,
             "activations": activations,
             "numbers": numbers,
             "figures": [*self.progress["figures"], *figures],
@@ -223,10 +229,7 @@ class StreamingOutput:
             path.replace(self.staging / name)
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"cannot write {self.staging / name}: {error}; make room and run the same command again, it goes on "
-                f"after the last finished block"
-            ) from error
+            raise CheckpointError(f"cannot write {self.staging / name}: {error}; {_GO_ON}") from error
 
     def _write_progress(self) -> None:
         path = self.staging / f"{_PROGRESS}.partial"
@@ -234,59 +237,46 @@ class StreamingOutput:
             path.write_text(json.dumps(self.progress, indent=1, sort_keys=True), encoding="utf-8")
             path.replace(self.staging / _PROGRESS)
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.staging / _PROGRESS}: {error}; make room, then go on") from error
+            raise CheckpointError(f"cannot write {self.staging / _PROGRESS}: {error}; {_GO_ON}") from error
 
     def finish(self, *, overwrite: bool) -> None:
         """Copy what no block touched, write the index, and give the directory its name.
 
         Raises:
-            CheckpointError: the disk is full.
-            OutputError: the target cannot be replaced.
+            CheckpointError: the disk is full; the same command goes on.
+            OutputError: the target cannot be replaced; the same command goes on.
         """
-        rest = [name for name in self.reader.where if name not in self.progress["tensors"]]
-        files = dict(self.progress["files"])
-        count = sum(file.startswith("block-") for file in files)
-        for name in rest:  # one at a time: the embedding may be the largest tensor of the model
-            count += 1
-            file = _shard_name(count)
-            self._save({name: self.reader.read(name)}, file)
-            files[file] = hash_file(self.staging / file)
-            self.progress["tensors"][name] = file
-        self._rename_shards(files, count)
-        for path in self.reader.directory.iterdir():
-            if path.is_file() and not _is_weights(path.name):
-                shutil.copy2(path, self.staging / path.name)
-        activations = self.progress.get("activations")
-        if activations:
-            (self.staging / activations).unlink(missing_ok=True)
-        (self.staging / _PROGRESS).unlink(missing_ok=True)
-        self._replace_target(overwrite=overwrite)
-
-    def _rename_shards(self, files: dict[str, str], count: int) -> None:
-        """Files are called after how many there are, and that is known now."""
-        final: dict[str, str] = {}
-        for number, name in enumerate(sorted(name for name in files if name.startswith("block-")), start=1):
-            final[name] = f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.staging / name).replace(self.staging / final[name])
-        weight_map = {tensor: final[file] for tensor, file in sorted(self.progress["tensors"].items())}
-        size = sum((self.staging / file).stat().st_size for file in set(final.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-    def _replace_target(self, *, overwrite: bool) -> None:
-        if self.target.exists() and not overwrite and any(self.target.iterdir()):
-            raise OutputError(f"{self.target} exists and is not empty; allow it to be overwritten")
+        for name in self.reader.where:  # one at a time: the embedding may be the largest tensor of the model
+            if name not in self.progress["tensors"]:
+                self._record({name: self.reader.read(name)})
+                self._write_progress()
+        places = self.progress["tensors"]
+        index = {
+            "metadata": {"total_size": self._size(set(places.values()))},
+            "weight_map": dict(sorted(places.items())),
+        }
         try:
-            if self.target.exists():
-                old = self.target.with_name(f".{self.target.name}.old")
-                self.target.replace(old)
-                self.staging.replace(self.target)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                self.staging.replace(self.target)
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self.staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            for path in self.reader.directory.iterdir():
+                if path.is_file() and not _is_weights(path.name):
+                    shutil.copy2(path, self.staging / path.name)
         except OSError as error:
-            raise OutputError(f"cannot rename {self.staging} to {self.target}: {error}") from error
+            raise CheckpointError(f"cannot write to {self.staging}: {error}; {_GO_ON}") from error
+        swap(self.staging, self.target, overwrite=overwrite)
+        for name in (_PROGRESS, self.progress.get("activations")):  # only now: until here they are needed to go on
+            if name is not None:
+                (self.target / name).unlink(missing_ok=True)
+
+    def _size(self, files: set[str]) -> int:
+        return sum((self.staging / file).stat().st_size for file in files)
+
+    def _record(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write a shard and take it into the progress."""
+        name = f"model-{sum(file.startswith('model-') for file in self.progress['files']) + 1:05d}.safetensors"
+        self._save(tensors, name)
+        self.progress["files"][name] = hash_file(self.staging / name)
+        self.progress["tensors"] |= dict.fromkeys(tensors, name)
 
 
 def _require_room(directory: Path, size: int) -> None:
@@ -295,17 +285,11 @@ def _require_room(directory: Path, size: int) -> None:
         raise OSError(f"{size:,} bytes are needed and {free:,} are free")
 
 
-def _shard_name(number: int) -> str:
-    """What a finished shard is called until it is known how many there are."""
-    return f"block-{number:05d}.safetensors"
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".data")
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")) or name in {
-        "report.json",
-        "report.html",
-        "fxprune.json",
-    }
+    return name.endswith(_WEIGHTS) or name in {"report.json", "report.html", "fxprune.json"}
 
 
 def _flat(store: ActivationStore) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -346,6 +330,8 @@ class StreamingWeights:
         self._loaded: dict[str, Tensor] = {}
         self._touched: list[tuple[nn.Module, str, Tensor]] = []
         self._solved: list[str] = []
+        self._written: set[str] = set()
+        self.batch_size: Callable[[], int] = int
 
     def enter(self, module: GraphModule) -> None:
         """Give every meta parameter and buffer of a piece of the graph its value."""
@@ -361,7 +347,8 @@ class StreamingWeights:
             for leaf, tensor in module._parameters.items():
                 if tensor is not None and tensor.is_meta:
                     self._fill(module, leaf, f"{name}.{leaf}")
-            self._solved.append(name)
+            if name not in self._written:  # a layer that is called again was solved at its first call
+                self._solved.append(name)
 
     def _fill(self, owner: nn.Module, leaf: str, name: str) -> None:
         origin = origin_of(owner)
@@ -371,14 +358,20 @@ class StreamingWeights:
             turned = leaf == "weight" and origin.transposed and isinstance(owner, nn.Linear)
         value = self._value(name)
         old = owner._parameters.get(leaf)
+        meta = owner._buffers[leaf] if old is None else old
+        assert meta is not None
+        shown = value.t() if turned else value
+        if shown.shape != meta.shape:
+            raise CheckpointError(
+                f"{name} is {tuple(shown.shape)} in the shards where the model class wants {tuple(meta.shape)}; "
+                "config.json and the weights do not belong together"
+            )
+        shown = shown.to(meta.dtype) if shown.is_floating_point() else shown
+        self._touched.append((owner, leaf, meta))
         if old is None:
-            meta = owner._buffers[leaf]
-            assert meta is not None
-            self._touched.append((owner, leaf, meta))
-            owner._buffers[leaf] = value
+            owner._buffers[leaf] = shown
         else:
-            self._touched.append((owner, leaf, old))
-            owner._parameters[leaf] = nn.Parameter(value.t() if turned else value, requires_grad=False)
+            owner._parameters[leaf] = nn.Parameter(shown, requires_grad=False)
 
     def _value(self, name: str) -> Tensor:
         if name in self.values:
@@ -399,9 +392,14 @@ class StreamingWeights:
             weight = module.weight.detach()
             stored = f"{name}.weight" if origin is None else origin.weight
             turned = origin is not None and origin.transposed and isinstance(module, nn.Linear)
-            tensors[self.names.get(stored, stored)] = weight.t() if turned else weight
-        masks = {name: self.masks.pop(name) for name in dict.fromkeys(self._solved) if name in self.masks}
-        self.output.finish_block(tensors, masks, next_stage, store, self.figures())
+            key = self.names.get(stored, stored)
+            tensors[key] = (weight.t() if turned else weight).to(self.output.reader.read_dtype(key))
+        solved = {name: self.masks.pop(name) for name in dict.fromkeys(self._solved) if name in self.masks}
+        masks = masks_of_state(self.root, solved)
+        self.output.finish_block(
+            tensors, masks, next_stage, store, figures=self.figures(), batch_size=self.batch_size()
+        )
+        self._written.update(self._solved)
         for owner, leaf, meta in reversed(self._touched):
             if isinstance(meta, nn.Parameter):
                 owner._parameters[leaf] = meta

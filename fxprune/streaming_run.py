@@ -29,6 +29,7 @@ from fxprune.scope import called_projections
 from fxprune.skeleton import aliases, initialize_buffers
 from fxprune.sparse_pass import SparsePass, own_projections
 from fxprune.streaming import ShardReader, StreamingOutput, StreamingWeights
+from fxprune.weight_masks import read_masks
 from fxprune.workflow import Stopwatch, models_of_config, trace_on_meta
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def prune_streaming(
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
     path, target = local_snapshot(source), prepare_output(out, overwrite=overwrite)
+    if read_masks(path):
+        raise PreconditionError(f"{path} has masks of weights that were pruned before; they would not be held")
     place = resolve_device(device)
     watch = Stopwatch()
     reader = ShardReader(path)
@@ -95,7 +98,9 @@ def prune_streaming(
             device=place,
         )
     tokens = texts.tokens.to(place)
-    output = StreamingOutput(target, reader, _fingerprint(reader, method, tokens))
+    output = StreamingOutput(
+        target, reader, _fingerprint(reader, method, tokens, method.engine_options(program, place).forward_dtype)
+    )
     output.open(restart=restart)
     weights = StreamingWeights(root, output, values, names, place)
     _require_tensors(root, weights)
@@ -138,18 +143,18 @@ def _run(
 ) -> tuple[dict[str, float], CalibrationEngine]:
     output = weights.output
     cut = method.cut(layers.root, layers.targets, samples)
-    options = method.engine_options(program)
+    options = method.engine_options(program, next(iter(samples.varying.values())).device)
     if output.progress.get("batch_size"):
         options = dataclasses.replace(options, batch_size=int(output.progress["batch_size"]))
     options = dataclasses.replace(options, spill_directory=output.staging)
     engine = CalibrationEngine(cut, samples, options, weights)
 
+    weights.batch_size = lambda: engine.batch_size
+
     def done(stage: int) -> None:
-        output.progress["batch_size"] = engine.batch_size
-        if on_block is not None and (
-            stage == len(cut.stages) or cut.stages[stage].block != cut.stages[stage - 1].block
-        ):
-            on_block(cut.stages[stage - 1].block + 1, len(cut.blocks))
+        block = cut.stages[stage - 1].block
+        if on_block is not None and block >= 0 and (stage == len(cut.stages) or cut.stages[stage].block != block):
+            on_block(block + 1, len(cut.blocks))
 
     for name in (figure["name"] for figure in output.progress["figures"]):
         layers.figures[name] = _figure({"name": name})  # solved before the interruption
@@ -245,12 +250,17 @@ def _require_tensors(root: GraphModule, weights: StreamingWeights) -> None:
         )
 
 
-def _fingerprint(reader: ShardReader, method: SparsePass, tokens: Tensor) -> str:
+_NO_MATTER = {"memory_bytes", "device_bytes"}  # where activations are kept changes no bit of them
+
+
+def _fingerprint(reader: ShardReader, method: SparsePass, tokens: Tensor, forward_dtype: torch.dtype | None) -> str:
     """Of everything that decides the result."""
     data = {
         "source": reader.fingerprint(),
         "method": method.name,
-        "options": method.options(),
+        "options": {key: value for key, value in method.options().items() if key not in _NO_MATTER},
+        "device": tokens.device.type,
+        "forward_dtype": str(forward_dtype),
         "tokens": hash_tokens(tokens),
         "versions": versions(),
     }

@@ -1,8 +1,8 @@
 """Masks of pruned weights: kept beside the weights, so that later training or quantization can hold them.
 
-One bit a weight, in `weight_masks.safetensors` (or several `weight_masks-*.safetensors`): for every projection its
-packed mask (uint8, row-major, first bit highest), with the mask's shape in the file's metadata. Loaders of the weights
-do not look at these files.
+One bit a weight, in `weight_masks.safetensors` (or several `weight_masks-*.safetensors`): for every pruned parameter
+its packed mask (uint8, row-major, first bit highest), with the mask's shape in the file's metadata. Loaders of the
+weights do not look at these files.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError
+from fxprune.lifted import origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["hold_masks", "read_masks", "write_masks"]
+__all__ = ["hold_masks", "masks_of_state", "read_masks", "write_masks"]
 
 _STEM = "weight_masks"
 
 
 def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None = None) -> str | None:
-    """Write masks, bool of any shape, by the qualified names of their projections; without masks nothing is written.
+    """Write masks, bool of any shape, by the names of their parameters; without masks nothing is written.
 
     Args:
         directory: where.
@@ -46,7 +48,8 @@ def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None =
     if not masks:
         return None
     name = f"{_STEM}.safetensors" if part is None else f"{_STEM}-{part:05d}.safetensors"
-    packed = {key: torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))) for key, mask in masks.items()}
+    bits = {key: mask.cpu().contiguous().numpy().reshape(-1) for key, mask in masks.items()}
+    packed = {key: torch.from_numpy(np.packbits(mask)) for key, mask in bits.items()}
     shapes = {key: list(mask.shape) for key, mask in masks.items()}
     try:
         save_file(packed, directory / name, {"shapes": json.dumps(shapes)})
@@ -56,10 +59,10 @@ def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None =
 
 
 def read_masks(directory: Path) -> dict[str, Tensor]:
-    """Read the masks of a checkpoint: bool, True for kept, in the layout of the projections' weights.
+    """Read the masks of a checkpoint: bool, True for kept, in the layout of the checkpoint's parameters.
 
     Returns:
-        By qualified name of the projection; empty where nothing was pruned weight by weight.
+        By qualified name of the parameter; empty where nothing was pruned weight by weight.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -90,10 +93,28 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what masks remove to zero again, in place: to be called after every step of a training that must hold them.
 
     Args:
-        model: a model or graph with the projections that the masks name.
-        masks: by qualified name, in the layout of the weight.
+        model: a model with the parameters that the masks name.
+        masks: as `read_masks` gives them.
+
+    Raises:
+        CheckpointError: the model has no such parameter, or it has another shape.
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            kind = type(model).__name__
+            raise CheckpointError(f"the mask of {name}, {tuple(mask.shape)}, fits no parameter of {kind}")
     with torch.no_grad():
         for name, mask in masks.items():
-            weight = get_attribute(model, name).weight
-            weight.mul_(mask.to(weight.device))
+            parameters[name].mul_(mask.to(parameters[name].device))
+
+
+def masks_of_state(graph_module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of a lifted graph's projections, named and laid out as the model's class has their weights."""
+    found: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        module = get_attribute(graph_module, name)
+        origin = origin_of(module)
+        turned = origin is not None and origin.transposed and isinstance(module, nn.Linear)
+        found[f"{name}.weight" if origin is None else origin.weight] = mask.t() if turned else mask
+    return found

@@ -30,6 +30,7 @@ from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
 from fxprune.runners import position_ids_from_mask
 from fxprune.verify import in_double
+from fxprune.weight_masks import masks_of_state
 
 if TYPE_CHECKING:
     from fxprune.program import Program
@@ -113,7 +114,7 @@ class Save(Pass):
             history=[event.to_json() for event in program.history],
             epsilons=_epsilons(program),
             expected=_expected(program),
-            weight_masks=program.weight_masks,
+            weight_masks=masks_of_state(program.graph_module, program.weight_masks),
             overwrite=self.overwrite,
         )
         details = {"directory": str(info.directory), "kind": info.kind, "reason": info.reason, "bytes": info.bytes}

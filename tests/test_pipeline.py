@@ -103,7 +103,7 @@ def test_a_pipeline_is_a_pass(program: Program) -> None:
     ("data", "message"),
     [
         (["lift_linear"], "unknown pass 'lift_linear'; did you mean 'lift_linears'?"),
-        (["zzz"], "unknown pass 'zzz'; known passes: channel,"),
+        (["zzz"], "unknown pass 'zzz'; known passes: alps, channel,"),
         ([{"channel": {"ration": 0.1}}], "pipeline: channel: unknown option 'ration'; did you mean 'ratio'?"),
         ([{"note": {"zzz": 1}}], "pipeline: note: unknown option 'zzz'; it takes text, times, flag"),
         ([{"slim": {"a": 1}}], "pipeline: slim: unknown option 'a'; it takes no options"),

@@ -26,9 +26,11 @@ from fxprune.errors import (
 )
 from fxprune.groups import AttentionGroup, LayerGroup, MlpGroup
 from fxprune.passes import alps
+from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.sparse_pass import forward_precision, own_projections
+from fxprune.sparsity import Sparsity
 from fxprune.tracing import trace
 from fxprune.weight_masks import hold_masks, read_masks, write_masks
 from fxprune.workflow import LOCATE
@@ -346,8 +348,8 @@ def test_masks_of_a_removed_layer_go_with_it_and_the_others_follow_their_weights
     out = tmp_path / "out"
     build_pass("save", {"out": str(out)})(after)
     masks, model = read_masks(out), AutoModelForCausalLM.from_pretrained(out)
-    assert set(masks) == set(BLOCK_LINEARS[:7])  # the checkpoint counts its layers from 0
-    assert all(torch.equal(model.get_submodule(name).weight != 0, mask) for name, mask in masks.items())
+    assert set(masks) == {f"{name}.weight" for name in BLOCK_LINEARS[:7]}  # the checkpoint counts its layers from 0
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
 
 
 def test_a_checkpoint_keeps_masks_and_zeros(program: Program, text: Path, tmp_path: Path) -> None:
@@ -355,13 +357,13 @@ def test_a_checkpoint_keeps_masks_and_zeros(program: Program, text: Path, tmp_pa
     after = build_pass("save", {"out": str(out)})(pruned(program, "sparsegpt", text, pattern="2:4")).program
     assert after.results["checkpoint"]["kind"] == "uniform"
     masks = read_masks(out)
-    assert set(masks) == set(after.weight_masks)
-    assert all(torch.equal(masks[name], mask) for name, mask in after.weight_masks.items())
+    assert set(masks) == {f"{name}.weight" for name in after.weight_masks}
     model = AutoModelForCausalLM.from_pretrained(out)
-    for name, mask in masks.items():
+    for name, mask in after.weight_masks.items():
         weight = model.get_submodule(name).weight.detach()
         assert torch.equal(weight, weight_of(after, name))
         assert torch.equal(weight != 0, mask)
+        assert torch.equal(masks[f"{name}.weight"], mask)
 
 
 def test_masks_are_held_after_a_training_step(program: Program, tiny_llama: LlamaForCausalLM) -> None:
@@ -372,7 +374,7 @@ def test_masks_are_held_after_a_training_step(program: Program, tiny_llama: Llam
     model(torch.arange(5, 15)[None], labels=torch.arange(5, 15)[None]).loss.backward()
     optimiser.step()
     moved = {name: weight.detach().clone() for name, weight in weights.items()}
-    hold_masks(model, masks)
+    hold_masks(model, {f"{name}.weight": mask for name, mask in masks.items()})
     for name, mask in masks.items():
         assert not bool(weights[name].detach()[~mask].any())
         assert torch.equal(weights[name].detach()[mask], moved[name][mask])
@@ -536,3 +538,31 @@ def test_a_program_that_is_not_lifted_is_refused(program: Program) -> None:
     traced = program.replace(graph_module=program.references["traced"].module, groups=(), history=())
     with pytest.raises(PreconditionError, match="lift_linears"):
         build_pass("magnitude", {})(traced)
+
+
+def test_masks_of_transposed_weights_lie_as_the_checkpoint_has_them(tmp_path: Path) -> None:
+    """GPT-2's square c_proj would take a mask that is turned without a word, and lose other weights."""
+    gpt2 = build_pass("magnitude", {})(located("gpt2")).program
+    build_pass("save", {"out": str(tmp_path / "out")})(gpt2)
+    masks = read_masks(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert masks
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask), name
+    before = {name: model.get_parameter(name).detach().clone() for name in masks}
+    hold_masks(model, masks)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    with pytest.raises(CheckpointError, match="nowhere"):
+        hold_masks(model, {"nowhere": torch.ones(2, 2, dtype=torch.bool)})
+
+
+def test_transposed_weights_in_bfloat16_with_ties_are_pruned_exactly() -> None:
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)).bfloat16().t()
+    solver = MagnitudeSolver()
+    assert int(solver.solve(weight, solver.prepare(None), Sparsity(0.5)).mask.sum()) == 48 * 16
+
+
+def test_experts_without_located_routers_are_refused() -> None:
+    moe = located("mixtral")
+    with pytest.raises(PreconditionError, match="run locate_attention"):
+        build_pass("magnitude", {})(moe.replace(groups=()))

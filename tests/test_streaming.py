@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fxprune.channels import get_attribute
-from fxprune.errors import CheckpointError, OutputError, PlanError, UsageError
+from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, UsageError
 from fxprune.loading import load_model
 from fxprune.passes.magnitude import Magnitude
 from fxprune.passes.sparsegpt import SparseGpt
@@ -98,8 +99,8 @@ def test_streamed_weights_are_those_of_a_run_in_memory(
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not (tmp_path / ".out.streaming").exists()
     masks = read_masks(tmp_path / "out")
-    assert set(masks) == set(program.weight_masks)
-    assert all(torch.equal(masks[name], mask) for name, mask in program.weight_masks.items())
+    assert set(masks) == {f"{name}.weight" for name in program.weight_masks}
+    assert all(torch.equal(masks[f"{name}.weight"], mask) for name, mask in program.weight_masks.items())
 
 
 @pytest.mark.parametrize("after", [1, 2])
@@ -131,7 +132,7 @@ def test_unfinished_work_of_another_run_is_not_continued(dense: Path, text: Path
     with pytest.raises(OutputError, match="other options"):
         prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text, sparsity=0.4)))
     staging = tmp_path / ".out.streaming"
-    shard = next(staging.glob("block-*.safetensors"))
+    shard = next(staging.glob("model-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=f"{shard.name} is missing or was changed"):
         prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)))
@@ -213,3 +214,54 @@ def test_transposed_and_parallel_layouts_stream(
 def test_output_lies_beside_its_target(tmp_path: Path) -> None:
     output = StreamingOutput(tmp_path / "x", None, "")  # type: ignore[arg-type]
     assert output.staging == tmp_path / ".x.streaming"
+
+
+def test_a_failure_at_the_very_end_loses_nothing(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_streaming(dense, tmp_path / "whole", Wanda(**options(text)))
+
+    def fails(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fxprune.streaming.shutil.copy2", fails)
+    with pytest.raises(CheckpointError, match="make room"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    monkeypatch.undo()
+    (tmp_path / ".out.streaming" / "activations-99.safetensors").write_bytes(b"left by a killed run")
+    seen: list[int] = []
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)), on_block=lambda done, _: seen.append(done))
+    assert not seen  # all blocks were done
+    whole, again = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_norms_in_float32_beside_bfloat16_weights_stream(dense: Path, text: Path, tmp_path: Path) -> None:
+    for path in dense.glob("model-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        save_file({name: t.float() if "norm" in name else t for name, t in tensors.items()}, path, {"format": "pt"})
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    new = weights_of(tmp_path / "out")
+    assert new["model.norm.weight"].dtype is torch.float32
+    assert new["model.layers.0.self_attn.q_proj.weight"].dtype is torch.bfloat16
+
+
+def test_a_tensor_of_another_shape_is_named(dense: Path, text: Path, tmp_path: Path) -> None:
+    config = json.loads((dense / "config.json").read_bytes())
+    (dense / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj\.weight is .* where the model class wants"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+
+
+def test_an_output_that_was_pruned_is_not_streamed_again(dense: Path, text: Path, tmp_path: Path) -> None:
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    with pytest.raises(PreconditionError, match="pruned before"):
+        prune_streaming(tmp_path / "out", tmp_path / "again", Wanda(**options(text)))
+    loaded = load_model(tmp_path / "out")
+    program = build_pass("lift_linears", {})(trace(loaded.model, path=loaded.path)).program
+    with pytest.raises(PreconditionError, match="start from the dense"):
+        build_pass("magnitude", {})(program)
