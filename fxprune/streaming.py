@@ -264,9 +264,9 @@ class StreamingOutput:
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.staging}: {error}; {_GO_ON}") from error
         swap(self.staging, self.target, overwrite=overwrite)
-        for name in (_PROGRESS, self.progress.get("activations")):  # only now: until here they are needed to go on
-            if name is not None:
-                (self.target / name).unlink(missing_ok=True)
+        for leftover in (_PROGRESS, self.progress.get("activations")):  # only now: until here they are needed to go on
+            if leftover is not None:
+                (self.target / leftover).unlink(missing_ok=True)
 
     def _size(self, files: set[str]) -> int:
         return sum((self.staging / file).stat().st_size for file in files)
