@@ -73,6 +73,7 @@ def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) 
             "calibration_sha256": program.results.get("calibration", {}).get("sha256"),
         }
         unknown = loaded.model.load_state_dict(state_tensors(program.graph_module), strict=False).unexpected_keys
+        unknown = sorted(set(unknown) - {name for name, _ in loaded.model.named_buffers()})
         if unknown:
             raise SystemExit(f"the pruned graph has tensors that the model lacks: {unknown[:3]}")
         del program
