@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, method: str, target: str, seed: int) 
             "peak_rss_bytes": peak_rss_bytes(),
             "removed_share": sparsity["removed_share"],
             "mean_error": sparsity["mean_error"],
-            "options": options,
+            "options": {**options, "calibration": Path(options.get("calibration", "none")).name},
             "calibration_sha256": program.results.get("calibration", {}).get("sha256"),
         }
         unknown = loaded.model.load_state_dict(state_tensors(program.graph_module), strict=False).unexpected_keys
