@@ -43,7 +43,7 @@ from fxprune.scope import called_projections, targets_of
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss
 from fxprune.stages import cut_stages
-from fxprune.weight_masks import read_masks
+from fxprune.weight_masks import has_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -245,7 +245,7 @@ class SparsePass(Pass):
                 "too: run locate_attention, locate_mlp, locate_hidden and locate_experts first"
             )
         path = None if program.source is None else program.source.path
-        if path is not None and not program.weight_masks and read_masks(path):
+        if path is not None and not program.weight_masks and has_masks(path):
             raise PreconditionError(
                 f"{path} has masks of weights that were pruned before, and {self.name} would not hold them: start from "
                 "the dense checkpoint"
@@ -309,8 +309,8 @@ class SparsePass(Pass):
         return any(fnmatchcase(name, pattern) for pattern in self.per_module)
 
     def _dtype(self, program: Program, device: torch.device | None = None) -> torch.dtype | None:
-        parameter = next(p for p in program.graph_module.parameters() if p.is_floating_point())
-        return forward_precision(self.forward_dtype, _dtype_of(program), device or parameter.device)
+        device = device or next(program.graph_module.parameters()).device
+        return forward_precision(self.forward_dtype, _dtype_of(program), device)
 
     def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
         assert program.source is not None

@@ -29,7 +29,7 @@ from fxprune.scope import called_projections
 from fxprune.skeleton import aliases, initialize_buffers
 from fxprune.sparse_pass import SparsePass, own_projections
 from fxprune.streaming import ShardReader, StreamingOutput, StreamingWeights
-from fxprune.weight_masks import read_masks
+from fxprune.weight_masks import has_masks
 from fxprune.workflow import Stopwatch, models_of_config, trace_on_meta
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def prune_streaming(
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
     path, target = local_snapshot(source), prepare_output(out, overwrite=overwrite)
-    if read_masks(path):
+    if has_masks(path):
         raise PreconditionError(f"{path} has masks of weights that were pruned before; they would not be held")
     place = resolve_device(device)
     watch = Stopwatch()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["hold_masks", "masks_of_state", "read_masks", "write_masks"]
+__all__ = ["has_masks", "hold_masks", "masks_of_state", "read_masks", "write_masks"]
 
 _STEM = "weight_masks"
 
@@ -56,6 +56,11 @@ def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None =
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {directory / name}: {error}") from error
     return name
+
+
+def has_masks(directory: Path) -> bool:
+    """Whether a checkpoint has masks; their files, a bit for every weight of the model, are not read."""
+    return any(directory.glob(f"{_STEM}*.safetensors"))
 
 
 def read_masks(directory: Path) -> dict[str, Tensor]:
