@@ -8,34 +8,21 @@ same. What is timed is checked first: the share of zeros is counted in the expor
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from onnx import numpy_helper
-
+from benchmarks.common import make_parser, write_results
 from fxprune.default_model import default_model_path
 from fxprune.loading import load_model
 from fxprune.measure import machine
-from fxprune.output import write_json
 from fxprune.pipeline import build_pass
+from fxprune.sparse_speed import measure_sparse_speed
 from fxprune.tracing import trace
-from fxprune.workflow import cases_of, export_pair, measure_speed
+
+if TYPE_CHECKING:
+    import argparse
 
 PREFILLS, DECODES, PAST = (128,), 32, 128
-
-
-def zeros_of(graph: Path) -> dict[str, int]:
-    """Zeros and elements of all matrices among an exported graph's weights."""
-    counts = {"zeros": 0, "elements": 0}
-    for tensor in onnx.load(str(graph)).graph.initializer:
-        if len(tensor.dims) > 1:
-            values = numpy_helper.to_array(tensor)
-            counts["zeros"] += int((values == 0).sum())
-            counts["elements"] += values.size
-    return counts
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -45,37 +32,34 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, options in (("lift_linears", {}), ("magnitude", {"sparsity": arguments.sparsity})):
         program = build_pass(name, options)(program).program
     sparsity = program.results["sparsity"]
-    with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-        out = Path(scratch) / "sparse"
-        program = build_pass("export_onnx", {"out": str(out)})(program).program
-        counts = zeros_of(out / "model.onnx")
-        dense, sparse, dense_scratch = export_pair(program, arguments.threads, out / "model.onnx")
-        cases = cases_of(arguments.prefill, arguments.decode, arguments.past)
-        with dense_scratch:
-            results = measure_speed(dense, sparse, cases, threads=arguments.threads, repeats=arguments.repeats)
-            del dense, sparse
+    found = measure_sparse_speed(
+        program,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        prefills=arguments.prefill,
+        decodes=arguments.decode,
+        past=arguments.past,
+    )
     return {
         "model": Path(loaded.name).name,
         "method": sparsity["method"],
         "target": sparsity["target"],
         "removed_share": sparsity["removed_share"],
-        "exported_matrices": counts,
-        "speed": [result.to_json() for result in results],
+        "exported_matrices": {"zeros": found.zeros, "elements": found.elements},
+        "speed": [result.to_json() for result in found.results],
         "machine": machine(),
     }
 
 
 def main() -> None:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "sparse_speed")
     parser.add_argument("--model", help="hub id or directory; the embedded default by default")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--prefill", type=int, nargs="*", default=list(PREFILLS), help="prompt lengths")
     parser.add_argument("--decode", type=int, default=DECODES, help="tokens that are decoded")
     parser.add_argument("--past", type=int, default=PAST, help="tokens before them")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparse_speed.json"))
     arguments = parser.parse_args()
     found = measure(arguments)
     share = found["exported_matrices"]["zeros"] / found["exported_matrices"]["elements"]
@@ -85,8 +69,7 @@ def main() -> None:
         for entry in found["speed"]
     )
     print(f"{found['model']}, {share:.0%} of the exported matrices' elements are zero, ONNX Runtime: {cases}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, found)
+    write_results(arguments.out, found, quiet=True)
 
 
 if __name__ == "__main__":

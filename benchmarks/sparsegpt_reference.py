@@ -9,7 +9,6 @@ with its own Cholesky factors; a second forward pass with the new weights. Both 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import make_parser, write_results
 from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
@@ -26,7 +26,6 @@ from fxprune.graphs import state_tensors
 from fxprune.loading import load_model
 from fxprune.matmul import fast_products
 from fxprune.measure import machine
-from fxprune.output import write_json
 from fxprune.pipeline import build_pass
 from fxprune.runners import EagerRunner
 from fxprune.tracing import trace
@@ -152,14 +151,11 @@ def flops(model: Any, tokens: int) -> dict[str, float]:
 
 def main() -> None:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "sparsegpt_reference", samples=128)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", help="directory of a llama-like model; the embedded default by default")
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparsegpt_reference.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
@@ -198,9 +194,7 @@ def main() -> None:
         "threads": arguments.threads,
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, result)
-    print({key: value for key, value in result.items() if key != "machine"})
+    write_results(arguments.out, result)
 
 
 if __name__ == "__main__":

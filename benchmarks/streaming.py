@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
+from benchmarks.common import make_parser, write_results
 from fxprune.default_model import default_model_path
 from fxprune.measure import machine, peak_rss_bytes
-from fxprune.output import write_json
 from fxprune.pipeline import build_pass
 from fxprune.streaming_run import prune_streaming
 
@@ -44,7 +44,8 @@ def write_checkpoint(directory: Path, shape: dict[str, int], tokenizer: Any) -> 
     generator = torch.Generator().manual_seed(0)
 
     def weight(out: int, into: int) -> torch.Tensor:
-        return (torch.randn(out, into, generator=generator) * into**-0.5).to(torch.bfloat16)
+        drawn: torch.Tensor = torch.randn(out, into, generator=generator) * into**-0.5
+        return drawn.to(torch.bfloat16)
 
     places: dict[str, str] = {}
 
@@ -109,14 +110,11 @@ def child(directory: Path, blocks: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line, write checkpoints, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "streaming", samples=16)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--scratch", type=Path, default=Path("build/streaming"))
     parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=2, help="of the large model")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -143,9 +141,7 @@ def main() -> None:
         "threads": arguments.threads,
         "machine": machine(),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out, result)
-    print({key: value for key, value in result.items() if key != "machine"})
+    write_results(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,10 @@ def headline(report: Mapping[str, Any]) -> list[Fact]:
     speed = report.get("speed", [])
     if speed:
         entry = next((entry for entry in speed if entry["case"].startswith("prefill")), speed[0])
-        facts.append(Fact(times(entry["speedup"]), entry["case"], f"{entry['case']} {times(entry['speedup'])}"))
+        low, high = entry.get("ci", (entry["speedup"],) * 2)
+        # What may be no speed-up at all is not told without its interval.
+        value = _speedup(entry) if low <= 1 <= high else times(entry["speedup"])
+        facts.append(Fact(value, entry["case"], f"{entry['case']} {value}"))
     return facts + _verify_fact(report.get("verify", []))
 
 
@@ -229,7 +232,7 @@ def _trouble_facts(linears: Sequence[Mapping[str, Any]]) -> list[Fact]:
 def _speed_facts(section: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
     facts = [Fact(section["speed"], "Speed", section["speed"])] if "speed" in section else []
     if entries:
-        value = ", ".join(f"{entry['case']} {times(entry['speedup'])} ({entry['runtime']})" for entry in entries)
+        value = ", ".join(f"{entry['case']} {_speedup(entry)} ({entry['runtime']})" for entry in entries)
         facts.append(Fact(value, "Measured speed-up", f"measured speed-up: {value}"))
     return facts
 
@@ -321,10 +324,15 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table | None:
     return _table(("Group", "Kind", "Layer", "Dense", "Kept", "Unit", "KV groups kept"), rows, (2, 3, 4, 6))
 
 
+def _speedup(entry: Mapping[str, Any]) -> str:
+    """A speed-up with its confidence interval where known."""
+    return times(entry["speedup"]) + (" ({:.2f} to {:.2f})".format(*entry["ci"]) if "ci" in entry else "")
+
+
 def _speed_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = []
     for entry in entries:
-        speedup = times(entry["speedup"]) + (" ({:.2f} to {:.2f})".format(*entry["ci"]) if "ci" in entry else "")
+        speedup = _speedup(entry)
         bound = " ".join((times(entry["bound"]), entry.get("bound_kind", ""))).strip() if "bound" in entry else ""
         dense, slim = number(entry["dense_ms"]), number(entry["slim_ms"])
         rows.append((entry["case"], entry["runtime"], str(entry.get("threads", "")), dense, slim, speedup, bound))

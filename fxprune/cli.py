@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.table import Table
 from typer.exceptions import TyperException
 
 from fxprune.errors import FxpruneError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import FrameType
 
-    from fxprune.inspection import Inspection
-    from fxprune.program import Program
 
 __all__ = ["app", "main"]
 
@@ -57,28 +53,6 @@ _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 
 def _say(text: str) -> None:
     _err.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _show_groups(program: Program) -> None:
-    """Like groups share a row; the JSON forms list them one by one."""
-    from fxprune.groups import AttentionGroup
-
-    rows: dict[tuple[str, str, str], list[str]] = {}
-    for group in sorted(program.groups, key=lambda group: (group.kind, group.layer)):
-        cost = f"{group.unit_parameters:,}"
-        if isinstance(group, AttentionGroup) and group.shared_parameters:
-            cost += f" + {group.shared_parameters:,} a KV head"
-        rows.setdefault((group.kind, group.describe(), cost), []).append(group.name)
-    table = Table(title="What can be pruned", title_justify="left")
-    for column in ("groups", "kind", "where", "units", "parameters a unit"):
-        table.add_column(column, justify="right" if column == "groups" else "left")
-    for (kind, units, cost), names in rows.items():
-        where = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        table.add_row(str(len(names)), kind, where, units, cost)
-    _out.print(table)
-    for event in program.history:
-        for where, why in event.details.get("refused", {}).items():
-            _out.print(f"not prunable by {event.name}: {where}: {why}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary(report: dict[str, Any]) -> None:
@@ -114,6 +88,7 @@ def demo(
 ) -> None:
     """Run the whole way on the embedded default model (or any other)."""
     from fxprune.budget import check_ratio
+    from fxprune.cli_tables import show_groups
     from fxprune.demo import run_demo
 
     check_ratio(ratio)
@@ -129,7 +104,7 @@ def demo(
         repeats=repeats,
         overwrite=overwrite,
         say=_say,
-        show=_show_groups,
+        show=lambda program: show_groups(program, _out),
     )
     _summary(report)
     _say(f"everything is in {out}/ - open {out / 'report.html'}")
@@ -144,6 +119,7 @@ def inspect(
     json: Json = None,
 ) -> None:
     """List what can be pruned, what it costs and what stands in the way; a config.json is enough."""
+    from fxprune.cli_tables import show_inspection
     from fxprune.inspection import inspect_groups
     from fxprune.registry import resolve
     from fxprune.workflow import Stopwatch, inspect_program
@@ -152,61 +128,10 @@ def inspect(
         raise UsageError(f"--picture {picture}: the file's name must end in .svg or .png")
     program = inspect_program(model, Stopwatch())
     found = inspect_groups(program)
-    _show_inspection(found)
+    show_inspection(found, _out)
     if picture is not None:
         resolve("fxprune.exporters.group_picture:draw_block")(program, picture)
     _write_json(json, found.to_json())
-
-
-def _amount(number: float) -> str:
-    """Three digits and a unit, for people; the JSON has all digits."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def _show_inspection(found: Inspection) -> None:
-    """Like groups share a row, like pins a line; the JSON form lists every group."""
-    from fxprune.inspection import like_names
-
-    def tell(line: str) -> None:
-        _out.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    tell(
-        f"{found.model} ({found.model_class}): {found.parameters:,} parameters, {found.block_parameters:,} of them in "
-        f"block Linears; {found.macs:,} MACs a token without attention scores, {found.lm_head_macs:,} of them in the "
-        "output projection"
-    )
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for group in found.groups:
-        shared = (group.shared_parameters, group.shared_macs)
-        costs = [_amount(number) for number in (group.unit_parameters, group.unit_macs, group.parameters, group.macs)]
-        units = [cost + (f" + {_amount(more)}" if more else "") for cost, more in zip(costs[:2], shared, strict=True)]
-        row = (group.kind, group.description, *units, f"{group.removed_share:.3%}", *costs[2:])
-        rows.setdefault(row, []).append(group.name)
-    groups = Table(title="What can be pruned", title_justify="left")
-    costs_of = Table(title="What goes with it (a KV head's share after the +)", title_justify="left")
-    for column in ("groups", "kind", "where", "units"):
-        groups.add_column(column, justify="right" if column == "groups" else "left")
-    for column in ("kind", "a unit: parameters", "MACs", "share", "a group: parameters", "MACs"):
-        costs_of.add_column(column, justify="left" if column == "kind" else "right")
-    for (kind, description, *figures), names in rows.items():
-        where = names[0] if len(names) == 1 else like_names(names[0])
-        groups.add_row(str(len(names)), kind, where, description)
-        costs_of.add_row(kind, *figures)
-    _out.print(groups, costs_of)
-    for pin in found.pins:
-        tell(f"stays: {pin}; {pin.channels:,} channels")
-    for refusal in found.refusals:
-        times = f" ({refusal.count} times)" if refusal.count > 1 else ""
-        tell(f"not prunable by {refusal.by}: {refusal.where}: {refusal.reason}{times}")
-    for tied in found.tied:
-        tell(f"one tensor of {tied.parameters:,} elements: {', '.join(tied.names)}")
-    for weight in found.shared:
-        tell(f"used {len(weight.uses)} times: {weight.name} by {', '.join(weight.uses)}")
-    for label in found.uncounted:
-        tell(f"not in the MACs: {label}")
 
 
 @app.command()
@@ -252,6 +177,9 @@ def prune(
         bool, typer.Option("--stream", help="Weights: block by block from the shards; goes on after an interruption.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="With --stream: throw unfinished work away.")] = False,
+    measure_speed: Annotated[
+        bool, typer.Option("--measure-speed", help="Weights: time the dense and the pruned model in ONNX Runtime.")
+    ] = False,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
     device: Device = "cpu",
@@ -285,11 +213,12 @@ def prune(
     if restart and not stream:
         raise UsageError("--restart goes with --stream")
     if stream:
-        if ppl:
-            raise UsageError("--ppl runs the whole model, which --stream never holds; use fxprune eval afterwards")
+        if ppl or measure_speed:
+            raise UsageError("--ppl and --measure-speed run the whole model, which --stream never holds: do it later")
         report = stream_model(model, method, options, place, restart=restart, say=_say)
     else:
-        report = prune_model(model, method, options, place, ppl=ppl or [], windows=windows, say=_say)
+        texts = ppl or []
+        report = prune_model(model, method, options, place, ppl=texts, windows=windows, speed=measure_speed, say=_say)
     _write_json(json, report)
     _summary(report)
 
@@ -305,6 +234,7 @@ def export(
     json: Json = None,
 ) -> None:
     """Export a checkpoint (slim, mixed, or any other) to one ONNX graph, and verify it in ONNX Runtime."""
+    from fxprune.cli_tables import show_rungs
     from fxprune.loading import load_model
     from fxprune.output import prepare_output
     from fxprune.pipeline import Pipeline, build_pass
@@ -320,18 +250,8 @@ def export(
         build_pass("verify", {"onnx": str(out / "model.onnx"), "reexport": False}),
     ]
     program = Pipeline(passes, on_pass=lambda p: _say(p.name))(program).program
-    _show_rungs(program.results["verify"])
+    show_rungs(program.results["verify"], _out)
     _write_json(json, {"onnx": program.results["onnx"], "verify": program.results["verify"]})
-
-
-def _show_rungs(rungs: Sequence[dict[str, Any]]) -> None:
-    table = Table(title="Verification", title_justify="left")
-    for column in ("rung", "max abs error", "tolerance", ""):
-        table.add_column(column)
-    for rung in rungs:
-        passed = "[green]passed[/]" if rung["passed"] else "[red]failed[/]"
-        table.add_row(rung["rung"], f"{rung['max_abs_error']:.2e}", f"{rung['tolerance']:.0e}", passed)
-    _out.print(table)
 
 
 @app.command()
@@ -341,6 +261,7 @@ def verify(
     json: Json = None,
 ) -> None:
     """Check that a checkpoint's graph forms, and its ONNX export, all compute the same."""
+    from fxprune.cli_tables import show_rungs
     from fxprune.errors import ExportError
     from fxprune.loading import load_model
     from fxprune.pipeline import build_pass
@@ -355,39 +276,44 @@ def verify(
     _say("tracing")
     program = front_end(loaded, Stopwatch())
     result = build_pass("verify", {"onnx": str(graph) if graph else None})(program).program.results["verify"]
-    _show_rungs(result)
+    show_rungs(result, _out)
     _write_json(json, {"verify": result})
 
 
 @app.command()
 def bench(
     dense: Annotated[str, typer.Argument(help="The form to compare with: ONNX directory, checkpoint or hub id.")],
-    slim: Annotated[str, typer.Argument(help="The smaller form, for the same runtime.")],
+    slim: Annotated[str | None, typer.Argument(help="The smaller form, for the same runtime.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Measure the one model given at several widths; write its latency table here.")
+    ] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit with 1 unless surely faster, and say why not.")] = False,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Exit with 1 unless every case is surely this much faster, less 5%.")
+    ] = None,
     prefill: Annotated[list[int] | None, typer.Option(help="Prompt lengths; repeat for several.")] = None,
     decode: Annotated[int, typer.Option(help="Tokens to decode; 0 for none.", min=0)] = 32,
     past: Annotated[int, typer.Option(help="Cache length before decoding.", min=1)] = 128,
-    repeats: Annotated[int, typer.Option(help="Timed repeats per case.", min=2)] = 10,
+    repeats: Annotated[int | None, typer.Option(help="Timed repeats; 10, or 6 a width of a table.", min=2)] = None,
     threads: Threads = _DEFAULT_THREADS,
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
-    """Time two forms of a model against each other, interleaved, with confidence intervals."""
-    from fxprune.measure import machine
-    from fxprune.workflow import cases_of, measure_speed, open_form
+    """Time two forms of a model against each other, interleaved; or build the latency table of one."""
+    from fxprune.benchmarking import Workload, run_bench, run_table
 
-    first, second = (open_form(where, threads=threads, dtype=dtype) for where in (dense, slim))
-    cases = cases_of(prefill or [128, 512], decode, past)
-    results = [r.to_json() for r in measure_speed(first, second, cases, threads=threads, repeats=repeats)]
-    table = Table(title=f"Speed, {threads} threads, medians of {repeats} interleaved runs", title_justify="left")
-    for column in ("runtime", "case", "dense ms", "slim ms", "speed-up", "95% interval", "bound"):
-        table.add_column(column)
-    for r in results:
-        bound = f"{r['bound']:.2f}x ({r['bound_kind']})" if "bound" in r else "-"
-        low, high = r["ci"]
-        figures = (f"{r['dense_ms']:.1f}", f"{r['slim_ms']:.1f}", f"{r['speedup']:.2f}x", f"{low:.2f}-{high:.2f}")
-        table.add_row(r["runtime"], r["case"], *figures, bound)
-    _out.print(table)
-    _write_json(json, {"speed": results, "machine": machine()})
+    work = Workload(prefill or (), decode, past, repeats, threads, dtype)
+    gated = gate or target_speedup is not None
+    if (slim is None) == (table is None) or (gated and slim is None):
+        raise UsageError("give two forms to compare, with --gate or without; or one model and --table FILE")
+    if slim is None:
+        assert table is not None
+        _write_json(json, run_table(dense, table, work, _out, _say))
+        return
+    data, verdict = run_bench(dense, slim, work, _out, gated=gated, target=target_speedup)
+    _write_json(json, data)
+    if verdict is not None and not verdict.passed:
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -403,6 +329,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of a task's sequence; the model's by default.", min=2)
     ] = None,
+    device: Device = "cpu",
     dtype: Dtype = None,
     json: Json = None,
 ) -> None:
@@ -420,6 +347,7 @@ def evaluate(
         batch_size=parse_batch_size(batch_size),
         max_length=max_length,
         dtype=dtype,
+        device=device,
     )
     _write_json(json, run_evaluation(model, what, _out, _say))
 

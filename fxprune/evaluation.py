@@ -12,6 +12,7 @@ from fxprune.errors import CheckpointError, UsageError
 from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
 from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
 from fxprune.harness_tasks import HarnessTask, load_tasks
+from fxprune.loading import resolve_device
 from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Evaluation:
         batch_size: windows or sequences at once.
         max_length: the most tokens of a task's sequence; the model's own limit when None.
         dtype: precision of a torch model; as saved when None.
+        device: where a torch model runs.
     """
 
     ppl: Sequence[Path] = ()
@@ -48,6 +50,7 @@ class Evaluation:
     batch_size: BatchSize = "auto"
     max_length: int | None = None
     dtype: str | None = None
+    device: str = "cpu"
 
 
 def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[str], None]) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
         For JSON: the model, the perplexities and the tasks.
 
     Raises:
-        UsageError: nothing to measure, an unknown task, or an option is out of range.
+        UsageError: nothing to measure, an unknown task or device, or an option is out of range.
         CalibrationError: a text or a task's data cannot be used, or `lm-eval` is not installed.
         CheckpointError: the model cannot be loaded, or has no tokenizer.
         VerificationError: the model returned numbers that are not finite.
@@ -73,13 +76,14 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
     if what.data is not None and not what.tasks:
         raise UsageError("--data names the files of tasks; give --tasks NAME,... as well")
     check_limits(what.limit, what.max_length)
+    resolve_device(what.device)
     for path in what.ppl:
         read_text(path)
     if what.tasks:
         say(f"loading {', '.join(what.tasks)}")
     tasks = load_tasks(what.tasks, what.data) if what.tasks else []
     say(f"loading {model}")
-    form = open_form(model, dtype=what.dtype)
+    form = open_form(model, dtype=what.dtype, device=what.device)
     if form.tokenizer is None:
         raise CheckpointError(f"{model} has no tokenizer; a text needs one")
     perplexities = [_perplexity(form, path, what) for path in what.ppl]
@@ -108,11 +112,12 @@ def _perplexity(form: OpenForm, path: Path, what: Evaluation) -> PerplexityResul
             window=what.window,
             max_windows=what.windows,
             batch_size=batch_size,
+            device=what.device,
         )
 
     if what.batch_size != "auto":
         return measure(what.batch_size)
-    return halve_until_it_fits(measure, fitting_batch_size(what.window, len(form.tokenizer)))
+    return halve_until_it_fits(measure, fitting_batch_size(what.window, len(form.tokenizer), what.device))
 
 
 def _task(form: OpenForm, task: HarnessTask, what: Evaluation, say: Callable[[str], None]) -> TaskResult:
@@ -124,6 +129,7 @@ def _task(form: OpenForm, task: HarnessTask, what: Evaluation, say: Callable[[st
         limit=what.limit,
         batch_size=what.batch_size,
         max_length=what.max_length,
+        device=what.device,
     )
     return result
 

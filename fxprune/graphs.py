@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channels import get_attribute
-from fxprune.lifted import origin_of
+from fxprune.lifted import parameter_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,15 +88,10 @@ def state_tensors(graph_module: GraphModule) -> dict[str, Tensor]:
 
     Constants that rewriting added (selections) are left out.
     """
-    named: dict[str, tuple[str, bool]] = {}
-    for owner, module in graph_module.named_modules():
-        origin = origin_of(module)
-        if origin is not None:
-            turned = origin.transposed and isinstance(module, nn.Linear)
-            named |= {f"{owner}.weight": (origin.weight, turned), f"{owner}.bias": (origin.bias, False)}
     tensors = {}
     for name, tensor in graph_module.state_dict(keep_vars=True).items():
-        if not name.rpartition(".")[2].startswith("_kept_"):
-            original, turned = named.get(name, (name, False))
+        owner, _, leaf = name.rpartition(".")
+        if not leaf.startswith("_kept_"):
+            original, turned = parameter_of(graph_module.get_submodule(owner), name)
             tensors[original] = (tensor.t() if turned else tensor).detach()
     return tensors

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from fxprune.grouped import GroupedLinear
 
-__all__ = ["Origin", "is_projection", "make_grouped", "make_linear", "origin_of", "with_parameters"]
+__all__ = [
+    "Origin",
+    "is_projection",
+    "make_grouped",
+    "make_linear",
+    "origin_of",
+    "parameter_of",
+    "with_parameters",
+]
 
 _ATTRIBUTE = "_fxprune_origin"
 
@@ -37,6 +45,26 @@ def origin_of(module: nn.Module) -> Origin | None:
     """The parameters a module was lifted from; None for a module that was not lifted."""
     found = getattr(module, _ATTRIBUTE, None)
     return found if isinstance(found, Origin) else None
+
+
+def parameter_of(module: nn.Module, name: str) -> tuple[str, bool]:
+    """The parameter of the model's class that a parameter of a graph's module stands for.
+
+    Args:
+        module: the module that owns the parameter.
+        name: the parameter's qualified name in the graph.
+
+    Returns:
+        Its name in the model, and whether the model has it turned, (in, out).
+    """
+    origin = origin_of(module)
+    leaf = name.rpartition(".")[2]
+    if origin is None or leaf not in {"weight", "bias"}:
+        return name, False
+    if leaf == "bias":
+        return origin.bias, False
+    # A grouped weight is kept as the model has it.
+    return origin.weight, origin.transposed and isinstance(module, nn.Linear)
 
 
 def is_projection(module: object) -> bool:

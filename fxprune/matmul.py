@@ -61,8 +61,12 @@ def fast_products(*, rounded: bool = False) -> Iterator[None]:
         yield
 
 
+@functools.cache
 def product_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, size: int | None = None) -> float:
-    """What this machine reaches in matrix products, in GFLOP/s: the best of five products of square matrices."""
+    """What this machine reaches in matrix products, in GFLOP/s: the best of five products of square matrices.
+
+    Measured once in a process.
+    """
     size = size or (1024 if torch.device(device).type == "cpu" else 8192)  # an accelerator needs more to be busy
     one = torch.ones(size, size, device=device, dtype=dtype) / size
     best = float("inf")

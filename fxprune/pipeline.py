@@ -22,6 +22,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from fxprune.errors import UsageError
 from fxprune.pass_base import Pass, PassResult, constructor_options
 from fxprune.registry import get_pass
+from fxprune.sparsity import sexagesimal_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,10 @@ def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str
         values = model(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{where}: option {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        option, given = ".".join(map(str, first["loc"])), first["input"]
+        hint = sexagesimal_hint(given) if first["type"] == "string_type" and type(given) is int else ""
+        reason = f"{first['msg']}, not {given}; {hint}" if hint else first["msg"]
+        raise UsageError(f"{where}: option {option}: {reason}") from error
     return {name: getattr(values, name) for name in options}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import UsageError
-from fxprune.loading import load_model
+from fxprune.loading import load_model, resolve_device
 from fxprune.output import prepare_output
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
-from fxprune.sparse_pass import SparsePass
+from fxprune.sparse_pass import NO_SPEED_UP, SparsePass
+from fxprune.sparse_speed import measure_sparse_speed
 from fxprune.streaming_run import prune_streaming
 from fxprune.workflow import Stopwatch, front_end, perplexities, prune_program
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from fxprune.pass_base import Pass
+
 __all__ = ["Destination", "parse_per_module", "prune_model", "stream_model"]
+
+_SPEED_THREADS = min(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ def prune_model(
     *,
     ppl: Sequence[str] = (),
     windows: int | None = None,
+    speed: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Prune a model in memory.
@@ -73,15 +80,20 @@ def prune_model(
         place: where.
         ppl: texts for the perplexity before and after.
         windows: of 512 tokens per text.
+        speed: whether to export the dense and the pruned form and to time them in ONNX Runtime, for a method that
+            prunes weights; takes minutes.
         say: gets progress messages.
 
     Returns:
         The report, as it is written beside the checkpoint.
 
     Raises:
+        UsageError: an option is wrong, or the speed is to be measured of a method that removes units, or off the CPU.
         FxpruneError: any step refused, or a rung of the verification failed.
     """
-    build_pass(method, options)  # a wrong option is told before the model is loaded
+    step = build_pass(method, options)  # a wrong option is told before the model is loaded
+    if speed:
+        _check_speed(step, place)
     prepare_output(place.out, overwrite=place.overwrite)
     watch = Stopwatch()
     say(f"loading {model}")
@@ -99,8 +111,23 @@ def prune_model(
             quality = perplexities(program, ppl, windows=windows)
     seed = int(options.get("seed", 0))
     report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality)
-    resolve("fxprune.exporters.report:write_report")(report, place.out)
+    write_report = resolve("fxprune.exporters.report:write_report")
+    write_report(report, place.out)
+    if speed:  # after the report: what was done so far stays told if this fails
+        say("exporting the dense and the sparse form, and timing them")
+        with watch.stage("bench"):
+            timed = measure_sparse_speed(program, threads=_SPEED_THREADS).to_json()
+        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality, speed=timed)
+        report["sparsity"] = report["sparsity"] | {"speed": NO_SPEED_UP}
+        write_report(report, place.out)
     return report
+
+
+def _check_speed(step: Pass, place: Destination) -> None:
+    if not isinstance(step, SparsePass):
+        raise UsageError(f"--measure-speed is for pruned weights; {step.name} removes units: use fxprune bench")
+    if resolve_device(place.device).type != "cpu":
+        raise UsageError(f"--measure-speed times ONNX Runtime on the CPU; leave --device {place.device} out")
 
 
 def stream_model(

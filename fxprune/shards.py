@@ -103,8 +103,17 @@ def hash_dense_weights(directory: Path | None) -> str | None:
     return digest.hexdigest()
 
 
-def verify_hashes(directory: Path, files: Mapping[str, str]) -> None:
+def verify_hashes(
+    directory: Path,
+    files: Mapping[str, str],
+    otherwise: str = "or load with verify_hash=False if the change was meant",
+) -> None:
     """Check the SHA-256 of each file.
+
+    Args:
+        directory: where the files are.
+        files: SHA-256 by name.
+        otherwise: what can be done but copying the checkpoint again, for the message.
 
     Raises:
         CheckpointError: a file is missing or has other content than when it was written.
@@ -118,7 +127,7 @@ def verify_hashes(directory: Path, files: Mapping[str, str]) -> None:
         if found != expected:
             raise CheckpointError(
                 f"{path} has SHA-256 {found}, but fxprune.json says {expected}; the file was changed or damaged: copy "
-                "the checkpoint again, or load with verify_hash=False if the change was meant"
+                f"the checkpoint again, {otherwise}"
             )
 
 

@@ -57,8 +57,19 @@ if TYPE_CHECKING:
     from fxprune.solvers import Solver
     from fxprune.stages import Cut
 
-__all__ = ["SparsePass", "forward_precision", "own_projections", "read_per_module", "read_sparsity"]
+__all__ = [
+    "NO_SPEED_UP",
+    "SparsePass",
+    "details_of",
+    "dtype_of",
+    "forward_precision",
+    "own_projections",
+    "read_per_module",
+    "read_sparsity",
+]
 
+NO_SPEED_UP = "zeros alone make no dense kernel faster; ONNX Runtime computes them like any other number"
+_HOW_TO_MEASURE = "to measure it: fxprune prune --measure-speed, or fxprune export of both forms and fxprune bench"
 _LOWER = (torch.bfloat16, torch.float16)
 
 
@@ -113,18 +124,40 @@ def forward_precision(name: str | None, program_dtype: torch.dtype, device: torc
     return None if dtype is program_dtype else dtype
 
 
-def work_of(layers: LayerwiseSolver, forward_dtype: torch.dtype, samples: Samples) -> dict[str, float]:
-    """What the calibration had to compute, and what this machine reaches in products, to judge the seconds by."""
-    device = next(iter(samples.varying.values())).device
-    return {
+def details_of(
+    engine: CalibrationEngine, layers: LayerwiseSolver, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What a calibration that has run says about itself, for the report.
+
+    Args:
+        engine: that ran.
+        layers: what it called.
+        dtype: of the model.
+
+    Returns:
+        Entries of the `sparsity` section: blocks, stages, memory, and `work`, what had to be computed next to what this
+        machine reaches in products. And seconds by part.
+    """
+    work = {
         "forward_tflop": layers.flop["forward"] / 1e12,
         "gram_tflop": layers.flop["gram"] / 1e12,
-        "forward_peak_gflops": product_rate(forward_dtype, device),
-        "gram_peak_gflops": product_rate(torch.float32, device),
+        "forward_peak_gflops": product_rate(engine.options.forward_dtype or dtype, engine.device),
+        "gram_peak_gflops": product_rate(torch.float32, engine.device),
     }
+    details = {
+        "blocks": len(engine.cut.blocks),
+        "stages": len(engine.cut.stages),
+        "batch_size": engine.batch_size,
+        "activation_bytes": {where: size for where, size in engine.peak_bytes.items() if size},
+        "forward_dtype": str(engine.options.forward_dtype or "as traced").removeprefix("torch."),
+        "work": work,
+    }
+    seconds = {**engine.seconds, "prepare": layers.prepare_seconds}
+    seconds["solve"] = seconds.get("solve", 0.0) - layers.prepare_seconds
+    return details, seconds
 
 
-def _dtype_of(program: Program) -> torch.dtype:
+def dtype_of(program: Program) -> torch.dtype:
     """The precision of the weights."""
     return next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
 
@@ -310,7 +343,7 @@ class SparsePass(Pass):
 
     def _dtype(self, program: Program, device: torch.device | None = None) -> torch.dtype | None:
         device = device or next(program.graph_module.parameters()).device
-        return forward_precision(self.forward_dtype, _dtype_of(program), device)
+        return forward_precision(self.forward_dtype, dtype_of(program), device)
 
     def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
         assert program.source is not None
@@ -349,17 +382,9 @@ class SparsePass(Pass):
         engine = CalibrationEngine(cut, samples, self.engine_options(program))
         with track(f"{self.name}: stages", len(cut.stages)) as advance:
             engine.run(layers, on_stage=advance)
-        seconds |= engine.seconds
-        seconds["prepare"] = layers.prepare_seconds
-        seconds["solve"] -= layers.prepare_seconds
-        return {
-            "blocks": len(cut.blocks),
-            "stages": len(cut.stages),
-            "batch_size": engine.batch_size,
-            "activation_bytes": {where: size for where, size in engine.peak_bytes.items() if size},
-            "forward_dtype": str(engine.options.forward_dtype or "as traced").removeprefix("torch."),
-            "work": work_of(layers, engine.options.forward_dtype or _dtype_of(program), samples),
-        }
+        details, parts = details_of(engine, layers, dtype_of(program))
+        seconds |= parts
+        return details
 
     def figures(self, root: GraphModule, figures: Sequence[LayerFigures]) -> dict[str, Any]:
         """The report's `sparsity` section."""
@@ -375,7 +400,7 @@ class SparsePass(Pass):
             "dense_linears": [name for name in called_projections(root) if name not in {f.name for f in figures}],
             "mean_error": sum(f.error for f in figures) / len(figures),
             "linears": [figure.to_json() for figure in figures],
-            "speed": "zeros alone make no dense kernel faster; ONNX Runtime computes them like any other number",
+            "speed": f"{NO_SPEED_UP}; {_HOW_TO_MEASURE}",
         }
 
     def ensures(self, before: Program, after: Program) -> None:

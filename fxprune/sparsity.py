@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fxprune.errors import PlanError, UsageError
 
-__all__ = ["Sparsity", "keep_largest", "keep_of_group", "lowest", "lowest_per_row"]
+__all__ = ["Sparsity", "keep_largest", "keep_of_group", "lowest", "lowest_per_row", "sexagesimal_hint"]
+
+_IN_NUMPY = ("cpu",)
+"""Types of devices whose memory numpy can read."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Sparsity:
             share = float(text)
         except ValueError as error:
             raise UsageError(f"sparsity {text!r} is neither a share such as 0.5 nor a pattern such as 2:4") from error
+        if share.is_integer() and (hint := sexagesimal_hint(int(share))):
+            raise UsageError(f"sparsity {text} is not less than 1; {hint}")
         return cls(share)
 
     def describe(self) -> str:
@@ -88,6 +93,14 @@ class Sparsity:
     def removed(self, weights: int) -> int:
         """How many of a number of weights go."""
         return round(self.share * weights)
+
+
+def sexagesimal_hint(number: int) -> str:
+    """What to write instead, where `2:4` without quotes became 124: YAML 1.1 reads it in base 60; else empty."""
+    if number < 60:
+        return ""
+    pattern = f"{number // 60}:{number % 60}"
+    return f"YAML reads {pattern} without quotes as this number: write '{pattern}' with quotes"
 
 
 def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False) -> Tensor:
@@ -140,11 +153,12 @@ def lowest_per_row(scores: Tensor, count: int) -> Tensor:
 
 def _kth_smallest(rows: Tensor, count: int) -> Tensor:
     """The `count`-th smallest number of each row: (rows, columns) -> (rows,)."""
-    if rows.device.type == "cpu":
+    if rows.device.type in _IN_NUMPY:
         # numpy selects with vector instructions, an order of magnitude faster than torch on the CPU.
         values = np.partition(rows.detach().numpy(), count - 1, axis=1)[:, count - 1]
         return torch.from_numpy(values.copy())
-    return rows.kthvalue(count, dim=1).values
+    # Not kthvalue: accelerators select in each row with one block of threads, and a whole weight is one row.
+    return rows.sort(dim=1).values[:, count - 1]
 
 
 def keep_of_group(scores: Tensor, n: int) -> Tensor:

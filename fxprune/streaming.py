@@ -10,94 +10,43 @@ block's end, and `progress.json`. A run that was interrupted goes on there and g
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
+from fxprune.checkpoint import load_skeleton
 from fxprune.errors import CheckpointError, OutputError
-from fxprune.lifted import origin_of
-from fxprune.loading import weight_files
-from fxprune.output import swap
-from fxprune.shards import hash_file
+from fxprune.lifted import parameter_of
+from fxprune.manifest import Manifest, SourceRecord, versions, write_manifest
+from fxprune.output import swap, write_json
+from fxprune.shard_reader import read_tensor
+from fxprune.shards import hash_dense_weights, hash_file, read_shapes
+from fxprune.skeleton import state_shapes
 from fxprune.weight_masks import masks_of_state, write_masks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch.fx import GraphModule
 
     from fxprune.activation_store import ActivationStore
+    from fxprune.program import Event
+    from fxprune.stored_weights import StoredWeights
 
-__all__ = ["ShardReader", "StreamingOutput", "StreamingWeights"]
+__all__ = ["StreamingOutput", "StreamingWeights"]
 
 _PROGRESS = "progress.json"
 _ACTIVATIONS = "activations-{stage}.safetensors"
 _FREE_MARGIN = 1 << 26
 _GO_ON = "make room and run the same command again, it goes on after the last finished block"
-
-
-class ShardReader:
-    """Reads single tensors of a checkpoint's safetensors files."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.files = weight_files(directory)
-        self.where: dict[str, Path] = {}
-        for path in self.files:
-            with _opened(path) as file:
-                self.where |= dict.fromkeys(file.keys(), path)
-
-    def read(self, name: str) -> Tensor:
-        """A tensor in its own memory, on the CPU.
-
-        Raises:
-            CheckpointError: no file has it, or its file is damaged.
-        """
-        if name not in self.where:
-            raise CheckpointError(f"{self.directory} has no tensor {name!r}")
-        return _read(self.where[name], name)
-
-    def read_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor, by reading one element of it."""
-        with _opened(self.where[name]) as file:
-            piece = file.get_slice(name)
-            empty: Tensor = piece[:0] if piece.get_shape() else file.get_tensor(name)
-            return empty.dtype
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, sizes and headers of the files: what they hold, short of the numbers themselves."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-                digest.update(file.read(length))
-        return digest.hexdigest()
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, truncated or damaged ({error}); copy it again") from error
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with _opened(path) as file:
-        try:
-            tensor: Tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from error
-        return tensor.clone()  # the mapping of the file goes with the handle
 
 
 @dataclass
@@ -106,12 +55,12 @@ class StreamingOutput:
 
     Attributes:
         target: where the checkpoint shall be.
-        reader: the dense checkpoint.
+        stored: the dense checkpoint.
         fingerprint: of everything that decides the result; a run goes on only with its own.
     """
 
     target: Path
-    reader: ShardReader
+    stored: StoredWeights
     fingerprint: str
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -232,43 +181,82 @@ class StreamingOutput:
             raise CheckpointError(f"cannot write {self.staging / name}: {error}; {_GO_ON}") from error
 
     def _write_progress(self) -> None:
-        path = self.staging / f"{_PROGRESS}.partial"
         try:
-            path.write_text(json.dumps(self.progress, indent=1, sort_keys=True), encoding="utf-8")
-            path.replace(self.staging / _PROGRESS)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.staging / _PROGRESS}: {error}; {_GO_ON}") from error
+            write_json(self.staging / _PROGRESS, self.progress)
+        except OutputError as error:
+            raise CheckpointError(f"{error}; {_GO_ON}") from error
 
-    def finish(self, *, overwrite: bool) -> None:
-        """Copy what no block touched, write the index, and give the directory its name.
+    def finish(self, event: Event, source: str, *, overwrite: bool) -> None:
+        """Copy what no block touched, write index, configuration and manifest, and give the directory its name.
+
+        Args:
+            event: what was done, for the manifest's history.
+            source: the dense model, as the user gave it.
+            overwrite: whether an earlier output may be replaced.
 
         Raises:
-            CheckpointError: the disk is full; the same command goes on.
+            CheckpointError: the disk is full, or the checkpoint does not fit its own configuration; the same command
+                goes on.
             OutputError: the target cannot be replaced; the same command goes on.
         """
-        for name in self.reader.where:  # one at a time: the embedding may be the largest tensor of the model
+        for name in self.stored.names:  # one at a time: the embedding may be the largest tensor of the model
             if name not in self.progress["tensors"]:
-                self._record({name: self.reader.read(name)})
+                self._record({name: self.stored.read(name)})
                 self._write_progress()
         places = self.progress["tensors"]
-        index = {
-            "metadata": {"total_size": self._size(set(places.values()))},
-            "weight_map": dict(sorted(places.items())),
-        }
+        files = sorted(set(places.values()))
+        index = {"metadata": {"total_size": self._size(files)}, "weight_map": dict(sorted(places.items()))}
+        directory = self.stored.directory
         try:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self.staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-            for path in self.reader.directory.iterdir():
+            for path in directory.iterdir():
                 if path.is_file() and not _is_weights(path.name):
                     shutil.copy2(path, self.staging / path.name)
+            self._name_class()
+            write_manifest(
+                self.staging,
+                Manifest(
+                    kind="uniform",
+                    reason="",
+                    source=SourceRecord(name=source, sha256=hash_dense_weights(directory)),
+                    versions=versions(),
+                    plan={},
+                    history=(event.to_json(),),
+                    config_overrides={},
+                    layer_overrides={},
+                    parameters={},
+                    added_biases=(),
+                    zero_biases=(),
+                    files={name: self.progress["files"][name] for name in files},
+                ),
+            )
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.staging}: {error}; {_GO_ON}") from error
+        self._prove(files)
         swap(self.staging, self.target, overwrite=overwrite)
         for leftover in (_PROGRESS, self.progress.get("activations")):  # only now: until here they are needed to go on
             if leftover is not None:
                 (self.target / leftover).unlink(missing_ok=True)
 
-    def _size(self, files: set[str]) -> int:
+    def _name_class(self) -> None:
+        """Let the configuration name the class that was pruned: the names of the weights are those of this class."""
+        path = self.staging / "config.json"
+        config = json.loads(path.read_bytes())
+        if config.get("architectures") != [self.stored.architecture]:
+            write_json(path, config | {"architectures": [self.stored.architecture]})
+
+    def _prove(self, files: Sequence[str]) -> None:
+        """The model that configuration and manifest describe has the tensors that were written, and no others."""
+        wanted, written = state_shapes(load_skeleton(self.staging)), read_shapes(self.staging, files)
+        if wrong := sorted(n for n in wanted.keys() | written.keys() if wanted.get(n) != written.get(n)):
+            raise CheckpointError(
+                f"{wrong[0]} ({len(wrong)} such tensors): config.json describes {wanted.get(wrong[0])}, and "
+                f"{written.get(wrong[0])} was written; the configuration and the weights of {self.stored.directory} do "
+                "not belong together"
+            )
+
+    def _size(self, files: Sequence[str]) -> int:
         return sum((self.staging / file).stat().st_size for file in files)
 
     def _record(self, tensors: Mapping[str, Tensor]) -> None:
@@ -308,8 +296,10 @@ class StreamingWeights:
         root: the graph on the meta device, whose projections are its own.
         output: where new tensors go; what is already there is read from there.
         values: tensors that no checkpoint holds, by name (rotary frequencies).
-        names: for every parameter of the graph, its name in the checkpoint.
         device: where the values go.
+        masks: of what was solved, by projection; those of a finished block are taken out.
+        figures: gives the figures of what was solved since the last call, JSON-able.
+        batch_size: gives the batch size that the run has.
     """
 
     def __init__(
@@ -317,21 +307,23 @@ class StreamingWeights:
         root: GraphModule,
         output: StreamingOutput,
         values: Mapping[str, Tensor],
-        names: Mapping[str, str],
         device: torch.device,
+        *,
+        masks: dict[str, Tensor],
+        figures: Callable[[], Sequence[Any]],
+        batch_size: Callable[[], int],
     ) -> None:
         self.root = root
         self.output = output
         self.values = values
-        self.names = names
         self.device = device
-        self.figures: Callable[[], Sequence[Any]] = tuple
-        self.masks: dict[str, Tensor] = {}
+        self.masks = masks
+        self.figures = figures
+        self.batch_size = batch_size
         self._loaded: dict[str, Tensor] = {}
         self._touched: list[tuple[nn.Module, str, Tensor]] = []
         self._solved: list[str] = []
         self._written: set[str] = set()
-        self.batch_size: Callable[[], int] = int
 
     def enter(self, module: GraphModule) -> None:
         """Give every meta parameter and buffer of a piece of the graph its value."""
@@ -351,11 +343,7 @@ class StreamingWeights:
                 self._solved.append(name)
 
     def _fill(self, owner: nn.Module, leaf: str, name: str) -> None:
-        origin = origin_of(owner)
-        turned = False
-        if origin is not None:
-            name = origin.weight if leaf == "weight" else origin.bias
-            turned = leaf == "weight" and origin.transposed and isinstance(owner, nn.Linear)
+        name, turned = parameter_of(owner, name)
         value = self._value(name)
         old = owner._parameters.get(leaf)
         meta = owner._buffers[leaf] if old is None else old
@@ -376,24 +364,22 @@ class StreamingWeights:
     def _value(self, name: str) -> Tensor:
         if name in self.values:
             return self.values[name].to(self.device)
-        stored = self.names.get(name, name)
-        if stored not in self._loaded:
-            place = self.output.location(stored)
-            tensor = self.output.reader.read(stored) if place is None else _read(place, stored)
-            self._loaded[stored] = tensor.to(self.device)
-        return self._loaded[stored]
+        key = self.output.stored.key(name)
+        if key not in self._loaded:
+            place = self.output.location(key)
+            tensor = self.output.stored.read(key) if place is None else read_tensor(place, key)
+            self._loaded[key] = tensor.to(self.device)
+        return self._loaded[key]
 
     def end_block(self, next_stage: int, store: ActivationStore) -> None:
         """Write what was solved, forget all values, keep what the next block starts from."""
         tensors: dict[str, Tensor] = {}
         for name in dict.fromkeys(self._solved):
             module = get_attribute(self.root, name)
-            origin = origin_of(module)
             weight = module.weight.detach()
-            stored = f"{name}.weight" if origin is None else origin.weight
-            turned = origin is not None and origin.transposed and isinstance(module, nn.Linear)
-            key = self.names.get(stored, stored)
-            tensors[key] = (weight.t() if turned else weight).to(self.output.reader.read_dtype(key))
+            original, turned = parameter_of(module, f"{name}.weight")
+            key = self.output.stored.key(original)
+            tensors[key] = (weight.t() if turned else weight).to(self.output.stored.dtype(key))
         solved = {name: self.masks.pop(name) for name in dict.fromkeys(self._solved) if name in self.masks}
         masks = masks_of_state(self.root, solved)
         self.output.finish_block(
@@ -408,17 +394,3 @@ class StreamingWeights:
         self._touched.clear()
         self._loaded.clear()
         self._solved.clear()
-
-    @staticmethod
-    def checkpoint_names(root: GraphModule) -> dict[str, str]:
-        """For every parameter of a lifted projection, the parameter of the model that it stands for."""
-        found: dict[str, str] = {}
-        for name, module in root.named_modules():
-            origin = origin_of(module)
-            if origin is not None:
-                found |= {f"{name}.weight": origin.weight, f"{name}.bias": origin.bias}
-        return found
-
-    def lacking(self, names: Iterable[str]) -> list[str]:
-        """Which of these parameters no file holds under their name."""
-        return [n for n in names if n not in self.values and self.names.get(n, n) not in self.output.reader.where]

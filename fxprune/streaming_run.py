@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +22,21 @@ from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
 from fxprune.grouped import GroupedLinear
 from fxprune.layerwise import LayerFigures, LayerwiseSolver
-from fxprune.loading import check_weights, load_tokenizer, local_snapshot, resolve_device
+from fxprune.lifted import parameter_of
+from fxprune.loading import check_weights, expand_user, load_tokenizer, local_snapshot, resolve_device
+from fxprune.manifest import MANIFEST_NAME, read_manifest
+from fxprune.measure import file_size, machine, peak_rss_bytes
 from fxprune.output import prepare_output
 from fxprune.pipeline import Pipeline, build_pass
+from fxprune.program import Event
 from fxprune.progress import track
 from fxprune.reporting import versions
 from fxprune.scope import called_projections
-from fxprune.skeleton import aliases, initialize_buffers
-from fxprune.sparse_pass import SparsePass, own_projections
-from fxprune.streaming import ShardReader, StreamingOutput, StreamingWeights
+from fxprune.shard_reader import ShardReader
+from fxprune.skeleton import initialize_buffers
+from fxprune.sparse_pass import SparsePass, details_of, dtype_of, own_projections
+from fxprune.stored_weights import StoredWeights
+from fxprune.streaming import StreamingOutput, StreamingWeights
 from fxprune.weight_masks import has_masks
 from fxprune.workflow import Stopwatch, models_of_config, trace_on_meta
 
@@ -67,7 +75,8 @@ def prune_streaming(
         on_block: called with blocks done and blocks in all.
 
     Returns:
-        The report's sections: model, method, sparsity, calibration, seconds, versions.
+        The report's sections: model, method, seed, sparsity, calibration, history, seconds, peak memory, machine,
+        versions, details.
 
     Raises:
         FxpruneError: as the parts raise; a run that failed or was interrupted goes on after its last finished block.
@@ -78,7 +87,11 @@ def prune_streaming(
         raise UsageError(f"allocation={method.allocation} needs the whole model in memory; streaming prunes uniformly")
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
-    path, target = local_snapshot(source), prepare_output(out, overwrite=overwrite)
+    start = time.perf_counter()
+    target = prepare_output(out, overwrite=overwrite)
+    _refuse_mixed(expand_user(source))
+    path = local_snapshot(source)
+    _refuse_mixed(path)
     if has_masks(path):
         raise PreconditionError(f"{path} has masks of weights that were pruned before; they would not be held")
     place = resolve_device(device)
@@ -89,7 +102,11 @@ def prune_streaming(
     method.requires(program)
     targets = method.targets(program)
     root = _moved(own_projections(program.graph_module, targets), place)
-    names, values = _names_and_values(program, reader)
+    model: Any = program.references["eager"].module
+    stored = StoredWeights(reader, model)
+    initialize_buffers(model, torch.device("cpu"))
+    values = dict(model.named_non_persistent_buffers())
+    _require_tensors(root, stored, values)
     with watch.stage("text"):
         texts = calibration_set(
             CalibrationSpec(method.calibration, samples=method.samples, seq_len=method.seq_len, seed=method.seed),
@@ -99,37 +116,46 @@ def prune_streaming(
         )
     tokens = texts.tokens.to(place)
     output = StreamingOutput(
-        target, reader, _fingerprint(reader, method, tokens, method.engine_options(program, place).forward_dtype)
+        target, stored, _fingerprint(reader, method, tokens, method.engine_options(program, place).forward_dtype)
     )
     output.open(restart=restart)
-    weights = StreamingWeights(root, output, values, names, place)
-    _require_tensors(root, weights)
     layers = LayerwiseSolver(root, method.solver(), targets)
-    told = {figure["name"] for figure in output.progress["figures"]}
-
-    def news() -> list[dict[str, Any]]:
-        fresh = [figure for name, figure in layers.figures.items() if name not in told]
-        told.update(figure.name for figure in fresh)
-        return [figure.to_json() for figure in fresh]
-
-    weights.figures, weights.masks = news, layers.masks
     samples = text_samples(_on(program, place), tokens)
-    seconds, engine = _run(method, program, samples, layers=layers, weights=weights, on_block=on_block)
+    details, parts = _run(method, program, samples, layers=layers, output=output, values=values, on_block=on_block)
     figures = [_figure(data) for data in output.progress["figures"]]
-    with watch.stage("write"):
-        output.finish(overwrite=overwrite)
-    check_weights(target)
-    sparsity = method.figures(root, figures) | {"batch_size": engine.batch_size, "streamed": True}
-    sparsity["seconds"] = {**watch.seconds, **seconds}
+    sparsity = {**method.figures(root, figures), **details, "streamed": True}
+    summary = {key: sparsity[key] for key in ("target", "removed_share", "mean_error", "streamed")}
+    event = Event(method.name, method.options(), modified=True, seconds=time.perf_counter() - start, details=summary)
+    with watch.stage("save"):
+        output.finish(event, str(source), overwrite=overwrite)
+        check_weights(target)
+    sparsity["seconds"] = {"text": watch.seconds["text"], **parts}
     return {
         "model": str(source),
         "method": method.name,
         "seed": method.seed,
         "sparsity": sparsity,
         "calibration": dict(texts.description),
-        "seconds": sparsity["seconds"],
+        "history": [event.to_json()],
+        "seconds": {
+            "trace": watch.seconds["trace"],
+            "calibrate": watch.seconds["text"] + parts.get("forward", 0.0) + parts.get("gram", 0.0),
+            "prune": parts["prepare"] + parts["solve"],
+            "save": watch.seconds["save"],
+        },
+        "peak_rss_bytes": peak_rss_bytes(),
+        "machine": machine(),
         "versions": versions(),
+        "details": {
+            "checkpoint": {"directory": str(target), "kind": "uniform", "reason": "", "bytes": file_size(target)}
+        },
     }
+
+
+def _refuse_mixed(directory: Path) -> None:
+    """A mixed checkpoint's layers have shapes that its configuration does not say, and the graph comes from there."""
+    if (directory / MANIFEST_NAME).is_file() and read_manifest(directory).kind == "mixed":
+        raise PreconditionError(f"{directory} is a mixed checkpoint, which cannot be streamed: prune it in memory")
 
 
 def _run(
@@ -138,18 +164,27 @@ def _run(
     samples: Samples,
     *,
     layers: LayerwiseSolver,
-    weights: StreamingWeights,
+    output: StreamingOutput,
+    values: Mapping[str, Tensor],
     on_block: Callable[[int, int], None] | None,
-) -> tuple[dict[str, float], CalibrationEngine]:
-    output = weights.output
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run what is left of the stages; what the report says about the calibration, and seconds by part."""
+    place = next(iter(samples.varying.values())).device
+    told = {figure["name"] for figure in output.progress["figures"]}
+
+    def news() -> list[dict[str, Any]]:
+        fresh = [figure for name, figure in layers.figures.items() if name not in told]
+        told.update(figure.name for figure in fresh)
+        return [figure.to_json() for figure in fresh]
+
     cut = method.cut(layers.root, layers.targets, samples)
-    options = method.engine_options(program, next(iter(samples.varying.values())).device)
+    options = dataclasses.replace(method.engine_options(program, place), spill_directory=output.staging)
     if output.progress.get("batch_size"):
         options = dataclasses.replace(options, batch_size=int(output.progress["batch_size"]))
-    options = dataclasses.replace(options, spill_directory=output.staging)
+    weights = StreamingWeights(
+        layers.root, output, values, place, masks=layers.masks, figures=news, batch_size=lambda: engine.batch_size
+    )
     engine = CalibrationEngine(cut, samples, options, weights)
-
-    weights.batch_size = lambda: engine.batch_size
 
     def done(stage: int) -> None:
         block = cut.stages[stage - 1].block
@@ -165,9 +200,7 @@ def _run(
             advance(stage)
 
         engine.run(layers, on_stage=on_stage, first_stage=output.next_stage, restored=output.restored())
-    seconds = {**engine.seconds, "prepare": layers.prepare_seconds}
-    seconds["solve"] -= layers.prepare_seconds
-    return seconds, engine
+    return details_of(engine, layers, dtype_of(program))
 
 
 def _figure(data: Mapping[str, Any]) -> LayerFigures:
@@ -177,9 +210,15 @@ def _figure(data: Mapping[str, Any]) -> LayerFigures:
 
 def _traced(path: Path, reader: ShardReader) -> Program:
     """The model on the meta device in the dtype of its shards, lifted, with experts located."""
-    dtypes = {reader.read_dtype(name) for name in list(reader.where)[:8]}
-    floating = sorted((d for d in dtypes if d.is_floating_point), key=str)
-    program = trace_on_meta(models_of_config(path, floating[0] if floating else None), str(path))
+    floating = Counter(dtype for dtype in reader.dtypes.values() if dtype.is_floating_point)
+    dtype = floating.most_common(1)[0][0] if floating else None
+    program = trace_on_meta(models_of_config(path, dtype), str(path))
+    if dtype is not None and dtype_of(program) is not dtype:
+        short = [str(one).removeprefix("torch.") for one in (dtype, dtype_of(program))]
+        raise PreconditionError(
+            f"{path} is in {short[0]}, and this model can be traced without weights in {short[1]} only (torch knows "
+            f"the shapes of products over experts in no other): prune it in memory, or save it in {short[1]} first"
+        )
     program = build_pass("lift_linears", {})(program).program
     modules = (get_attribute(program.graph_module, name) for name in called_projections(program.graph_module))
     if any(isinstance(module, GroupedLinear) for module in modules):
@@ -194,9 +233,15 @@ def _moved(graph_module: GraphModule, device: torch.device) -> GraphModule:
     def place(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) and argument.type == "meta" else argument
 
-    for node in graph_module.graph.nodes:
+    for node in list(graph_module.graph.nodes):
         node.args = torch.fx.node.map_aggregate(node.args, place)
         node.kwargs = torch.fx.node.map_aggregate(node.kwargs, place)
+        if node.target is torch.ops.aten.histc.default and device.type == "cpu":
+            # Classes count the tokens of experts in integers, but in float32 on the CPU, which counts nothing else.
+            with graph_module.graph.inserting_before(node):
+                counted = graph_module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
+            counted.meta = dict(node.meta)
+            node.replace_input_with(node.args[0], counted)
     graph_module.recompile()
     return graph_module
 
@@ -210,32 +255,16 @@ def _on(program: Program, device: torch.device) -> Any:
     return dataclasses.replace(program.interface, example_inputs=examples)
 
 
-def _names_and_values(program: Program, reader: ShardReader) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Which tensor of the checkpoint a parameter is, where the names differ; and buffers that no checkpoint holds."""
-    model: Any = program.references["eager"].module
-    owners = aliases(model)
-    twins: dict[str, list[str]] = {}
-    for name, owner in owners.items():
-        twins.setdefault(owner, []).append(name)
-    names = {
-        name: next(twin for twin in twins[owner] if twin in reader.where)
-        for name, owner in owners.items()
-        if name not in reader.where and any(twin in reader.where for twin in twins[owner])
-    }
-    initialize_buffers(model, torch.device("cpu"))
-    return names, dict(model.named_non_persistent_buffers())
-
-
-def _require_tensors(root: GraphModule, weights: StreamingWeights) -> None:
+def _require_tensors(root: GraphModule, stored: StoredWeights, values: Mapping[str, Tensor]) -> None:
     """Everything that the graph reads can be had.
 
     Raises:
-        CheckpointError: the checkpoint lays weights out otherwise than the model class.
+        CheckpointError: the checkpoint lacks weights of the model class.
         PreconditionError: the graph holds constants that were lost on the meta device.
     """
-    needed = {name for name, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]}
-    lifted = weights.checkpoint_names(root)
-    lacking = weights.lacking(lifted.get(name, name) for name in needed)
+    needed = [name for name, _ in [*root.named_parameters(remove_duplicate=False), *root.named_buffers()]]
+    originals = {parameter_of(root.get_submodule(name.rpartition(".")[0]), name)[0] for name in needed}
+    lacking = [name for name in originals if name not in stored and name not in values]
     constants = [name for name in lacking if "lifted_tensor" in name or name.rpartition(".")[2].startswith("_tensor")]
     if constants:
         raise PreconditionError(
@@ -244,9 +273,8 @@ def _require_tensors(root: GraphModule, weights: StreamingWeights) -> None:
         )
     if lacking:
         raise CheckpointError(
-            f"the checkpoint has no {min(lacking)} ({len(lacking)} such tensors): it lays weights out otherwise "
-            "than the model class (experts one by one, for instance); load it and save it with the class first, or "
-            "prune it in memory"
+            f"the checkpoint has no {min(lacking)} ({len(lacking)} such tensors), nor what transformers makes it from: "
+            "config.json and the weights do not belong together, or this layout cannot be streamed: prune it in memory"
         )
 
 

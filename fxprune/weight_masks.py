@@ -18,7 +18,7 @@ from torch import nn
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError
-from fxprune.lifted import origin_of
+from fxprune.lifted import parameter_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,8 +118,6 @@ def masks_of_state(graph_module: nn.Module, masks: Mapping[str, Tensor]) -> dict
     """Masks of a lifted graph's projections, named and laid out as the model's class has their weights."""
     found: dict[str, Tensor] = {}
     for name, mask in masks.items():
-        module = get_attribute(graph_module, name)
-        origin = origin_of(module)
-        turned = origin is not None and origin.transposed and isinstance(module, nn.Linear)
-        found[f"{name}.weight" if origin is None else origin.weight] = mask.t() if turned else mask
+        original, turned = parameter_of(get_attribute(graph_module, name), f"{name}.weight")
+        found[original] = mask.t() if turned else mask
     return found

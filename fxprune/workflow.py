@@ -226,21 +226,30 @@ class OpenForm:
     cost: Cost | None = None
 
 
-def open_form(where: str, *, threads: int | None = None, dtype: str | None = None) -> OpenForm:
+def open_form(where: str, *, threads: int | None = None, dtype: str | None = None, device: str = "cpu") -> OpenForm:
     """Open a checkpoint directory, a hub id, or a directory or file with an ONNX graph.
 
+    Args:
+        where: what to open.
+        threads: of ONNX Runtime.
+        dtype: precision of a torch model; as saved when None.
+        device: where a torch model runs; ONNX Runtime runs on the CPU.
+
     Raises:
+        UsageError: an ONNX graph on another device, or a device or precision that does not exist here.
         CheckpointError, ExportError: it cannot be loaded.
     """
     path = Path(where).expanduser()
     graph = path if path.suffix == ".onnx" else path / "model.onnx"
     if graph.is_file():
+        if torch.device(device).type != "cpu":
+            raise UsageError(f"{where} is an ONNX graph, which runs on the CPU here, not on {device}")
         runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
         tokenizer = None
         if (graph.parent / "tokenizer.json").exists():
             tokenizer = load_tokenizer(graph.parent)
         return OpenForm(runner, "onnxruntime", tokenizer)
-    loaded = load_model(where, dtype=dtype)
+    loaded = load_model(where, dtype=dtype, device=device)
     runner = EagerRunner(loaded.model, "torch")
     return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model))
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,15 +22,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Run a command in this process; returns exit status, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["fxprune", *(str(arg) for arg in args)])
-    monkeypatch.setattr(cli, "_out", cli.Console(width=200, file=sys.stdout))
-    monkeypatch.setattr(cli, "_err", cli.Console(width=200, file=sys.stderr))
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; gives exit status, standard output, standard error."""
+
+    def command(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fxprune", *(str(arg) for arg in args)])
+        monkeypatch.setattr(cli, "_out", cli.Console(width=200, file=sys.stdout))
+        monkeypatch.setattr(cli, "_err", cli.Console(width=200, file=sys.stderr))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return command
 
 
 @pytest.fixture
@@ -43,16 +52,10 @@ PRUNE = ("--samples", 4, "--seq-len", 16, "--seed", 1)
 
 
 def test_prune_writes_a_checkpoint_that_loads_and_a_report(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "slim"
-    status, shown, err = run(
-        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.3, "--out", out, "--calibration", text, *PRUNE
-    )
+    status, shown, err = run("prune", tiny_llama_dir, "--ratio", 0.3, "--out", out, "--calibration", text, *PRUNE)
     assert status == 0, err
     assert "parameters" in shown
     report = json.loads((out / "report.json").read_text())
@@ -67,15 +70,11 @@ def test_prune_writes_a_checkpoint_that_loads_and_a_report(
 
 
 def test_uniform_prune_loads_with_plain_transformers_and_generates_the_same_text(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "slim"
     status, _, err = run(
-        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.25, "--uniform", "--out", out,
+        "prune", tiny_llama_dir, "--ratio", 0.25, "--uniform", "--out", out,
         "--calibration", text, *PRUNE,
     )  # fmt: skip
     assert status == 0, err
@@ -86,25 +85,17 @@ def test_uniform_prune_loads_with_plain_transformers_and_generates_the_same_text
 
 
 @pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5", "nan"])
-def test_a_ratio_out_of_range_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ratio: str, tmp_path: Path
-) -> None:
-    status, _, err = run(monkeypatch, capsys, "prune", "nowhere", "--ratio", ratio, "--out", tmp_path / "x")
+def test_a_ratio_out_of_range_is_a_usage_error(run: Run, ratio: str, tmp_path: Path) -> None:
+    status, _, err = run("prune", "nowhere", "--ratio", ratio, "--out", tmp_path / "x")
     assert status == 2
     assert "between 0 and 1" in err
 
 
 def test_a_ratio_that_no_plan_reaches_says_what_can_be_reached(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "slim"
-    status, _, err = run(
-        monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.97, "--out", out, "--calibration", text, *PRUNE
-    )
+    status, _, err = run("prune", tiny_llama_dir, "--ratio", 0.97, "--out", out, "--calibration", text, *PRUNE)
     assert status == 1
     assert "the most that can go is" in err
     assert not out.exists()
@@ -120,15 +111,11 @@ def zeros(model: torch.nn.Module) -> dict[str, float]:
 
 
 def test_prune_sets_weights_to_zero_and_says_what_that_buys(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "sparse"
     status, shown, err = run(
-        monkeypatch, capsys, "prune", tiny_llama_dir, "--method", "wanda", "--sparsity", 0.5, "--out", out,
+        "prune", tiny_llama_dir, "--method", "wanda", "--sparsity", 0.5, "--out", out,
         "--calibration", text, *PRUNE,
     )  # fmt: skip
     assert status == 0, err
@@ -146,11 +133,7 @@ def test_prune_sets_weights_to_zero_and_says_what_that_buys(
 
 
 def test_prune_streams_what_it_would_prune_in_memory(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     command = (
         "prune", tiny_llama_dir, "--method", "sparsegpt", "--pattern", "2:4", "--exclude", "*.o_proj",
@@ -159,7 +142,7 @@ def test_prune_streams_what_it_would_prune_in_memory(
     models = []
     for name, more in (("memory", ()), ("streamed", ("--stream",))):
         out = tmp_path / name
-        status, _, err = run(monkeypatch, capsys, *command, "--out", out, *more)
+        status, _, err = run(*command, "--out", out, *more)
         assert status == 0, err
         models.append(AutoModelForCausalLM.from_pretrained(out))
         sparsity = json.loads((out / "report.json").read_text())["sparsity"]
@@ -192,6 +175,8 @@ def test_prune_streams_what_it_would_prune_in_memory(
         (("--ratio", "0.2", "--pattern", "2:4"), "pattern"),
         ((), "ratio"),
         (("--ratio", "0.2", "--stream"), "--stream prunes weights"),
+        (("--ratio", "0.2", "--measure-speed"), "--measure-speed is for pruned weights"),
+        (("--method", "wanda", "--stream", "--measure-speed"), "which --stream never holds"),
         (("--method", "magnitude", "--stream"), "needs no calibration"),
         (("--method", "wanda", "--stream"), "name a text file"),
         (("--method", "wanda", "--stream", "--calibration", "t.txt", "--dtype", "float32"), "leave --dtype out"),
@@ -199,47 +184,37 @@ def test_prune_streams_what_it_would_prune_in_memory(
     ],
 )
 def test_options_that_do_not_go_together_are_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    message: str,
-    tmp_path: Path,
+    run: Run, options: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    status, _, err = run(monkeypatch, capsys, "prune", "nowhere", "--out", tmp_path / "x", *options)
+    status, _, err = run("prune", "nowhere", "--out", tmp_path / "x", *options)
     assert status == 2, err
     assert message in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_not_empty_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_llama_dir: Path, tmp_path: Path
-) -> None:
+def test_an_output_that_is_not_empty_is_kept(run: Run, tiny_llama_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "slim"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
-    status, _, err = run(monkeypatch, capsys, "prune", tiny_llama_dir, "--ratio", 0.2, "--out", out)
+    status, _, err = run("prune", tiny_llama_dir, "--ratio", 0.2, "--out", out)
     assert status == 1
     assert str(out) in err
     assert (out / "precious.txt").read_text() == "mine"
 
 
-def test_a_missing_model_is_told_by_its_path(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    status, _, err = run(monkeypatch, capsys, "inspect", tmp_path / "missing")
+def test_a_missing_model_is_told_by_its_path(run: Run, tmp_path: Path) -> None:
+    status, _, err = run("inspect", tmp_path / "missing")
     assert status == 1
     assert "missing" in err
 
 
-def test_inspect_needs_only_a_config(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_inspect_needs_only_a_config(run: Run, tmp_path: Path) -> None:
     LlamaConfig(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, head_dim=10, architectures=["LlamaForCausalLM"],
     ).save_pretrained(tmp_path)  # fmt: skip
     figures = tmp_path / "inspect.json"
-    status, out, err = run(monkeypatch, capsys, "inspect", tmp_path, "--json", figures)
+    status, out, err = run("inspect", tmp_path, "--json", figures)
     assert status == 0, err
     assert "6 query heads on 2 KV heads of 10" in out
     data = json.loads(figures.read_text())
@@ -253,16 +228,10 @@ def test_inspect_needs_only_a_config(
 
 
 def test_eval_prints_the_perplexity_and_its_definition(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
+    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
     figures = tmp_path / "eval.json"
-    status, out, err = run(
-        monkeypatch, capsys, "eval", tiny_llama_dir, "--ppl", text, "--window", 32, "--windows", 4, "--json", figures
-    )
+    status, out, err = run("eval", tiny_llama_dir, "--ppl", text, "--window", 32, "--windows", 4, "--json", figures)
     assert status == 0, err
     entry = json.loads(figures.read_text())["perplexity"][0]
     assert entry["windows"] == 4
@@ -270,13 +239,13 @@ def test_eval_prints_the_perplexity_and_its_definition(
     assert 50 < entry["perplexity"] < 200  # a random model of 97 tokens
 
 
-def test_run_executes_a_pipeline(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny_llama_dir: Path,
-    text: Path,
-    tmp_path: Path,
-) -> None:
+def test_eval_on_a_device_that_is_not_there_is_a_usage_error(run: Run, tiny_llama_dir: Path, text: Path) -> None:
+    status, _, err = run("eval", tiny_llama_dir, "--ppl", text, "--device", "nowhere")
+    assert status == 2
+    assert "device nowhere cannot be used here" in err
+
+
+def test_run_executes_a_pipeline(run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text(
         f"""
@@ -291,21 +260,19 @@ passes:
   - save: {{out: {tmp_path / "slim"}}}
 """
     )
-    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    status, _, err = run("run", pipeline)
     assert status == 0, err
     assert fxprune.load(tmp_path / "slim").config.model_type == "llama"
 
 
-def test_run_names_the_nearest_pass_and_option(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_run_names_the_nearest_pass_and_option(run: Run, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline.yaml"
     pipeline.write_text("model: nowhere\npasses: [lift_linear]\n")
-    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    status, _, err = run("run", pipeline)
     assert status == 1
     assert "lift_linears" in err
     pipeline.write_text("model: nowhere\npasses: [{channel: {ratoi: 0.2}}]\n")
-    status, _, err = run(monkeypatch, capsys, "run", pipeline)
+    status, _, err = run("run", pipeline)
     assert status == 2
     assert "did you mean 'ratio'" in err
 

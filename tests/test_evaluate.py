@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from rich.console import Console
 
 from fxprune.errors import CalibrationError, UsageError, VerificationError
 from fxprune.evaluate import file_perplexity, hash_tokens, paragraphs, perplexity, read_text, tokenise
+from fxprune.evaluation import Evaluation, run_evaluation
 from fxprune.loading import load_model
 from fxprune.runners import EagerRunner, GraphRunner, Past
 from fxprune.tracing import trace
+from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,3 +191,34 @@ def test_the_known_figure_on_wikitext(real_model_dir: Path, shared_data: Path) -
     result = file_perplexity(EagerRunner(loaded.model), text, loaded.tokenizer, max_windows=20)
     # 35.2 is what an independent loop over the model's own loss gives for this definition.
     assert result.perplexity == pytest.approx(35.21, abs=0.02)
+
+
+def test_evaluation_runs_on_the_device_that_the_user_named(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def opened(where: str, *, dtype: str | None, device: str) -> OpenForm:
+        asked.append(device)
+        return open_form(where, dtype=dtype)
+
+    def measured(*_: object, device: str, **__: object) -> None:
+        asked.append(device)
+        raise CalibrationError("enough")
+
+    monkeypatch.setattr("fxprune.evaluation.open_form", opened)
+    monkeypatch.setattr("fxprune.evaluation.file_perplexity", measured)
+    (tmp_path / "text.txt").write_text("a text")
+    what = Evaluation(ppl=[tmp_path / "text.txt"], device="meta", batch_size=1)
+    with pytest.raises(CalibrationError, match="enough"):
+        run_evaluation(str(tiny_llama_dir), what, Console(quiet=True), lambda _: None)
+    assert asked == ["meta", "meta"]
+
+
+def test_a_device_that_cannot_be_used_is_a_usage_error(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    assert next(open_form(str(tiny_llama_dir), device="meta").runner.model.parameters()).is_meta  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="device nowhere cannot be used here"):
+        run_evaluation(str(tiny_llama_dir), Evaluation(tasks=["x"], device="nowhere"), Console(quiet=True), print)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(UsageError, match="is an ONNX graph, which runs on the CPU here, not on meta"):
+        open_form(str(tmp_path), device="meta")

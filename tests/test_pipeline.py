@@ -109,6 +109,7 @@ def test_a_pipeline_is_a_pass(program: Program) -> None:
         ([{"slim": {"a": 1}}], "pipeline: slim: unknown option 'a'; it takes no options"),
         ([{"channel": {"ratio": "much"}}], "pipeline: channel: option ratio: Input should be a valid number"),
         ([{"channel": {"ratio": 0.1, "samples": 1.5}}], "option samples: Input should be a valid integer"),
+        ([{"wanda": {"pattern": 124}}], "pipeline: wanda: option pattern: Input should be a valid string, not 124"),
         ([{"channel": None}], "pipeline: channel: option ratio: Field required"),
         ([{"channel": {"ratio": 1.5}}], "ratio must lie between 0 and 1, got 1.5"),
         ([{"channel": [0.1]}], "options of pass 'channel' (entry 1) must be a mapping"),
@@ -123,6 +124,16 @@ def test_a_wrong_pipeline_is_refused_with_what_is_wrong(data: Any, message: str)
     with pytest.raises((UsageError, RegistryError)) as caught:
         load_pipeline(data)
     assert message in str(caught.value)
+
+
+def test_a_pattern_without_quotes_is_a_number_to_yaml(tmp_path: Path) -> None:
+    for options, pattern in (("pattern: 2:4", "2:4"), ("per_module: {'*.q_proj': 4:8}", "4:8")):
+        with pytest.raises(UsageError, match=f"YAML reads {pattern} without quotes .*write '{pattern}' with quotes"):
+            Pipeline.from_yaml(yaml_file(tmp_path, f"passes: [{{wanda: {{{options}}}}}]"))
+    quoted = Pipeline.from_yaml(yaml_file(tmp_path, "passes: [{wanda: {pattern: '2:4'}}]")).passes[0]
+    assert quoted.options()["pattern"] == "2:4"
+    with pytest.raises(UsageError, match="valid string$"):
+        load_pipeline([{"wanda": {"pattern": 24}}])  # no such text in base 60
 
 
 def test_nothing_is_built_or_run_before_everything_is_valid(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,8 @@ def test_sparsity_is_told_in_one_sentence() -> None:
         "dense as before: l.1.attn.q, l.1.attn.k, l.1.attn.v and 1 more; "
         "mean layer error 0.0412 (largest 0.11, l.0.mlp.down); damping raised for l.0.mlp.down, up to 0.1; "
         "experts that read fewer tokens than they have inputs: 2 of l.1.mlp.down; zeros make nothing faster; "
-        f"measured speed-up: prefill-512 {times(1.247)} (onnxruntime), decode-8@64 {times(1.111)} (torch)."
+        f"measured speed-up: prefill-512 {times(1.247)} (1.21 to 1.29) (onnxruntime), "
+        f"decode-8@64 {times(1.111)} (torch)."
     )
 
 
@@ -120,3 +121,10 @@ def test_work_is_told_next_to_what_the_machine_reaches() -> None:
         "work: forward 2 TFLOP in 10 s (at the measured peak of 400 GFLOP/s at least 5 s); gram 1 TFLOP in 8 s (at the "
         "measured peak of 200 GFLOP/s at least 5 s)"
     ) in markdown_summary(report)
+
+
+def test_a_speed_up_that_may_be_none_has_its_interval_in_the_headline() -> None:
+    entry = {"runtime": "onnxruntime", "case": "prefill-8", "dense_ms": 2.0, "slim_ms": 1.9, "speedup": 1.05}
+    summary = markdown_summary({"speed": [entry | {"ci": (0.93, 1.15)}]})
+    assert f"prefill-8 {times(1.05)} (0.93 to 1.15)." in summary
+    assert f"prefill-8 {times(1.05)}." in markdown_summary({"speed": [entry | {"ci": (1.01, 1.15)}]})

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fxprune.errors import PlanError, UsageError
-from fxprune.sparsity import Sparsity, keep_largest, keep_of_group, lowest, lowest_per_row
+from fxprune.sparsity import Sparsity, _kth_smallest, keep_largest, keep_of_group, lowest, lowest_per_row
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,13 @@ def test_parse(text: str, expected: Sparsity) -> None:
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(UsageError):
         Sparsity.parse(text)
+
+
+def test_a_pattern_that_became_a_number_is_told_how_to_be_written() -> None:
+    with pytest.raises(UsageError, match="write '2:4' with quotes"):
+        Sparsity.parse("124")
+    with pytest.raises(UsageError, match=r"less than 1, got 59\.0$"):
+        Sparsity.parse("59")
 
 
 def test_fields_must_agree() -> None:
@@ -63,6 +70,16 @@ def test_lowest_per_row_is_exact_and_takes_the_first_of_equal_scores(distinct: i
     expected = torch.zeros(8, 15, dtype=torch.bool)
     expected.scatter_(1, scores.argsort(dim=1, stable=True)[:, :count], value=True)
     assert torch.equal(lowest_per_row(scores, count), expected)
+
+
+@pytest.mark.parametrize("count", [1, 7, 15])
+def test_accelerators_select_the_same(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(5, (8, 15), generator=torch.Generator().manual_seed(count)).float()
+    here = _kth_smallest(scores, count)
+    # On the meta device there are no numbers: what runs elsewhere runs here, by taking the branch of numpy away.
+    monkeypatch.setattr("fxprune.sparsity._IN_NUMPY", ())
+    assert torch.equal(_kth_smallest(scores, count), here)
+    assert torch.equal(here, scores.sort(dim=1).values[:, count - 1])
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (4, 8), (5, 16), (31, 32)])

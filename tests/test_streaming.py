@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fxprune.channels import get_attribute
+from fxprune.checkpoint import load
 from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, UsageError
 from fxprune.loading import load_model
+from fxprune.manifest import Manifest, SourceRecord, read_manifest, write_manifest
 from fxprune.passes.magnitude import Magnitude
 from fxprune.passes.sparsegpt import SparseGpt
 from fxprune.passes.wanda import Wanda
 from fxprune.pipeline import build_pass
+from fxprune.shards import hash_dense_weights, hash_file
 from fxprune.streaming import StreamingOutput
 from fxprune.streaming_run import prune_streaming
 from fxprune.tracing import trace
@@ -64,6 +75,25 @@ def options(text: Path, **more: Any) -> dict[str, Any]:
     return {"calibration": str(text), "samples": 6, "seq_len": 16, "batch_size": 2, **more}
 
 
+def describe(directory: Path, kind: Literal["uniform", "mixed"] = "uniform") -> None:
+    """Give a checkpoint an `fxprune.json` with the hashes of its shards."""
+    files = {path.name: hash_file(path) for path in directory.glob("model-*.safetensors")}
+    empty: dict[str, Any] = {"config_overrides": {}, "layer_overrides": {}, "parameters": {}, "plan": {}}
+    source = SourceRecord(name="dense")
+    manifest = Manifest(
+        kind=kind,
+        reason="",
+        source=source,
+        versions={},
+        history=(),
+        added_biases=(),
+        zero_biases=(),
+        files=files,
+        **empty,
+    )
+    write_manifest(directory, manifest)
+
+
 def stop(*_: int) -> None:
     """An interruption after the first block."""
     raise KeyboardInterrupt
@@ -98,6 +128,16 @@ def test_streamed_weights_are_those_of_a_run_in_memory(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not (tmp_path / ".out.streaming").exists()
+    assert {"work", "blocks", "activation_bytes"} <= report["sparsity"].keys()
+    assert report["sparsity"]["work"].keys() == program.results["sparsity"]["work"].keys()
+    assert report["sparsity"]["work"]["gram_tflop"] == program.results["sparsity"]["work"]["gram_tflop"]
+    assert report["peak_rss_bytes"] > 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.kind, manifest.history[0]["name"]) == ("uniform", method.name)  # type: ignore[index, call-overload]
+    assert set(manifest.files) == {p.name for p in (tmp_path / "out").glob("model-*.safetensors")}
+    assert manifest.source.sha256 == hash_dense_weights(dense)
+    reloaded = load(tmp_path / "out").state_dict()
+    assert all(torch.equal(reloaded[name], tensor) for name, tensor in streamed.items())
     masks = read_masks(tmp_path / "out")
     assert set(masks) == {f"{name}.weight" for name in program.weight_masks}
     assert all(torch.equal(masks[f"{name}.weight"], mask) for name, mask in program.weight_masks.items())
@@ -180,6 +220,65 @@ def test_a_missing_shard_is_named(dense: Path, text: Path, tmp_path: Path) -> No
     victim.unlink()
     with pytest.raises(CheckpointError, match=victim.name):
         prune_streaming(dense, tmp_path / "out", SparseGpt(**options(text)))
+
+
+def test_a_shard_with_a_wrong_hash_is_named_when_it_is_read(dense: Path, text: Path, tmp_path: Path) -> None:
+    describe(dense)
+    weight_map = json.loads((dense / "model.safetensors.index.json").read_bytes())["weight_map"]
+    victim = dense / weight_map["model.layers.2.mlp.down_proj.weight"]
+    assert victim.name != weight_map["model.layers.0.mlp.down_proj.weight"]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # one bit of a number: the header is as it was
+    seen: list[int] = []
+    with pytest.raises(CheckpointError, match=rf"{victim.name} has SHA-256 .* or remove fxprune\.json"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)), on_block=lambda done, _: seen.append(done))
+    assert seen  # blocks in other shards were done, and are not done again
+    victim.write_bytes(whole)
+    again: list[int] = []
+    prune_streaming(dense, tmp_path / "out", Wanda(**options(text)), on_block=lambda done, _: again.append(done))
+    assert seen + again == [1, 2, 3]
+    load(tmp_path / "out")
+
+
+def test_a_manifest_must_know_every_shard_and_say_every_shape(dense: Path, text: Path, tmp_path: Path) -> None:
+    describe(dense, "mixed")
+    with pytest.raises(PreconditionError, match="mixed checkpoint.*prune it in memory"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+    describe(dense)
+    record = json.loads((dense / "fxprune.json").read_bytes())
+    lost = min(record["files"])
+    del record["files"][lost]
+    (dense / "fxprune.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=f"no hash of {lost}"):
+        prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
+
+
+def test_experts_that_are_stored_one_by_one_stream(
+    tmp_path: Path, text: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny_tokenizer), **sizes, **experts))
+    model.save_pretrained(tmp_path / "single")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in weights_of(tmp_path / "dense")
+    prune_streaming(tmp_path / "dense", tmp_path / "out", Wanda(**options(text, exclude=["*.down_proj_linear"])))
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    old = model.state_dict()
+    assert set(weights_of(tmp_path / "out")) == set(streamed) == set(old)
+    both = "model.layers.0.mlp.experts.gate_up_proj"
+    kept = streamed[both] != 0
+    assert kept.float().mean() == 0.5
+    assert torch.equal(read_masks(tmp_path / "out")[both], kept)
+    for name, tensor in streamed.items():  # what Wanda keeps stays as it is
+        assert torch.equal(tensor[tensor != 0], old[name][tensor != 0]), name
+    assert torch.equal(streamed["model.layers.0.mlp.experts.down_proj"], old["model.layers.0.mlp.experts.down_proj"])
+    with pytest.raises(
+        PreconditionError, match="is in float32, and this model can be traced without weights in bfloat"
+    ):
+        prune_streaming(tmp_path / "single", tmp_path / "again", Wanda(**options(text)))
 
 
 def test_the_old_output_is_whole_until_the_end(dense: Path, text: Path, tmp_path: Path) -> None:
