@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "seed": arguments.seed,
         }
         with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-            program = prune_program(located, "channel", options, out=Path(scratch) / "slim")
+            program = prune_program(located, arguments.method, options, out=Path(scratch) / "slim")
             graph = Path(scratch) / "onnx" / "model.onnx"
             program = build_pass("export_onnx", {"out": str(graph.parent)})(program).program
             program = build_pass("verify", {"onnx": str(graph), "graph": False})(program).program
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 cases = cases_of((128, 512), 32, 128)
                 speed = measure_speed(dense, slim, cases, threads=arguments.threads, repeats=arguments.repeats)
                 del dense, slim
-        report = report_of(program, method="channel", seed=arguments.seed, speed=[r.to_json() for r in speed])
+        report = report_of(program, method=arguments.method, seed=arguments.seed, speed=[r.to_json() for r in speed])
         report |= {"quality": quality, "ratio": ratio, "dense_export_seconds": dense_export}
         runs.append(report)
         del program
@@ -97,6 +97,7 @@ def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or directory; the embedded default by default")
+    parser.add_argument("--method", default="channel", help="any structured method")
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.3, 0.5])
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--samples", type=int, default=64)

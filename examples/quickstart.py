@@ -28,7 +28,7 @@ program = fxprune.Pipeline([LiftLinears(), LocateAttention(), LocateMlp()])(prog
 for group in program.groups[:2]:
     print(group)
 
-prune = ChannelPrune(ratio=0.2, calibration=calibration, samples=8, seq_len=64)
+prune = ChannelPrune(ratio=0.2, calibration=calibration, samples=32, seq_len=128)
 program = fxprune.Pipeline([prune, InsertMasks(), Slim(), Verify(reexport=False)])(program).program
 for rung in program.results["verify"]:
     print(f"{rung['rung']}: max abs error {rung['max_abs_error']:.1e}")

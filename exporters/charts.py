@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["TIMES", "Chart", "error_chart", "error_series", "quality_chart", "speed_chart", "widths_chart"]
+__all__ = [
+    "TIMES",
+    "Chart",
+    "CurvePanel",
+    "curve_chart",
+    "error_chart",
+    "error_series",
+    "quality_chart",
+    "speed_chart",
+    "widths_chart",
+]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 """How a ratio ends, as in 1.25 times."""
@@ -393,3 +403,56 @@ def speed_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
 
 def _marks(entry: Mapping[str, Any]) -> list[float]:
     return [entry["speedup"], *entry.get("ci", ()), *([entry["bound"]] if "bound" in entry else [])]
+
+
+# ---- quality against size and speed --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """Lines of perplexity against something.
+
+    Attributes:
+        title: of the panel.
+        label: of the horizontal axis.
+        unit: how its ticks read: `percent` or `times`.
+        lines: points (x, perplexity) by name of the text; line i has the page's colour `--s{i}`.
+    """
+
+    title: str
+    label: str
+    unit: Literal["percent", "times"]
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def curve_chart(panels: Sequence[CurvePanel]) -> Chart:
+    """Perplexity of several budgets, one panel for each way to count; the dense model is each line's first point."""
+    alt = "; ".join(
+        f"{panel.title}, {name}: " + ", ".join(f"{y:.4g} at {_tick(panel.unit, x)}" for x, y in line)
+        for panel in panels
+        for name, line in panel.lines.items()
+    )
+
+    def draw(width: int) -> Figure:
+        figure = _figure(width, 260 * len(panels))
+        for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            axes.set_yscale("log")
+            for index, line in enumerate(panel.lines.values()):
+                drawn = [(x, y) for x, y in line if _finite(x) and _finite(y) and y > 0]
+                color, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
+                axes.plot(*zip(*drawn, strict=True), style, color=color, linewidth=1.8, marker="o", markersize=5)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
+            axes.xaxis.set_major_formatter(lambda value, _position, unit=panel.unit: _tick(unit, value))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=8))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+            _bare(axes, grid="y")
+            axes.set_xlabel(panel.label)
+            _title(axes, panel.title, width)
+        return figure
+
+    return _chart("curve", f"Perplexity of every budget. {alt}", draw)
+
+
+def _tick(unit: str, value: float) -> str:
+    return f"{value:.3g}{TIMES}" if unit == "times" else f"{100 * value:.3g}%"

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fxprune.errors import ExportError, OutputError
 from fxprune.exporters.report_page import headline, page, percent, si, sparsity_facts, spread, times
+from fxprune.exporters.report_structured import budget_rows, structured_facts
 from fxprune.output import write_json
 
 if TYPE_CHECKING:
@@ -116,6 +117,65 @@ class Sparsity(_Section):
     seconds: dict[str, Time] | None = None
 
 
+class ConsumerEntry(_Section):
+    """One Linear that reads pruned units: what its reconstruction chose, and its error on held-out text."""
+
+    name: str
+    choice: str | None = None
+    bias: bool | None = None
+    error: float | None = None
+    plain_error: float | None = None
+
+
+class Structured(_Section):
+    """How units were removed; `removed_share` is of the block Linears' parameters."""
+
+    method: str
+    target: str
+    removed_share: Share | None = None
+    uniform: bool | None = None
+    reconstruct: str | None = None
+    consumers: list[ConsumerEntry] | None = None
+    seconds: dict[str, Time] | None = None
+
+
+class GuardEntry(_Section):
+    """Perplexity of one of the guard's texts; `rise` is that of its logarithm, dense to slim, in nats."""
+
+    role: str
+    text: str
+    source: str | None = None
+    windows: Count
+    window: Count
+    dense: float
+    slim: float
+    rise: float
+    rise_stderr: float | None = None
+
+
+class GuardSection(_Section):
+    """Whether text unlike the calibration text suffers more than text like it, see `fxprune.guard`."""
+
+    texts: list[GuardEntry]
+    limit: float
+    standard_errors: float
+    difference: float | None = None
+    difference_stderr: float | None = None
+    warning: str | None = None
+    note: str | None = None
+    seconds: Time | None = None
+
+
+class GateSection(_Section):
+    """The verdict of the speed gate, see `fxprune.bench_gate`."""
+
+    passed: bool
+    target: float | None = None
+    threshold: float
+    cases: list[dict[str, Any]]
+    reasons: list[str]
+
+
 class VerifyEntry(_Section):
     """One rung of the verification ladder."""
 
@@ -153,6 +213,26 @@ class QualityEntry(_Section):
     better: Literal["lower", "higher"] | None = None
 
 
+class BudgetEntry(_Section):
+    """One of several budgets, in its own directory `name`, with the main figures of its own report."""
+
+    name: str
+    target: str
+    params: Params | None = None
+    macs: Macs | None = None
+    quality: list[QualityEntry] | None = None
+    guard: GuardSection | None = None
+    speed: list[SpeedEntry] | None = None
+    gate: GateSection | None = None
+
+
+class BudgetSection(_Section):
+    """Several budgets of one calibration; nested: each keeps nothing but what the one before keeps."""
+
+    nested: bool
+    entries: list[BudgetEntry]
+
+
 class HistoryEntry(_Section):
     """One pass that ran."""
 
@@ -176,9 +256,13 @@ class Report(_Section):
     file_bytes: Size | None = None
     groups: list[GroupEntry] | None = None
     sparsity: Sparsity | None = None
+    structured: Structured | None = None
+    budgets: BudgetSection | None = None
     verify: list[VerifyEntry] | None = None
     speed: list[SpeedEntry] | None = None
+    gate: GateSection | None = None
     quality: list[QualityEntry] | None = None
+    guard: GuardSection | None = None
     calibration: str | dict[str, Any] | None = None
     history: list[HistoryEntry] | None = None
     seconds: dict[str, Time] | None = None
@@ -297,7 +381,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     title = _cell(data.get("model", "fxprune report"))
     lines = [f"### {title}" + (f", {_cell(data['method'])}" if "method" in data else "")]
     facts = headline(data)
-    for clauses in (facts, sparsity_facts(data)):
+    for clauses in (facts, sparsity_facts(data), structured_facts(data.get("structured", {}))):
         if clauses:
             lines += ["", "; ".join(_cell(fact.text) for fact in clauses) + "."]
     lines += _table(
@@ -311,6 +395,8 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
             if {"dense", "slim"} <= (section := data.get(key, {})).keys()
         ],
     )
+    if "budgets" in data:
+        lines += _table(*budget_rows(data["budgets"]))
     lines += _table(
         ("quality", "metric", "dense", "slim"),
         [

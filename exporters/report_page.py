@@ -6,111 +6,61 @@ Input is a validated report; what is absent from it makes no section.
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from fxprune.exporters.charts import (
     TIMES,
-    Chart,
     error_chart,
     error_series,
     quality_chart,
     speed_chart,
     widths_chart,
 )
+from fxprune.exporters.report_structured import budget_sections, structured_sections, trusted, warning_facts
+from fxprune.exporters.report_text import (
+    Fact,
+    Table,
+    binary,
+    duration,
+    make_table,
+    number,
+    percent,
+    scientific,
+    si,
+    spread,
+    stages,
+    times,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Fact", "headline", "page", "percent", "si", "sparsity_facts", "spread", "times"]
+__all__ = [
+    "Fact",
+    "binary",
+    "duration",
+    "headline",
+    "page",
+    "percent",
+    "si",
+    "sparsity_facts",
+    "spread",
+    "times",
+]
 
 _PRIMARY_METRICS = ("perplexity", "ppl")
 _NAMED = 3
 """How many Linears of a list are named before the rest is counted."""
 
 
-# ---- figures as text -----------------------------------------------------------------------------------------------
-
-
-def si(value: float) -> str:
-    """A count with a unit prefix and four digits: `134.5 M`."""
-    for limit, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            scaled = value / limit
-            return f"{scaled:.{max(0, 3 - int(math.log10(abs(scaled))))}f} {prefix}"
-    return f"{value:,.0f}"
-
-
-def binary(value: float) -> str:
-    """Bytes with a binary prefix: `513.1 MiB`."""
-    for limit, prefix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= limit:
-            return f"{value / limit:.4g} {prefix}"
-    return f"{value:.0f} B"
-
-
-def percent(share: float | None) -> str:
-    """A share as `20.0%`; nothing for None."""
-    return "" if share is None else f"{share:.1%}"
-
-
-def times(ratio: float) -> str:
-    """A ratio as `1.25` and a multiplication sign."""
-    return f"{ratio:.2f}{TIMES}"
-
-
-def number(value: float | None) -> str:
-    """A measured figure with four digits, as it is when not finite; nothing for None."""
-    if value is None:
-        return ""
-    return f"{value:.4g}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "-∞"}.get(value, "undefined")
-
-
-def scientific(value: float | None) -> str:
-    """An error as `2.1e-07`; nothing for None."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    return "0" if value == 0 else f"{value:.1e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as `0.42 s`, `12.3 s` or `3 min 05 s`."""
-    if seconds >= 60:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    return f"{seconds:.3g} s"
-
-
-def spread(entry: Mapping[str, Any], form: str) -> str:
-    """A quality figure with its standard error where known: `35.2 ± 0.4`."""
-    error = entry.get(f"{form}_stderr")
-    return number(entry.get(form)) + (f" ± {error:.2g}" if error is not None and form in entry else "")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One clause of the headline.
-
-    Attributes:
-        value: the figure.
-        label: what it is of.
-        text: the clause as it reads in a sentence.
-        tone: `"bad"` for what must not be overlooked, else empty.
-    """
-
-    value: str
-    label: str
-    text: str
-    tone: str = ""
-
-
 def headline(report: Mapping[str, Any]) -> list[Fact]:
     """What happened, in a few clauses: size, share, quality, speed, and whether it was verified."""
     facts = []
+    if "budgets" in report:
+        count = len(report["budgets"]["entries"])
+        facts.append(Fact(str(count), "budgets of one calibration", f"{count} budgets of one calibration"))
     params = report.get("params", {})
     if {"dense", "slim"} <= params.keys():
         value = f"{si(params['dense'])} → {si(params['slim'])}"
@@ -135,7 +85,7 @@ def headline(report: Mapping[str, Any]) -> list[Fact]:
         # What may be no speed-up at all is not told without its interval.
         value = _speedup(entry) if low <= 1 <= high else times(entry["speedup"])
         facts.append(Fact(value, entry["case"], f"{entry['case']} {value}"))
-    return facts + _verify_fact(report.get("verify", []))
+    return facts + _verify_fact(report.get("verify", [])) + warning_facts(report)
 
 
 def _quality_fact(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
@@ -250,35 +200,10 @@ def _linears_table(linears: Sequence[Mapping[str, Any]]) -> Table | None:
         )
         for entry in linears
     ]
-    return _table(("Linear", "Target", "Weight", "Zeros", "Error", "Tokens", "Notes"), rows, (3, 4, 5))
+    return make_table(("Linear", "Target", "Weight", "Zeros", "Error", "Tokens", "Notes"), rows, (3, 4, 5))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of strings; numeric columns are set flush right.
-
-    Attributes:
-        header: column titles.
-        rows: as many cells each.
-        numeric: indices of the numeric columns.
-    """
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    numeric: frozenset[int] = frozenset()
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> Table | None:
-    """Make a table without the columns that are empty in every row; None when nothing is left."""
-    cells = [tuple(row) for row in rows]
-    kept = [i for i in range(len(header)) if any(row[i] for row in cells)]
-    if not kept:
-        return None
-    right = frozenset(place for place, i in enumerate(kept) if i in set(numeric))
-    return Table(tuple(header[i] for i in kept), [tuple(row[i] for i in kept) for row in cells], right)
 
 
 def _size_table(report: Mapping[str, Any]) -> Table | None:
@@ -302,7 +227,7 @@ def _size_table(report: Mapping[str, Any]) -> Table | None:
         rows.append(("Files", binary(files["dense"]), binary(files["slim"]), percent(share)))
     if "mask_sparsity" in params:
         rows.append(("Mask sparsity: zeros that are stored", "", percent(params["mask_sparsity"]), ""))
-    return _table(("", "Dense", "Slim", "Removed"), rows, (1, 2, 3))
+    return make_table(("", "Dense", "Slim", "Removed"), rows, (1, 2, 3))
 
 
 def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -321,7 +246,7 @@ def _groups_table(groups: Sequence[Mapping[str, Any]]) -> Table | None:
                 kv,
             )
         )
-    return _table(("Group", "Kind", "Layer", "Dense", "Kept", "Unit", "KV groups kept"), rows, (2, 3, 4, 6))
+    return make_table(("Group", "Kind", "Layer", "Dense", "Kept", "Unit", "KV groups kept"), rows, (2, 3, 4, 6))
 
 
 def _speedup(entry: Mapping[str, Any]) -> str:
@@ -337,12 +262,12 @@ def _speed_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
         dense, slim = number(entry["dense_ms"]), number(entry["slim_ms"])
         rows.append((entry["case"], entry["runtime"], str(entry.get("threads", "")), dense, slim, speedup, bound))
     header = ("Case", "Runtime", "Threads", "Dense, ms", "Slim, ms", "Speed-up (95% interval)", "Bound")
-    return _table(header, rows, range(2, 7))
+    return make_table(header, rows, range(2, 7))
 
 
 def _quality_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
     rows = [(entry["text"], entry["metric"], spread(entry, "dense"), spread(entry, "slim")) for entry in entries]
-    return _table(("Text or task", "Metric", "Dense", "Slim"), rows, (2, 3))
+    return make_table(("Text or task", "Metric", "Dense", "Slim"), rows, (2, 3))
 
 
 def _history_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -355,13 +280,13 @@ def _history_table(entries: Sequence[Mapping[str, Any]]) -> Table | None:
         )
         for entry in entries
     ]
-    return _table(("Pass", "Options", "Changed", "Time"), rows, (3,))
+    return make_table(("Pass", "Options", "Changed", "Time"), rows, (3,))
 
 
 def _facts_table(facts: Mapping[str, Any] | str) -> Table | None:
     if isinstance(facts, str):
-        return _table(("", ""), [("Description", facts)]) if facts else None
-    return _table(("", ""), [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items()])
+        return make_table(("", ""), [("Description", facts)]) if facts else None
+    return make_table(("", ""), [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items()])
 
 
 def _fact(key: str, value: Any) -> str:
@@ -377,14 +302,6 @@ def _value(value: Any) -> str:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def _stages(seconds: Mapping[str, float]) -> list[dict[str, str]]:
-    longest = max(seconds.values(), default=0.0)
-    return [
-        {"name": name, "time": duration(value), "width": f"{100 * value / longest if longest else 0:.1f}"}
-        for name, value in seconds.items()
-    ]
-
-
 def _rungs(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
@@ -396,13 +313,6 @@ def _rungs(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for entry in entries
     ]
-
-
-def _trusted(chart: Chart | None) -> dict[str, Markup] | None:
-    if chart is None:
-        return None
-    # ElementTree wrote this SVG: every name in it is escaped.
-    return {"wide": Markup(chart.wide), "narrow": Markup(chart.narrow)}  # noqa: S704 - see above
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -433,19 +343,21 @@ def page(report: Mapping[str, Any]) -> str:
         facts=facts,
         sentence="; ".join(fact.text for fact in facts),
         size=_size_table(report),
-        widths=_trusted(widths_chart(groups)) if groups else None,
+        widths=trusted(widths_chart(groups)) if groups else None,
         groups=_groups_table(groups),
         group_count=len(groups),
-        sparsity=_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
-        error_chart=_trusted(error_chart(linears)),
+        sparsity=make_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
+        error_chart=trusted(error_chart(linears)),
         error_kinds=list(error_series(linears)),
         linears=_linears_table(linears),
         linear_count=len(linears),
-        sparsity_stages=_stages(sparsity.get("seconds", {})),
-        quality_chart=_trusted(quality_chart(quality)) if quality else None,
+        sparsity_stages=stages(sparsity.get("seconds", {})),
+        **structured_sections(report),
+        **budget_sections(report),
+        quality_chart=trusted(quality_chart(quality)) if quality else None,
         quality=_quality_table(quality),
         definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),
-        speed_chart=_trusted(speed_chart(speed)) if speed else None,
+        speed_chart=trusted(speed_chart(speed)) if speed else None,
         repeats=sorted({entry["repeats"] for entry in speed if "repeats" in entry}),
         has_bound=any("bound" in entry for entry in speed),
         speed=_speed_table(speed),
@@ -453,7 +365,7 @@ def page(report: Mapping[str, Any]) -> str:
         has_detail=any("detail" in entry for entry in report.get("verify", [])),
         calibration=_facts_table(report.get("calibration", {})),
         history=_history_table(report.get("history", [])),
-        stages=_stages(report.get("seconds", {})),
+        stages=stages(report.get("seconds", {})),
         total=duration(sum(report["seconds"].values())) if report.get("seconds") else "",
         peak=binary(report["peak_rss_bytes"]) if "peak_rss_bytes" in report else "",
         machine=_facts_table(report.get("machine", {})),

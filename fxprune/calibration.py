@@ -7,6 +7,8 @@ options give the same samples. Text that a model samples from itself needs nothi
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.util
 import json
 import re
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from fxprune.runners import Runner
 
-__all__ = ["CalibrationSet", "CalibrationSpec", "calibration_set", "sample_from_model"]
+__all__ = ["CalibrationSet", "CalibrationSpec", "calibration_set", "held_out_windows", "sample_from_model"]
 
 _FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".raw", ".text", ".md", ".csv", ".parquet"}
 _POOL = 4
@@ -136,6 +138,50 @@ def calibration_set(
     return CalibrationSet(tokens, {**description, "seed": spec.seed, "sha256": hash_tokens(tokens), **details})
 
 
+def held_out_windows(
+    spec: CalibrationSpec,
+    windows: int,
+    length: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runner: Runner | None = None,
+    config: PreTrainedConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Text like the calibration samples of which these use nothing: other windows of the same pool, or newly sampled.
+
+    Args:
+        spec: what the calibration samples were made with.
+        windows: how many are wanted.
+        length: tokens of each, at most `spec.seq_len`; of longer windows the first ones.
+        tokenizer: see `calibration_set`, as the rest.
+        runner: see `calibration_set`.
+        config: see `calibration_set`.
+        device: see `calibration_set`.
+
+    Returns:
+        (up to `windows`, length) int64 on the CPU: as many as the source has left.
+
+    Raises:
+        CalibrationError: the text is missing, unreadable, or too short for the calibration samples.
+        UsageError: `length` is out of range, or what the source needs was not given.
+    """
+    if windows < 1 or not 2 <= length <= spec.seq_len:
+        raise UsageError(
+            f"held-out text needs at least 1 window of 2 to {spec.seq_len} tokens, got {windows}, {length}"
+        )
+    if spec.source == "self":
+        # A seed of its own: the calibration samples' would give their beginnings again.
+        seed = int.from_bytes(hashlib.sha256(f"held out {spec.seed}".encode()).digest()[:7], "little")
+        asked = dataclasses.replace(spec, samples=windows, seq_len=length, seed=seed)
+        made = calibration_set(asked, tokenizer=tokenizer, runner=runner, config=config, device=device)
+        return made.tokens
+    if tokenizer is None:
+        raise UsageError(f"calibration text from {spec.source} needs the model's tokenizer; the model has none")
+    pool, order, _ = _pool_of_text(spec, tokenizer)
+    return pool[order[spec.samples : spec.samples + windows], :length].contiguous()
+
+
 def sample_from_model(
     runner: Runner,
     start: Tensor,
@@ -214,6 +260,12 @@ def _start_tokens(
 
 def _windows_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
     """Tokenise a source's documents, cut them and choose windows: (samples, seq_len) int64, and how it was done."""
+    pool, order, details = _pool_of_text(spec, tokenizer)
+    return pool[order[: spec.samples]], details
+
+
+def _pool_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The windows to choose from (windows, seq_len) int64, a random order of them, and how they were made."""
     generator = torch.Generator().manual_seed(spec.seed)
     documents, details = _open(spec, generator)
     needed = spec.samples * spec.seq_len
@@ -239,10 +291,10 @@ def _windows_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) 
             f"windows; {spec.samples} samples of {spec.seq_len} tokens need {needed}: use a longer text, or fewer or "
             f"shorter samples"
         )
-    chosen = torch.randperm(windows, generator=generator)[: spec.samples]
-    tokens = torch.tensor(pool[: windows * spec.seq_len], dtype=torch.int64).reshape(windows, spec.seq_len)[chosen]
+    order = torch.randperm(windows, generator=generator)
+    tokens = torch.tensor(pool[: windows * spec.seq_len], dtype=torch.int64).reshape(windows, spec.seq_len)
     separator = "nothing (the tokenizer has no end-of-text token)" if eos is None else f"eos_token_id {eos}"
-    return tokens, {**details, "documents_read": count, "tokens_read": len(pool), "separator": separator}
+    return tokens, order, {**details, "documents_read": count, "tokens_read": len(pool), "separator": separator}
 
 
 def _open(spec: CalibrationSpec, generator: torch.Generator) -> tuple[Iterable[str], dict[str, Any]]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from typer.exceptions import TyperException
 
+from fxprune import cli_prune
 from fxprune.errors import FxpruneError, UsageError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Any other causal language model: hub id or directory.")] = None,
     ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove.")] = 0.2,
     calibration: Calibration = "self",
-    samples: Samples = 16,
+    samples: Samples = 32,
     seq_len: SeqLen = 128,
     seed: Seed = 0,
     uniform: Uniform = False,
@@ -138,15 +139,24 @@ def inspect(
 def prune(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for the pruned checkpoint and the report.")],
-    ratio: Annotated[
-        float | None, typer.Option(help="Structured: share of the block Linears' parameters to remove, in (0, 1).")
-    ] = None,
+    ratio: cli_prune.Ratio = None,
+    target_params: cli_prune.TargetParams = None,
+    target_macs: cli_prune.TargetMacs = None,
+    target_bytes: cli_prune.TargetBytes = None,
+    target_speedup: cli_prune.TargetSpeedup = None,
+    table: cli_prune.TableFile = None,
+    mix: cli_prune.Mix = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Weights: share of each projection's weights to set to zero, in [0, 1).")
     ] = None,
     pattern: Annotated[str | None, typer.Option(help="Weights: N:M, keep N of every M, such as 2:4.")] = None,
     method: Annotated[
-        str, typer.Option(help="Pruning pass: channel with --ratio; magnitude, wanda, sparsegpt, alps with the others.")
+        str,
+        typer.Option(
+            help="With --ratio or another target of size or speed: channel, fisher, osscar, flap, wanda-sp, taylor, "
+            "magnitude, depth, random. "
+            "With --sparsity or --pattern: magnitude, wanda, sparsegpt, alps."
+        ),
     ] = "channel",
     calibration: Calibration = "self",
     samples: Samples = None,
@@ -157,6 +167,10 @@ def prune(
     min_keep: Annotated[
         float | None, typer.Option(help="Share of every group that stays whatever the scores say.")
     ] = None,
+    keep: cli_prune.Keep = None,
+    kinds: cli_prune.Kinds = None,
+    reconstruct: cli_prune.Reconstruct = None,
+    guard: cli_prune.Guard = "python",
     include: Annotated[
         list[str] | None, typer.Option(help="Weights: prune only projections like this, such as '*.k_proj'; repeat.")
     ] = None,
@@ -178,8 +192,9 @@ def prune(
     ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="With --stream: throw unfinished work away.")] = False,
     measure_speed: Annotated[
-        bool, typer.Option("--measure-speed", help="Weights: time the dense and the pruned model in ONNX Runtime.")
+        bool, typer.Option("--measure-speed", help="Time the dense and the pruned model in ONNX Runtime.")
     ] = False,
+    threads: Threads = _DEFAULT_THREADS,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
     device: Device = "cpu",
@@ -188,10 +203,18 @@ def prune(
     json: Json = None,
 ) -> None:
     """Prune a model, verify it, and write a checkpoint that loads back: slim with --ratio, with zeros otherwise."""
+    from fxprune.assessment import Wanted, failed_gate, warnings_of
+    from fxprune.budget_run import prune_budgets
     from fxprune.pruning import Destination, parse_per_module, prune_model, stream_model
 
-    given = {
+    targets = {
         "ratio": ratio,
+        "target_params": target_params,
+        "target_macs": target_macs,
+        "target_bytes": target_bytes,
+        "target_speedup": target_speedup,
+    }
+    given = {
         "sparsity": sparsity,
         "pattern": pattern,
         "calibration": None if calibration == "self" else calibration,
@@ -208,8 +231,12 @@ def prune(
         "allocation": allocation,
         "memory_bytes": memory_bytes,
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    units = cli_prune.structured_options(
+        targets, table=table, mix=mix, threads=threads, keep=keep or [], kinds=kinds, reconstruct=reconstruct
+    )
+    options = {**units, **{name: value for name, value in given.items() if value is not None}}
     place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
+    wanted = Wanted(ppl=ppl or [], windows=windows, guard=guard, speed=measure_speed, threads=threads)
     if restart and not stream:
         raise UsageError("--restart goes with --stream")
     if stream:
@@ -217,10 +244,14 @@ def prune(
             raise UsageError("--ppl and --measure-speed run the whole model, which --stream never holds: do it later")
         report = stream_model(model, method, options, place, restart=restart, say=_say)
     else:
-        texts = ppl or []
-        report = prune_model(model, method, options, place, ppl=texts, windows=windows, speed=measure_speed, say=_say)
+        prune_to = prune_budgets if cli_prune.several(options) else prune_model
+        report = prune_to(model, method, options, place, wanted=wanted, say=_say)
     _write_json(json, report)
     _summary(report)
+    for text in warnings_of(report):
+        _say(f"warning: {text}")
+    if failed_gate(report):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from fxprune.program import Interface
     from fxprune.stages import Cut, InputSite, Stage
 
-__all__ = ["CalibrationEngine", "EngineOptions", "Residency", "Samples", "SiteStatistics", "text_samples"]
+__all__ = [
+    "CalibrationEngine",
+    "Collector",
+    "EngineOptions",
+    "GramCollector",
+    "GramSum",
+    "Residency",
+    "Samples",
+    "SiteStatistics",
+    "text_samples",
+]
 
 _PANELS = 4
 """A Gram matrix is computed in so many panels of columns, each down to the diagonal only: 5/8 of the products."""
@@ -129,18 +139,7 @@ class _Clock:
         return now
 
 
-class _CrossSum:
-    """A running X'ᵀX in float32."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(width, width, device=device)
-
-    def add(self, pruned: Tensor, dense: Tensor) -> None:
-        """Add rows (tokens, width), float32."""
-        self.matrix.addmm_(pruned.t(), dense)
-
-
-class _GramSum:
+class GramSum:
     """A running XᵀX in float32, upper panels only until the end."""
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -156,11 +155,70 @@ class _GramSum:
             self.matrix[:end, start:end].addmm_(x[:, :end].t(), x[:, start:end])
 
     def result(self) -> Gram | None:
+        """The matrix, once; None when no row came."""
         if not self.tokens:
             return None
         self.matrix.triu_()
         self.matrix.add_(self.matrix.triu(1).t())
         return Gram(self.matrix, self.tokens)
+
+
+class Collector(Protocol):
+    """Adds up what a stage's sites read, batch by batch."""
+
+    def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
+        """Take one batch of one site.
+
+        Args:
+            site: whose.
+            rows: (tokens, in) float32, what its projections read.
+            dense: (tokens, in) float32, what the dense model's do, if its path is followed.
+            offsets: (experts,) where each expert's rows end, for experts.
+            first: index of the batch's first sample.
+        """
+        ...
+
+    def finish(self) -> list[SiteStatistics]:
+        """What was collected, by site."""
+        ...
+
+
+class GramCollector:
+    """X^T X of every site, and X'^T X where there is a dense path."""
+
+    def __init__(self) -> None:
+        self._sums: dict[InputSite, list[GramSum]] = {}
+        self._crosses: dict[InputSite, Tensor] = {}
+
+    def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
+        """Take one batch of one site; see `Collector`."""
+        del first
+        ends = [len(rows)] if offsets is None else offsets.tolist()
+        if site not in self._sums:
+            self._sums[site] = [GramSum(rows.shape[1], rows.device) for _ in ends]
+        begin = 0
+        for one, end in zip(self._sums[site], ends, strict=True):
+            if end > begin:
+                one.add(rows[begin:end])
+            begin = end
+        if dense is not None and offsets is None:
+            width = rows.shape[1]
+            cross = self._crosses.setdefault(site, torch.zeros(width, width, device=rows.device))
+            cross.addmm_(rows.t(), dense)
+
+    def finish(self) -> list[SiteStatistics]:
+        """Grams and cross products by site.
+
+        Raises:
+            CalibrationError: they are not finite.
+        """
+        found = [
+            SiteStatistics(site, tuple(one.result() for one in many), self._crosses.get(site))
+            for site, many in self._sums.items()
+        ]
+        for statistics in found:
+            _check_finite(statistics)
+        return found
 
 
 class CalibrationEngine:
@@ -172,6 +230,7 @@ class CalibrationEngine:
         options: how.
         residency: brings weights in and out; None when all of them are there.
         dense: the same graph in the same stages with the dense weights, if its path shall be followed beside the other.
+        collector: makes what adds up the statistics of a stage.
     """
 
     def __init__(
@@ -182,8 +241,10 @@ class CalibrationEngine:
         residency: Residency | None = None,
         *,
         dense: Cut | None = None,
+        collector: Callable[[], Collector] = GramCollector,
     ) -> None:
         self.cut = cut
+        self.collector = collector
         self.dense = dense
         self.samples = samples
         self.options = options or EngineOptions()
@@ -269,8 +330,7 @@ class CalibrationEngine:
         starts: Sequence[int],
         dense: tuple[Stage, ActivationStore] | None,
     ) -> list[SiteStatistics]:
-        sums: dict[InputSite, list[_GramSum]] = {}
-        crosses: dict[InputSite, _CrossSum] = {}
+        collector = self.collector()
         with torch.no_grad(), self._precision():
             for batch, first in enumerate(starts):
                 start = time.perf_counter()
@@ -278,20 +338,10 @@ class CalibrationEngine:
                 others = inputs if dense is None else self._run_batch(dense[0], dense[1], batch, first)
                 start = self.clock.add("forward", start)
                 for site, (x, offsets), (y, _) in zip(stage.sites, inputs, others, strict=True):
-                    rows = self._rows(x)
-                    self._collect(sums, site, rows, offsets)
-                    if dense is not None and offsets is None:
-                        cross = crosses.setdefault(site, _CrossSum(rows.shape[1], rows.device))
-                        with self._exact():
-                            cross.add(rows, self._rows(y))
+                    with self._exact():
+                        collector.add(site, self._rows(x), None if dense is None else self._rows(y), offsets, first)
                 self.clock.add("gram", start)
-        found = [
-            SiteStatistics(site, tuple(one.result() for one in many), crosses[site].matrix if site in crosses else None)
-            for site, many in sums.items()
-        ]
-        for statistics in found:
-            _check_finite(statistics)
-        return found
+        return collector.finish()
 
     def _run_batch(
         self, stage: Stage, store: ActivationStore, batch: int, first: int
@@ -340,19 +390,6 @@ class CalibrationEngine:
                 results = self.cut.context(*((fixed | sizes)[name] for name in self.cut.context_inputs))
             self._contexts[size] = {**fixed, **dict(zip(self.cut.context_outputs, results, strict=True))}
         return self._contexts[size]
-
-    def _collect(
-        self, sums: dict[InputSite, list[_GramSum]], site: InputSite, rows: Tensor, offsets: Tensor | None
-    ) -> None:
-        ends = [len(rows)] if offsets is None else offsets.tolist()
-        if site not in sums:
-            sums[site] = [_GramSum(rows.shape[1], rows.device) for _ in ends]
-        begin = 0
-        with self._exact():
-            for one, end in zip(sums[site], ends, strict=True):
-                if end > begin:
-                    one.add(rows[begin:end])
-                begin = end
 
     def _precision(self) -> ExitStack:
         stack = ExitStack()

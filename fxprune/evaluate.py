@@ -36,6 +36,7 @@ __all__ = [
     "perplexity",
     "read_text",
     "tokenise",
+    "window_losses",
 ]
 
 Joining = Literal["file", "paragraphs"]
@@ -210,33 +211,7 @@ def perplexity(
             f"{text} has {tokens.numel()} tokens and one window needs {window}; use a longer text or a shorter window"
         )
     windows = tokens[: tokens.numel() // window * window].to(torch.int64).reshape(-1, window)[:max_windows]
-    batches = track(
-        [windows[start : start + batch_size] for start in range(0, len(windows), batch_size)],
-        f"perplexity of {runner.name}",
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
-    losses: list[float] = []
-    dtype = ""
-    for batch in batches:
-        inputs = batch.to(device)
-        positions = torch.arange(window, device=inputs.device).expand_as(inputs).contiguous()
-        where = f"{runner.name}, windows from {len(losses)} of {text}"
-        try:
-            logits = runner.step(inputs, torch.ones_like(inputs), positions, None)[0]
-            losses += _window_losses(logits, inputs)
-        except IndexError as error:
-            raise CalibrationError(
-                f"{where}: a token (the largest is {int(batch.max())}) or a position (up to {window - 1}) is outside "
-                f"the model's tables ({error}); use the model's own tokenizer, or a shorter window"
-            ) from error
-        if not all(loss < _LARGEST_LOSS for loss in losses):  # false for NaN as well
-            raise VerificationError(
-                f"{where}: the model's logits are not finite, or its loss is above {_LARGEST_LOSS} nats; try float32, "
-                f"or look for broken weights"
-            )
-        dtype = str(logits.dtype).removeprefix("torch.")
+    losses, dtype = window_losses(runner, windows, text=text, batch_size=batch_size, device=device)
     nll = math.fsum(losses) / len(losses)
     variance = math.fsum((loss - nll) ** 2 for loss in losses) / max(len(losses) - 1, 1)
     return PerplexityResult(
@@ -255,6 +230,52 @@ def perplexity(
             f"over the {window - 1} next-token predictions of each, log-softmax in float32; perplexity is exp(mean)"
         ),
     )
+
+
+def window_losses(
+    runner: Runner, windows: Tensor, *, text: str, batch_size: int = 1, device: torch.device | str = "cpu"
+) -> tuple[list[float], str]:
+    """Mean negative log-likelihood of each window's next-token predictions, in nats, and the logits' dtype.
+
+    Args:
+        runner: any form of the model.
+        windows: (windows, window) integers.
+        text: name of the text, for messages.
+        batch_size: windows per call of the runner.
+        device: where the runner wants its inputs.
+
+    Raises:
+        CalibrationError: a token is outside the model's vocabulary.
+        VerificationError: the model returned numbers that are not finite.
+    """
+    batches = track(
+        torch.split(windows, batch_size),
+        f"perplexity of {runner.name}",
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+    losses: list[float] = []
+    dtype = ""
+    for batch in batches:
+        inputs = batch.to(device)
+        positions = torch.arange(batch.shape[1], device=inputs.device).expand_as(inputs).contiguous()
+        where = f"{runner.name}, windows from {len(losses)} of {text}"
+        try:
+            logits = runner.step(inputs, torch.ones_like(inputs), positions, None)[0]
+            losses += _window_losses(logits, inputs)
+        except IndexError as error:
+            raise CalibrationError(
+                f"{where}: a token (the largest is {int(batch.max())}) or a position (up to {batch.shape[1] - 1}) is "
+                f"outside the model's tables ({error}); use the model's own tokenizer, or a shorter window"
+            ) from error
+        if not all(loss < _LARGEST_LOSS for loss in losses):  # false for NaN as well
+            raise VerificationError(
+                f"{where}: the model's logits are not finite, or its loss is above {_LARGEST_LOSS} nats; try float32, "
+                f"or look for broken weights"
+            )
+        dtype = str(logits.dtype).removeprefix("torch.")
+    return losses, dtype
 
 
 def _window_losses(logits: Tensor, inputs: Tensor) -> list[float]:

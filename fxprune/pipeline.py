@@ -150,12 +150,24 @@ def _validated(cls: type[Pass], options: dict[str, Any], where: str) -> dict[str
     try:
         values = model(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        option, given = ".".join(map(str, first["loc"])), first["input"]
-        hint = sexagesimal_hint(given) if first["type"] == "string_type" and type(given) is int else ""
-        reason = f"{first['msg']}, not {given}; {hint}" if hint else first["msg"]
+        # Of the alternatives that an option has, the one that fits furthest says best what is wrong.
+        worst = max(error.errors(), key=lambda one: len(_place(options, one["loc"])))
+        option, given = ".".join(_place(options, worst["loc"])), worst["input"]
+        hint = sexagesimal_hint(given) if worst["type"] == "string_type" and type(given) is int else ""
+        reason = f"{worst['msg']}, not {given}; {hint}" if hint else worst["msg"]
         raise UsageError(f"{where}: option {option}: {reason}") from error
     return {name: getattr(values, name) for name in options}
+
+
+def _place(options: dict[str, Any], location: tuple[int | str, ...]) -> list[str]:
+    """Where in the options an error lies: pydantic's location without the names of a union's alternatives."""
+    place, value = [str(location[0])], options.get(str(location[0]))
+    for key in location[1:]:
+        steps = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(steps, dict) and key in steps:
+            place.append(str(key))
+            value = steps[key]
+    return place
 
 
 def _type_names() -> dict[str, Any]:

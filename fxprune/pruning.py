@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fxprune.assessment import Assessor, Wanted
 from fxprune.errors import UsageError
-from fxprune.loading import load_model, resolve_device
+from fxprune.loading import load_model
 from fxprune.output import prepare_output
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
@@ -15,17 +15,16 @@ from fxprune.reporting import report_of
 from fxprune.sparse_pass import NO_SPEED_UP, SparsePass
 from fxprune.sparse_speed import measure_sparse_speed
 from fxprune.streaming_run import prune_streaming
-from fxprune.workflow import Stopwatch, front_end, perplexities, prune_program
+from fxprune.structured_pass import StructuredPass
+from fxprune.workflow import Stopwatch, front_end, perplexities, run_pruning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from fxprune.pass_base import Pass
+    from fxprune.program import Program
 
-__all__ = ["Destination", "parse_per_module", "prune_model", "stream_model"]
-
-_SPEED_THREADS = min(2, os.cpu_count() or 1)
+__all__ = ["Destination", "parse_per_module", "pass_of", "prune_model", "stream_model"]
 
 
 @dataclass(frozen=True)
@@ -60,40 +59,48 @@ def parse_per_module(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+_OF_UNITS = {"magnitude": "magnitude-units"}
+"""Methods that take a size or speed target as well as a sparsity, and the pass that then does the work."""
+_SIZE_TARGETS = ("ratio", "target_params", "target_macs", "target_bytes", "target_speedup")
+
+
+def pass_of(method: str, options: Mapping[str, Any]) -> str:
+    """The pass behind a method's name: a target of size or speed removes units, any other sets weights to zero."""
+    return _OF_UNITS.get(method, method) if any(name in options for name in _SIZE_TARGETS) else method
+
+
 def prune_model(
     model: str,
     method: str,
     options: Mapping[str, Any],
     place: Destination,
     *,
-    ppl: Sequence[str] = (),
-    windows: int | None = None,
-    speed: bool = False,
+    wanted: Wanted | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Prune a model in memory.
 
     Args:
         model: hub id or directory.
-        method: name of a pruning pass.
+        method: name of a pruning pass, or of a method that is one or the other by its target (see `pass_of`).
         options: its options.
         place: where.
-        ppl: texts for the perplexity before and after.
-        windows: of 512 tokens per text.
-        speed: whether to export the dense and the pruned form and to time them in ONNX Runtime, for a method that
-            prunes weights; takes minutes.
+        wanted: what to measure afterwards; the guard alone by default.
         say: gets progress messages.
 
     Returns:
         The report, as it is written beside the checkpoint.
 
     Raises:
-        UsageError: an option is wrong, or the speed is to be measured of a method that removes units, or off the CPU.
+        UsageError: an option is wrong, there are several targets, or the speed is to be measured off the CPU.
         FxpruneError: any step refused, or a rung of the verification failed.
     """
+    method = pass_of(method, options)
     step = build_pass(method, options)  # a wrong option is told before the model is loaded
-    if speed:
-        _check_speed(step, place)
+    wanted = wanted or Wanted()
+    wanted.check(step, place.device)
+    if isinstance(step, StructuredPass) and len(step.targets) > 1:
+        raise UsageError(f"{method} has {len(step.targets)} targets; one checkpoint has one (see prune_budgets)")
     prepare_output(place.out, overwrite=place.overwrite)
     watch = Stopwatch()
     say(f"loading {model}")
@@ -101,33 +108,49 @@ def prune_model(
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
     program = front_end(loaded, watch)
-    program = prune_program(
-        program, method, options, out=place.out, overwrite=place.overwrite, on_pass=lambda step: say(step.name)
-    )
+    seed = int(options.get("seed", 0))
+    if isinstance(step, SparsePass):
+        return _prune_weights(program, step, place, wanted, seed=seed, watch=watch, say=say)
+    with Assessor(wanted, step, program, say) as assessor:
+        program = run_pruning(
+            program, step, out=place.out, overwrite=place.overwrite, on_pass=lambda step: say(step.name)
+        )
+        target = getattr(step, "target_speedup", None)
+        return assessor.report(program, place.out, method=method, seed=seed, target=_single(target), watch=watch)
+
+
+def _single(target: float | Sequence[float] | None) -> float | None:
+    return target[0] if isinstance(target, (list, tuple)) else target  # type: ignore[return-value]  # one of several
+
+
+def _prune_weights(
+    program: Program,
+    step: SparsePass,
+    place: Destination,
+    wanted: Wanted,
+    *,
+    seed: int,
+    watch: Stopwatch,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prune weights in a located program, save it and report."""
+    program = run_pruning(program, step, out=place.out, overwrite=place.overwrite, on_pass=lambda step: say(step.name))
     quality = None
-    if ppl:
+    if wanted.ppl:
         say("measuring perplexity")
         with watch.stage("quality"):
-            quality = perplexities(program, ppl, windows=windows)
-    seed = int(options.get("seed", 0))
-    report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality)
+            quality = perplexities(program, wanted.ppl, windows=wanted.windows)
+    report = report_of(program, method=step.name, seed=seed, seconds=watch.seconds, quality=quality)
     write_report = resolve("fxprune.exporters.report:write_report")
     write_report(report, place.out)
-    if speed:  # after the report: what was done so far stays told if this fails
+    if wanted.speed:  # after the report: what was done so far stays told if this fails
         say("exporting the dense and the sparse form, and timing them")
         with watch.stage("bench"):
-            timed = measure_sparse_speed(program, threads=_SPEED_THREADS).to_json()
-        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, quality=quality, speed=timed)
+            timed = measure_sparse_speed(program, threads=wanted.threads).to_json()
+        report = report_of(program, method=step.name, seed=seed, seconds=watch.seconds, quality=quality, speed=timed)
         report["sparsity"] = report["sparsity"] | {"speed": NO_SPEED_UP}
         write_report(report, place.out)
     return report
-
-
-def _check_speed(step: Pass, place: Destination) -> None:
-    if not isinstance(step, SparsePass):
-        raise UsageError(f"--measure-speed is for pruned weights; {step.name} removes units: use fxprune bench")
-    if resolve_device(place.device).type != "cpu":
-        raise UsageError(f"--measure-speed times ONNX Runtime on the CPU; leave --device {place.device} out")
 
 
 def stream_model(
@@ -156,7 +179,7 @@ def stream_model(
         UsageError: the method does not prune weights, or needs the whole model.
         FxpruneError: as `prune_streaming`.
     """
-    step = build_pass(method, options)
+    step = build_pass(pass_of(method, options), options)
     if not isinstance(step, SparsePass):
         raise UsageError(f"--stream prunes weights; {method} removes units: leave --stream out")
     if place.dtype is not None:

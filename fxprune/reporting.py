@@ -24,6 +24,14 @@ _STAGES = {
     "locate_experts": "trace",
     "locate_layers": "trace",
     "channel": "prune",
+    "fisher": "prune",
+    "osscar": "prune",
+    "flap": "prune",
+    "wanda-sp": "prune",
+    "taylor": "prune",
+    "magnitude-units": "prune",
+    "depth": "prune",
+    "random": "prune",
     "magnitude": "prune",
     "wanda": "prune",
     "sparsegpt": "prune",
@@ -124,7 +132,7 @@ def report_of(
         report["macs"] = compare_macs(lifted.module, program.graph_module, outputs=outputs).to_json()
     if program.groups and program.plan is not None:
         report["groups"] = group_entries(program)
-    for section in ("sparsity", "verify", "calibration"):
+    for section in ("sparsity", "structured", "verify", "calibration"):
         if section in program.results:
             report[section] = program.results[section]
     details = {name: program.results[name] for name in ("checkpoint", "onnx") if name in program.results}

@@ -9,23 +9,20 @@ solvers mend more where more is removed.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
-from fxprune.engine import text_samples
-from fxprune.errors import CalibrationError, PreconditionError
-from fxprune.graphs import copy_graph_module
-from fxprune.matmul import fast_products
-from fxprune.progress import track
+from fxprune.errors import PreconditionError
+from fxprune.loss_gradients import backpropagate_loss
 from fxprune.sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
+    from fxprune.loss_gradients import LinearCall
     from fxprune.program import Program
 
 __all__ = ["allocate_by_loss", "blend_shares", "loss_sensitivity", "shares_by_ranking"]
@@ -92,7 +89,7 @@ def loss_sensitivity(
     Args:
         program: a lifted program of a causal language model.
         linears: qualified names.
-        tokens: (samples, length) int64; one sample runs at a time.
+        tokens: (samples, length) int64.
         forward_dtype: precision of the products.
 
     Returns:
@@ -102,65 +99,17 @@ def loss_sensitivity(
         PreconditionError: the program gives no logits.
         CalibrationError: activations or gradients are not finite.
     """
-    if "logits" not in program.interface.outputs:
-        raise PreconditionError("allocation=loss needs logits: a causal language model")
-    graph_module = copy_graph_module(program.graph_module)
-    squares: dict[str, dict[str, Tensor]] = {"in": {}, "out": {}}
+    weights = {name: get_attribute(program.graph_module, name).weight for name in linears}
+    inputs = {name: torch.zeros(w.shape[1], dtype=torch.float64, device=w.device) for name, w in weights.items()}
+    outputs = {name: torch.zeros(w.shape[0], dtype=torch.float64, device=w.device) for name, w in weights.items()}
 
-    def add(kind: str, name: str, value: Tensor) -> None:
-        found = value.detach().reshape(-1, value.shape[-1]).float().square().sum(0).double()
-        squares[kind][name] = squares[kind].get(name, 0) + found
+    def add(call: LinearCall) -> None:
+        for sums, value in ((inputs, call.x), (outputs, call.by_output)):
+            sums[call.linear] += value.reshape(-1, value.shape[-1]).float().square().sum(0)
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            del module
-            add("in", name, args[0])
-            if not output.requires_grad:  # the first one: nothing before it has a gradient
-                output = output.detach().requires_grad_()
-            output.register_hook(lambda gradient: add("out", name, gradient))  # type: ignore[no-untyped-call]
-            return output
-
-        return hook
-
-    samples = text_samples(program.interface, tokens)
-    fixed = dict(samples.fixed(1))
-    logits_at = program.interface.outputs.index("logits")
-    parameters = [p for p in graph_module.parameters() if p.requires_grad]
-    with ExitStack() as stack, track("sensitivity of the loss", len(tokens)) as advance:
-        stack.enter_context(_without_gradients(parameters))
-        for name in linears:
-            handle = get_attribute(graph_module, name).register_forward_hook(watch(name))
-            stack.callback(handle.remove)
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(fast_products())
-        for index in range(len(tokens)):
-            given = {**fixed, **{name: tensor[index : index + 1] for name, tensor in samples.varying.items()}}
-            with torch.autocast(tokens.device.type, forward_dtype, enabled=forward_dtype is not None):
-                logits = graph_module(*(given[name] for name in program.interface.inputs))[logits_at]
-            targets = tokens[index, 1:]
-            loss = nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="sum")
-            loss.backward()  # type: ignore[no-untyped-call]
-            advance(index + 1)
-    for kind, what in (("in", "inputs"), ("out", "gradients")):
-        for name in linears:
-            if not bool(torch.isfinite(squares[kind][name]).all()):
-                raise CalibrationError(
-                    f"{name} has {what} that are NaN or infinite on the calibration text; check the weights before it, "
-                    "or calibrate in float32"
-                )
+    backpropagate_loss(program, linears, tokens, add, forward_dtype=forward_dtype)
     count = tokens.numel()
-    return tuple({name: squares[kind][name] / count for name in linears} for kind in ("in", "out"))  # type: ignore[return-value]
-
-
-@contextmanager
-def _without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.requires_grad = False
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad = True
+    return {name: one / count for name, one in inputs.items()}, {name: one / count for name, one in outputs.items()}
 
 
 def _log_scores(weight: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:

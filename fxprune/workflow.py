@@ -48,13 +48,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Stopwatch",
+    "export_dense",
     "front_end",
     "inspect_program",
     "measure_speed",
     "models_of_config",
+    "open_exported",
     "open_form",
     "prune_program",
     "quality_entry",
+    "run_pruning",
     "text_of_python",
     "trace_on_meta",
 ]
@@ -199,7 +202,18 @@ def prune_program(
     Raises:
         FxpruneError: any pass refused or any rung failed.
     """
-    pruning = build_pass(method, options)
+    return run_pruning(program, build_pass(method, options), out=out, overwrite=overwrite, on_pass=on_pass)
+
+
+def run_pruning(
+    program: Program,
+    pruning: Pass,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    on_pass: Callable[[Pass], None] | None = None,
+) -> Program:
+    """Run a pruning pass and what belongs behind it, see `prune_program`."""
     # Zeros change no shape: there is nothing to mask and nothing to slim.
     steps = ("verify",) if isinstance(pruning, SparsePass) else ("insert_masks", "slim", "verify")
     passes = [pruning, *(build_pass(name, {}) for name in steps)]
@@ -290,19 +304,29 @@ def export_pair(program: Program, threads: int, slim_onnx: Path) -> tuple[OpenFo
     Returns:
         Dense form, slim form, and the temporary directory, which the caller must keep until it is done.
     """
+    dense, scratch = export_dense(program, threads)
+    return dense, open_exported(slim_onnx, Form(program.graph_module, program.interface), threads), scratch
+
+
+def export_dense(program: Program, threads: int) -> tuple[OpenForm, Any]:
+    """Export the dense form that a program came from to a temporary directory, and open it.
+
+    Returns:
+        Dense form, and the temporary directory, which the caller must keep until it is done.
+    """
     scratch = tempfile.TemporaryDirectory(prefix="fxprune-")
     lifted = program.references["lifted"]
     dense = program.replace(graph_module=lifted.module, interface=lifted.interface)
     target = Path(scratch.name) / "dense"
     build_pass("export_onnx", {"out": str(target)})(dense)
     gc.collect()
-    runner_class = resolve("fxprune.exporters.ort:OrtRunner")
-    slim = Form(program.graph_module, program.interface)
-    forms = [
-        OpenForm(runner_class(path, threads=threads), "onnxruntime", cost=cost_of(form.module, form.interface))
-        for path, form in ((target / "model.onnx", lifted), (slim_onnx, slim))
-    ]
-    return forms[0], forms[1], scratch
+    return open_exported(target / "model.onnx", lifted, threads), scratch
+
+
+def open_exported(graph: Path, form: Form, threads: int) -> OpenForm:
+    """Open an ONNX file, with the cost of the form that it was exported from."""
+    runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
+    return OpenForm(runner, "onnxruntime", cost=cost_of(form.module, form.interface))
 
 
 def text_of_python() -> str:
@@ -313,23 +337,35 @@ def text_of_python() -> str:
 
 
 def perplexities(
-    program: Program, texts: Sequence[str], *, windows: int | None, window: int = 512
+    program: Program,
+    texts: Sequence[str],
+    *,
+    windows: int | None,
+    window: int = 512,
+    known: dict[str, PerplexityResult] | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity before and after on each text: a file, or `python` for Python's own language reference.
+
+    Args:
+        program: the slim program.
+        texts: what to measure on.
+        windows: how many windows of a text; all when None.
+        window: tokens of each.
+        known: results of the dense form by text, which are not measured again; new ones are put there.
 
     Returns:
         Entries of the report's `quality` section.
     """
     assert program.source is not None
     lifted = program.references["lifted"]
-    runners = [
-        GraphRunner(lifted.module, lifted.interface, "dense"),  # type: ignore[arg-type]
-        GraphRunner(program.graph_module, program.interface, "slim"),
-    ]
+    dense = GraphRunner(lifted.module, lifted.interface, "dense")  # type: ignore[arg-type]  # it is a graph
+    slim = GraphRunner(program.graph_module, program.interface, "slim")
+    known = {} if known is None else known
     entries = []
     for text in texts:
-        pair = [_perplexity(runner, text, program.source.tokenizer, windows, window) for runner in runners]
-        entries.append(quality_entry(pair[0], pair[1]))
+        if text not in known:
+            known[text] = _perplexity(dense, text, program.source.tokenizer, windows, window)
+        entries.append(quality_entry(known[text], _perplexity(slim, text, program.source.tokenizer, windows, window)))
     return entries
 
 

@@ -38,7 +38,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("the compiler traces a model to a graph and finds which weights belong together. " * 60)
+    path.write_text("the compiler traces a model to a graph and finds which weights belong together. " * 180)
     return path
 
 

@@ -66,14 +66,16 @@ def yaml_file(tmp_path: Path, text: str) -> Path:
 
 
 def test_yaml_becomes_passes_with_their_options(tmp_path: Path) -> None:
-    text = "passes:\n  - lift_linears\n  - channel: {ratio: 0.2, samples: 4, uniform: true}\n  - slim:\n"
+    channel = "channel: {ratio: 0.2, samples: 4, uniform: true, reconstruct: bias}"
+    text = f"passes:\n  - lift_linears\n  - {channel}\n  - slim:\n"
     pipeline = Pipeline.from_yaml(yaml_file(tmp_path, text))
     assert [step.name for step in pipeline.passes] == ["lift_linears", "channel", "slim"]
-    channel = pipeline.passes[1]
-    assert isinstance(channel, ChannelPrune)
+    prune = pipeline.passes[1]
+    assert isinstance(prune, ChannelPrune)
     assert isinstance(pipeline.passes[2], Slim)
-    options = channel.options()
+    options = prune.options()
     assert (options["ratio"], options["samples"], options["uniform"]) == (0.2, 4, True)
+    assert (options["reconstruct"], options["biases"]) == ("bias", False)
 
 
 def test_passes_run_in_order_and_each_writes_its_entry_of_the_history(program: Program) -> None:
@@ -110,7 +112,9 @@ def test_a_pipeline_is_a_pass(program: Program) -> None:
         ([{"channel": {"ratio": "much"}}], "pipeline: channel: option ratio: Input should be a valid number"),
         ([{"channel": {"ratio": 0.1, "samples": 1.5}}], "option samples: Input should be a valid integer"),
         ([{"wanda": {"pattern": 124}}], "pipeline: wanda: option pattern: Input should be a valid string, not 124"),
-        ([{"channel": None}], "pipeline: channel: option ratio: Field required"),
+        ([{"channel": {"ratio": [0.1, "much"]}}], "pipeline: channel: option ratio.1: Input should be a valid number"),
+        ([{"channel": None}], "channel needs one target, of ratio, target_params"),
+        ([{"save": None}], "pipeline: save: option out: Field required"),
         ([{"channel": {"ratio": 1.5}}], "ratio must lie between 0 and 1, got 1.5"),
         ([{"channel": [0.1]}], "options of pass 'channel' (entry 1) must be a mapping"),
         ([{"slim": {}, "note": {}}], "entry 1 must be a pass name or a mapping with one pass name"),

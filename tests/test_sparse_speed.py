@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fxprune.assessment import Wanted
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.exporters.report import markdown_summary
 from fxprune.pipeline import build_pass
@@ -53,7 +54,7 @@ def test_the_speed_of_zeros_is_measured_and_told(
 
     monkeypatch.setattr("fxprune.pruning.measure_sparse_speed", quickly)
     place = Destination(tmp_path / "out")
-    report = prune_model(str(tmp_path / "dense"), "magnitude", {"pattern": "1:4"}, place, speed=True)
+    report = prune_model(str(tmp_path / "dense"), "magnitude", {"pattern": "1:4"}, place, wanted=Wanted(speed=True))
     assert [entry["case"] for entry in report["speed"]] == ["prefill-6", "decode-2@4"]
     linears = 4 * 16 * 16 + 3 * 16 * 24
     assert found[0].zeros >= linears * 3 // 4
@@ -86,9 +87,7 @@ def test_only_zeros_that_are_there_are_timed(pruned: Program, monkeypatch: pytes
 
 
 def test_what_has_no_zeros_or_no_runtime_is_refused_before_any_work(tmp_path: Path) -> None:
-    timed = partial(prune_model, str(tmp_path / "nowhere"), speed=True)
-    with pytest.raises(UsageError, match="channel removes units"):
-        timed("channel", {"ratio": 0.2}, Destination(tmp_path / "out"))
+    timed = partial(prune_model, str(tmp_path / "nowhere"), wanted=Wanted(speed=True))
     with pytest.raises(UsageError, match="leave --device meta out"):
         timed("magnitude", {}, Destination(tmp_path / "out", device="meta"))
     assert list(tmp_path.iterdir()) == []

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError, VerificationError
 from fxprune.graphs import copy_graph_module
-from fxprune.passes.channel import add_biases
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.save import Save
 from fxprune.passes.slim import Slim
 from fxprune.passes.verify import Verify
 from fxprune.plan import Plan
+from fxprune.reconstruct_consumers import add_biases
 from fxprune.reference import without_units
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.verify import (

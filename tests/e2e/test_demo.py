@@ -21,7 +21,7 @@ def run(model: Path, out: Path, text: Path, **changes: Any) -> dict[str, Any]:
     options = {
         "model": str(model),
         "ratio": 0.2,
-        "options": {"calibration": str(text), "samples": 4, "seq_len": 16, "seed": 0},
+        "options": {"calibration": str(text), "samples": 8, "seq_len": 16, "seed": 0},
         "texts": [str(text)],
         "windows": 1,
         "threads": 1,

@@ -1,0 +1,244 @@
+"""The leaderboard of structured methods: quality, measured speed and seconds at equal size.
+
+    python -m benchmarks.structured_pruning --data DIR [--method ...] [--ratio 0.1 0.2 0.3] [--seed 0 1 2] [--out JSON]
+
+DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.jsonl` for the calibration text. A method
+calibrates once for all ratios, in a process of its own. For each ratio the model is pruned, slimmed and verified
+(slim = masked), saved, loaded back in bfloat16 and evaluated; with `--speed` it is exported to ONNX, verified in ONNX
+Runtime, and timed interleaved with the dense model. Each cell is written as soon as it is measured: a run that is
+interrupted goes on with what is missing. `--plain` prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxprune.default_model import default_model_path
+from fxprune.evaluate import file_perplexity
+from fxprune.harness import evaluate_tasks
+from fxprune.loading import load_model
+from fxprune.measure import machine, peak_rss_bytes
+from fxprune.output import write_json
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.pruning import pass_of
+from fxprune.runners import EagerRunner
+from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+METHODS = ("dense", "channel", "fisher", "osscar", "flap", "wanda-sp", "taylor", "magnitude", "depth", "random")
+RESULT = Path("benchmarks/results/structured_pruning.json")
+TASKS = {"lambada_openai": "last_word_accuracy", "arc_easy": "acc"}
+
+
+def measure(arguments: argparse.Namespace, method: str, seed: int, ratios: list[float]) -> None:
+    """All ratios of one method: a line of JSON for each on standard output."""
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model or str(default_model_path()))
+    entry: dict[str, Any] = {"method": method, "seed": seed, "conditions": conditions(arguments)}
+    if method == "dense":
+        figures = quality(arguments, arguments.model or str(default_model_path()))
+        print(json.dumps({**entry, "ratio": 0.0, **figures, "threads": arguments.threads}), flush=True)
+        return
+    program = front_end(loaded, Stopwatch())
+    text = arguments.data / "calibration" / "sample_c4-rp1.jsonl"
+    options: dict[str, Any] = {"ratio": ratios, "calibration": str(text), "samples": arguments.samples}
+    options |= {"seq_len": 512, "seed": seed, **json.loads(arguments.options)}
+    step: Any = build_pass(pass_of(method, options), options)
+    start = time.perf_counter()
+    step.requires(program)
+    budgets = step.budgets(program)
+    shared = time.perf_counter() - start
+    for index, ratio in enumerate(ratios):
+        start = time.perf_counter()
+        pruned = step.apply(program, budgets, index).program
+        section = pruned.results["structured"]
+        figures = {
+            "ratio": ratio,
+            "removed_share": section["removed_share"],
+            "seconds": shared / len(ratios) + time.perf_counter() - start,
+            "parts": section["seconds"],
+            "peak_rss_bytes": peak_rss_bytes(),
+            "kept": {group.name: len(pruned.plan.kept_units(group)) for group in program.groups},
+            "calibration_sha256": pruned.results.get("calibration", {}).get("sha256"),
+        }
+        with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
+            out = Path(scratch) / "slim"
+            passes = [build_pass(name, {}) for name in ("insert_masks", "slim", "verify")]
+            slim = Pipeline([*passes, build_pass("save", {"out": str(out)})])(pruned).program
+            del pruned
+            figures |= quality(arguments, str(out))
+            if arguments.speed:
+                figures |= speed(arguments, slim, Path(scratch) / "onnx")
+            del slim
+        gc.collect()
+        print(json.dumps({**entry, **figures, "threads": arguments.threads}), flush=True)
+
+
+def quality(arguments: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
+    """Perplexity and tasks of a checkpoint, loaded in bfloat16."""
+    loaded = load_model(checkpoint, dtype="bfloat16")
+    runner = EagerRunner(loaded.model, "eager bfloat16")
+    start = time.perf_counter()
+    text = arguments.data / "wikitext-2-raw" / ("wiki.valid.raw" if arguments.valid else "wiki.test.raw")
+    perplexity = file_perplexity(runner, text, loaded.tokenizer, max_windows=arguments.windows, batch_size=4)
+    figures: dict[str, Any] = {"perplexity": perplexity.perplexity, "perplexity_definition": perplexity.definition}
+    for task in arguments.tasks:
+        (result,) = evaluate_tasks(
+            runner, loaded.tokenizer, [task], data=arguments.data, limit=arguments.rows, batch_size=16
+        )
+        metric = result[TASKS[task]]
+        figures[task] = metric.value
+        figures[f"{task}_se"] = metric.standard_error
+    return figures | {"eval_seconds": time.perf_counter() - start}
+
+
+def speed(arguments: argparse.Namespace, slim: Program, onnx: Path) -> dict[str, Any]:
+    """Speed-up of the exported slim graph against the dense one exported alike, interleaved."""
+    exported = Pipeline(
+        [
+            build_pass("export_onnx", {"out": str(onnx)}),
+            build_pass("verify", {"onnx": str(onnx / "model.onnx"), "reexport": False, "graph": False}),
+        ]
+    )(slim).program
+    dense_form, slim_form, scratch = export_pair(exported, arguments.threads, onnx / "model.onnx")
+    with scratch:
+        results = measure_speed(
+            dense_form,
+            slim_form,
+            cases_of([512], 32, 128),
+            threads=arguments.threads,
+            repeats=arguments.repeats,
+        )
+    return {"speed": [result.to_json() for result in results]}
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table: a row for each method and ratio, seeds together."""
+    lines = [
+        "| method | removed | perplexity | LAMBADA | ARC-easy | prefill-512 | decode | seconds | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        mine = [cell for cell in cells if cell["method"] == method]
+        for ratio in sorted({cell["ratio"] for cell in mine}):
+            rows = [cell for cell in mine if cell["ratio"] == ratio]
+            figures = [
+                spread(rows, "perplexity", ".1f"),
+                *(spread(rows, task, ".3f") for task in TASKS),
+                *(speed_up(rows, kind) for kind in ("prefill", "decode")),
+                spread(rows, "seconds", ".0f"),
+                str(len(rows)),
+            ]
+            removed = f"{ratio:.0%}" if ratio else "-"
+            lines.append(f"| {method} | {removed} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def spread(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return "-"
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def speed_up(rows: list[dict[str, Any]], kind: str) -> str:
+    """Mean speed-up of the cases of a kind."""
+    found = [one["speedup"] for row in rows for one in row.get("speed", ()) if one["case"].startswith(kind)]
+    return f"{fmean(found):.2f}x" if found else "-"
+
+
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for a cell that was measured earlier to count."""
+    return {
+        "model": Path(arguments.model or default_model_path()).name,
+        "text": "wiki.valid.raw" if arguments.valid else "wiki.test.raw",
+        "samples": arguments.samples,
+        "windows": arguments.windows,
+        "rows": arguments.rows,
+        "options": json.loads(arguments.options),
+    }
+
+
+def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell is found by."""
+    return cell["method"], cell["seed"], cell["ratio"], json.dumps(cell["conditions"], sort_keys=True)
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what is missing, each method and seed in a process of its own."""
+    cells = json.loads(arguments.out.read_text())["cells"] if arguments.out.is_file() else []
+    here = conditions(arguments)
+    seedless = {"dense", "magnitude"}
+    wanted = [(m, seed) for m in arguments.method for seed in (arguments.seed if m not in seedless else [0])]
+    for method, seed in wanted:
+        known = {
+            cell["ratio"]
+            for cell in cells
+            if (cell["method"], cell["seed"], cell["conditions"]) == (method, seed, here)
+            and (method == "dense" or not arguments.speed or "speed" in cell)
+        }
+        missing = [ratio for ratio in ([0.0] if method == "dense" else arguments.ratio) if ratio not in known]
+        if not missing:
+            continue
+        passed = [part for part in sys.argv[1:] if part != "--plain"]
+        command = [sys.executable, "-m", "benchmarks.structured_pruning", *passed]
+        command += ["--cell", json.dumps([method, seed, missing])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                if not line.startswith("{"):
+                    continue
+                cell = json.loads(line)
+                cells = [old for old in cells if key(old) != key(cell)] + [cell]
+                print({k: cell.get(k) for k in ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")})
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(arguments.out, {"cells": cells, "machine": machine()})
+        if worker.returncode:
+            raise SystemExit(f"{method}: the measuring process ended with {worker.returncode}")
+    return cells
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", help="hub id or directory; the embedded default by default")
+    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--rows", type=int, default=400, help="rows of each task")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=10, help="timed repeats of each case")
+    parser.add_argument("--speed", action="store_true", help="export to ONNX and time it too")
+    parser.add_argument("--options", default="{}", help="further options of the pass, as JSON")
+    parser.add_argument("--valid", action="store_true", help="perplexity on wiki.valid.raw: for choosing options")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--plain", action="store_true", help="only print the table of what was measured")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        measure(arguments, *json.loads(arguments.cell))
+        return
+    cells = json.loads(arguments.out.read_text())["cells"] if arguments.plain else run(arguments)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What is measured of a structurally pruned model once it is saved: perplexity, the guard, speed and its gate.
+
+Several slim models of one dense model share what is measured of the dense one.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fxprune.calibration import CalibrationSpec
+from fxprune.errors import UsageError
+from fxprune.evaluate import read_text
+from fxprune.guard import Guard, check_guard
+from fxprune.loading import resolve_device
+from fxprune.registry import resolve
+from fxprune.reporting import report_of
+from fxprune.slim_speed import SpeedRun, speed_plan
+from fxprune.structured_pass import StructuredPass
+from fxprune.workflow import perplexities
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from typing import Self
+
+    from fxprune.evaluate import PerplexityResult
+    from fxprune.pass_base import Pass
+    from fxprune.program import Program
+    from fxprune.workflow import Stopwatch
+
+__all__ = ["Assessor", "Wanted", "failed_gate", "warnings_of"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What shall be measured.
+
+    Attributes:
+        ppl: texts for the perplexity: files, or `python` for Python's own language reference.
+        windows: of 512 tokens per text.
+        guard: the guard's second text: a file, `python`, or `none`.
+        speed: whether to time the exported model even if no target speed-up asks for it.
+        threads: of ONNX Runtime, where no latency table says it.
+    """
+
+    ppl: Sequence[str] = ()
+    windows: int | None = None
+    guard: str = "python"
+    speed: bool = False
+    threads: int = 1
+
+    def check(self, step: Pass, device: str) -> None:
+        """Tell what is wrong before any work is done.
+
+        Raises:
+            CalibrationError: a text cannot be read.
+            UsageError: speed is to be measured off the CPU, or the latency table or the mix is wrong.
+        """
+        for text in self.ppl:
+            if text != "python":
+                read_text(text)
+        check_guard(self.guard)
+        if self.times(step):
+            speed_plan(step, self.threads)
+            if resolve_device(device).type != "cpu":
+                raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
+
+    def times(self, step: Pass) -> bool:
+        """Whether speed is measured: it was asked for, or a target speed-up has to hold."""
+        return self.speed or getattr(step, "target_speedup", None) is not None
+
+
+class Assessor:
+    """Measures slim programs that one pass made from one dense program, and writes their reports.
+
+    A context manager: the exported dense graph is removed at its end.
+
+    Args:
+        wanted: what to measure.
+        step: the pruning pass.
+        program: the dense, located program.
+        say: gets progress messages.
+
+    Raises:
+        UsageError: a text was named for the guard, and the program cannot read text.
+    """
+
+    def __init__(self, wanted: Wanted, step: Pass, program: Program, say: Callable[[str], None]) -> None:
+        self.wanted = wanted
+        self.step = step
+        self.say = say
+        self.guards = _guards(wanted, step, program)
+        self._program = program
+        self._dense: dict[str, PerplexityResult] = {}
+        self._guard: Guard | None = None
+        self._speed = SpeedRun(speed_plan(step, wanted.threads)) if wanted.times(step) else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._speed is not None:
+            self._stack.enter_context(self._speed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def report(
+        self, program: Program, out: Path, *, method: str, seed: int, target: float | None, watch: Stopwatch
+    ) -> dict[str, Any]:
+        """Measure a slim program and write its report; before speed is measured it is written once without.
+
+        Args:
+            program: the slim program.
+            out: where its checkpoint is.
+            method: name of the pass.
+            seed: its seed.
+            target: the speed-up that was asked for, if one was.
+            watch: has the seconds so far, and gets those of measuring.
+
+        Raises:
+            FxpruneError: something could not be measured; what was is in the report.
+        """
+        write_report = resolve("fxprune.exporters.report:write_report")
+        found = self._quality(program, watch)
+        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, **found)
+        write_report(report, out)
+        if self._speed is None:
+            return report
+        self.say("exporting the dense and the slim form, and timing them")
+        with watch.stage("bench"):
+            program, results, verdict = self._speed.measure(program, target)
+        found["speed"] = [result.to_json() for result in results]
+        if verdict is not None:
+            found["gate"] = verdict.to_json()
+        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, **found)
+        write_report(report, out)
+        return report
+
+    def _quality(self, program: Program, watch: Stopwatch) -> dict[str, Any]:
+        """The sections `quality` and `guard`; what was not asked for is absent."""
+        found: dict[str, Any] = {}
+        if self.wanted.ppl:
+            self.say("measuring perplexity")
+            with watch.stage("quality"):
+                found["quality"] = perplexities(
+                    program, self.wanted.ppl, windows=self.wanted.windows, known=self._dense
+                )
+        if self.guards:
+            self.say("guarding against overfitting to the calibration text")
+            with watch.stage("guard"):
+                if self._guard is None:
+                    self._guard = Guard(self._program, _spec(self.step), self.wanted.guard)
+                found["guard"] = self._guard.judge(program)
+        return found
+
+
+def _guards(wanted: Wanted, step: Pass, program: Program) -> bool:
+    """Whether the guard runs: for methods that read calibration text, on models that can read any."""
+    if wanted.guard == "none" or not (isinstance(step, StructuredPass) and step.reads_text):
+        return False
+    source = program.source
+    able = source is not None and source.tokenizer is not None and bool(program.interface.cache)
+    if not able and wanted.guard != "python":
+        raise UsageError("--guard reads text: it needs a causal language model with a tokenizer")
+    return able
+
+
+def _spec(step: Pass) -> CalibrationSpec:
+    assert isinstance(step, StructuredPass)
+    return CalibrationSpec(step.calibration, samples=step.samples, seq_len=step.seq_len, seed=step.seed)
+
+
+def warnings_of(report: Mapping[str, Any]) -> list[str]:
+    """What a user must be told of a report, of all its budgets: guards that warn, and why speed gates failed."""
+    found = []
+    for where, part in _parts(report):
+        if warning := part.get("guard", {}).get("warning"):
+            found.append(f"{where}{warning}")
+        if not part.get("gate", {}).get("passed", True):
+            gate = part["gate"]
+            found.append(f"{where}the speed gate failed (target {gate['target']:g}x, within 5%)")
+            found += [f"{where}{reason}" for reason in gate["reasons"]]
+    return found
+
+
+def failed_gate(report: Mapping[str, Any]) -> bool:
+    """Whether a speed gate of a report, or of one of its budgets, failed."""
+    return any(not part.get("gate", {}).get("passed", True) for _, part in _parts(report))
+
+
+def _parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The report, and its budgets with how messages call them."""
+    entries = report.get("budgets", {}).get("entries", [])
+    return [("", report), *((f"{entry['name']}: ", entry) for entry in entries)]

@@ -1,0 +1,248 @@
+"""Curves: for one group, which units stay at each width that is legal and aligned, and the loss that goes with it.
+
+Every structured method says what it knows as curves, and every budget is a choice of one level on each of them: units
+scored one by one give a curve by adding up what goes, optimal brain surgeon by one sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fxprune.errors import PlanError
+from fxprune.groups import AttentionGroup
+from fxprune.structured_obs import sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from fxprune.groups import Group
+    from fxprune.structured_obs import Elimination
+
+__all__ = ["Curve", "Level", "Limits", "head_curve", "obs_channel_curve", "obs_head_curve", "scaled", "score_curve"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One point of a curve.
+
+    Attributes:
+        kept: the units that stay, ascending.
+        loss: predicted loss of keeping no others, at least 0; its unit is the method's own.
+    """
+
+    kept: tuple[int, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The levels of one group, the one that keeps everything first.
+
+    Attributes:
+        group: name of the group.
+        levels: of any number of kept units; for one number there may be several (other KV heads).
+    """
+
+    group: str
+    levels: tuple[Level, ...]
+
+    def within(self, kept: Sequence[int]) -> Curve:
+        """The levels that keep nothing but what `kept` keeps."""
+        allowed = set(kept)
+        return Curve(self.group, tuple(level for level in self.levels if allowed.issuperset(level.kept)))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of a group must stay.
+
+    Attributes:
+        round_to: kept MLP widths are multiples of this, unless nothing is removed.
+        min_keep: share of the units, in an attention of the query heads and of the KV heads; one legal step always
+            stays.
+    """
+
+    round_to: int = 8
+    min_keep: float = 0.1
+
+    def least(self, units: int, step: int = 1) -> int:
+        """How many of so many units stay at least, a multiple of `step`."""
+        return max(step, math.ceil(self.min_keep * units / step) * step)
+
+
+def score_curve(group: Group, scores: NDArray[np.float64], limits: Limits) -> Curve:
+    """The curve of units that are scored one by one: the loss of a level is the sum of what goes.
+
+    Args:
+        group: an attention or an MLP.
+        scores: (units,) loss of removing each unit, at least 0.
+        limits: see `Limits`.
+    """
+    if isinstance(group, AttentionGroup):
+        return head_curve(group, lambda kept: float(scores.sum() - scores[list(kept)].sum()), scores, limits)
+    order = np.argsort(scores, kind="stable")
+    lost = np.concatenate([[0.0], np.cumsum(scores[order])])
+    return Curve(
+        group.name,
+        tuple(
+            Level(tuple(sorted(int(unit) for unit in order[gone:])), float(lost[gone]))
+            for gone in _counts(group.units, limits)
+        ),
+    )
+
+
+def _counts(units: int, limits: Limits) -> Iterator[int]:
+    """How many of so many channels may go: 0, and what leaves a multiple of the rounding."""
+    yield 0
+    step = limits.round_to
+    gone = units % step or step
+    while units - gone >= limits.least(units, step):
+        yield gone
+        gone += step
+
+
+def head_curve(
+    group: AttentionGroup,
+    loss_of: Callable[[tuple[int, ...]], float],
+    scores: NDArray[np.float64],
+    limits: Limits,
+    *,
+    worth: Callable[[NDArray[np.float64]], float] = np.sum,
+) -> Curve:
+    """All legal head counts: every kept KV head keeps as many query heads, the best by their scores.
+
+    Args:
+        group: the attention.
+        loss_of: gives the loss of kept query heads.
+        scores: (query heads,) what heads are ranked by.
+        limits: see `Limits`.
+        worth: what a KV head is ranked by, from the scores of those of its heads that would stay.
+
+    Raises:
+        PlanError: the KV heads serve different numbers of query heads.
+    """
+    members = _members(group)
+    levels = {}
+    for per_kv in range(len(members[0]), 0, -1):
+        best = [sorted(heads, key=lambda head: -scores[head])[:per_kv] for heads in members]
+        ranked = sorted(range(len(members)), key=lambda kv: (-float(worth(scores[best[kv]])), kv))
+        for count in range(len(members), limits.least(len(members)) - 1, -1):
+            if count * per_kv >= limits.least(group.units):
+                kept = tuple(sorted(head for kv in ranked[:count] for head in best[kv]))
+                levels[kept] = Level(kept, max(0.0, float(loss_of(kept))))
+    return Curve(group.name, tuple(sorted(levels.values(), key=lambda level: -len(level.kept))))
+
+
+def _members(group: AttentionGroup) -> list[list[int]]:
+    """The query heads of each KV head, as many of each."""
+    members = [group.heads_of(kv) for kv in range(group.kv_heads)]
+    if len(set(map(len, members))) > 1:
+        raise PlanError(f"{group.name}: its KV heads serve different numbers of query heads; no head count is legal")
+    return members
+
+
+def obs_channel_curve(
+    group: Group, problems: Sequence[Elimination], blocks: Sequence[torch.Tensor], limits: Limits
+) -> Curve:
+    """The curve of MLP channels by structured optimal brain surgeon; one sweep gives all widths.
+
+    Args:
+        group: an MLP.
+        problems: one for each consumer; used up.
+        blocks: (units, inputs of one) for each consumer.
+        limits: see `Limits`.
+    """
+    counts = list(_counts(group.units, limits))
+    left = torch.ones(group.units, dtype=torch.bool)
+    levels = [Level(tuple(range(group.units)), 0.0)]
+    lost = 0.0
+    for before, gone in itertools.pairwise(counts):
+        order, errors = sweep(problems, blocks, step=gone - before, least=group.units - gone, left=left)
+        left[order] = False
+        lost += float(errors[-1])
+        levels.append(Level(tuple(torch.where(left)[0].tolist()), lost))
+    return Curve(group.name, tuple(levels))
+
+
+def obs_head_curve(
+    group: AttentionGroup, problems: Sequence[Elimination], blocks: Sequence[torch.Tensor], limits: Limits
+) -> Curve:
+    """The curve of heads: KV heads go one by one; between, every KV head loses its cheapest query head.
+
+    Args:
+        group: the attention.
+        problems: one for each consumer; used up.
+        blocks: (query heads, inputs of one) for each consumer.
+        limits: see `Limits`.
+    """
+    members = _members(group)
+    least = limits.least(len(members))
+    levels: dict[tuple[int, ...], Level] = {}
+    lost = 0.0
+    while True:
+        levels |= _drop_kv_heads([problem.clone() for problem in problems], blocks, members, lost=lost, least=least)
+        if len(members[0]) == 1:
+            break
+        for index, heads in enumerate(members):
+            costs = _costs(problems, blocks, [[head] for head in heads])
+            gone = heads[int(torch.argmin(costs))]
+            lost += _remove(problems, blocks, [gone])
+            members[index] = [head for head in heads if head != gone]
+    fewest = limits.least(group.units)
+    found = (level for level in levels.values() if len(level.kept) >= fewest)
+    return Curve(group.name, tuple(sorted(found, key=lambda level: -len(level.kept))))
+
+
+def _drop_kv_heads(
+    problems: Sequence[Elimination],
+    blocks: Sequence[torch.Tensor],
+    members: Sequence[Sequence[int]],
+    *,
+    lost: float,
+    least: int,
+) -> dict[tuple[int, ...], Level]:
+    """The levels that dropping one KV head after the other gives, by what they keep; `problems` are used up."""
+    left = list(members)
+    levels = {}
+    while True:
+        kept = tuple(sorted(head for heads in left for head in heads))
+        levels[kept] = Level(kept, max(0.0, lost))
+        if len(left) <= least:
+            return levels
+        costs = _costs(problems, blocks, left)
+        gone = left.pop(int(torch.argmin(costs)))
+        lost += _remove(problems, blocks, gone)
+
+
+def _inputs(block: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    return block[list(heads)].reshape(-1)
+
+
+def _costs(
+    problems: Sequence[Elimination], blocks: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    costs = [
+        problem.costs(torch.stack([_inputs(block, heads) for heads in sets]))
+        for problem, block in zip(problems, blocks, strict=True)
+    ]
+    return torch.stack([cost.cpu() for cost in costs]).sum(0)
+
+
+def _remove(problems: Sequence[Elimination], blocks: Sequence[torch.Tensor], heads: Sequence[int]) -> float:
+    return sum(problem.remove(_inputs(block, heads)) for problem, block in zip(problems, blocks, strict=True))
+
+
+def scaled(curves: Mapping[str, Curve], factor: Mapping[str, float]) -> dict[str, Curve]:
+    """Curves with each group's losses multiplied."""
+    return {
+        name: Curve(name, tuple(Level(level.kept, level.loss * factor[name]) for level in curve.levels))
+        for name, curve in curves.items()
+    }

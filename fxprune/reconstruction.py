@@ -1,0 +1,283 @@
+"""Reconstruction: new weights for what is left of a consumer, so that it puts out what the dense one did.
+
+With X' what the consumer reads in the pruned model, X what it reads in the dense one, W (in, out) its weight, S the
+inputs that stay and a column of ones in X' for the bias, H = X'^T X' and C = X'^T (X W),
+
+    W_S = W0_S + (H_SS + ridge)^-1 (C_S - H_SS W0_S)
+
+is least squares with a ridge *toward the weights that are there*. Least squares can overfit: how strong the ridge is,
+or whether only the bias moves, or nothing, is chosen for each consumer on tokens that the fit has not seen.
+
+Rows of a token count by 1 / (1 + |y|^2 / median |y|^2), with y = X W of the dense model: a few tokens (the first of a
+text) have outputs a thousand times larger than all others, and without weights the fit is a fit of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fxprune.engine import GramSum, SiteStatistics
+from fxprune.errors import CalibrationError
+from fxprune.structured_obs import damped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from fxprune.stages import InputSite
+
+__all__ = ["PairCollector", "PairMoments", "Reconstructed", "Reconstruction", "reconstruct", "tune_mask"]
+
+Reconstruction = Literal["none", "bias", "ridge", "auto", "scale"]
+"""What may change: nothing; the bias; weights and bias by least squares with a chosen ridge; the best of these three;
+one factor for each unit (the mask tuning of Kwon et al. 2022, section 4.3)."""
+
+RIDGES = (0.0003, 0.003, 0.03, 0.3)
+"""Shares of each diagonal entry of H that are tried as its ridge."""
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Weighted second moments of what a consumer reads in the pruned model and puts out in the dense one.
+
+    Attributes:
+        gram: (in + 1, in + 1) float64, X'^T X' with a last column of ones, divided by the tokens.
+        target: (in + 1, out) float64, X'^T (X W), divided by the tokens.
+        energy: |X W|^2, divided by the tokens.
+        tokens: how many there were.
+    """
+
+    gram: Tensor
+    target: Tensor
+    energy: float
+    tokens: int
+
+    def __add__(self, other: PairMoments) -> PairMoments:
+        """The moments of all tokens of both."""
+        tokens = self.tokens + other.tokens
+        one, two = self.tokens / tokens, other.tokens / tokens
+        return PairMoments(
+            self.gram * one + other.gram * two,
+            self.target * one + other.target * two,
+            self.energy * one + other.energy * two,
+            tokens,
+        )
+
+    def error(self, new: Tensor) -> float:
+        """|X' W' - X W|^2 / |X W|^2 of a solution (in + 1, out) whose last row is what is added to the bias."""
+        fitted = float((new * (self.gram @ new - 2 * self.target)).sum())
+        return (fitted + self.energy) / max(self.energy, torch.finfo(torch.float64).tiny)
+
+
+class _Sums:
+    """Running sums of one site: for the fit, or of the tokens that are held out."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.gram = GramSum(inputs + 1, device)
+        self.target = torch.zeros(inputs + 1, outputs, device=device)
+        self.energy = 0.0
+
+    def add(self, rows: Tensor, outputs: Tensor, energy: Tensor, counts: Tensor) -> None:
+        root = counts.sqrt()[:, None]
+        ones = torch.cat([rows, rows.new_ones(len(rows), 1)], 1).mul_(root)
+        self.gram.add(ones)
+        self.target.addmm_(ones.t(), outputs * root)
+        self.energy += float((energy * counts).sum())
+
+    def result(self) -> PairMoments | None:
+        gram = self.gram.result()
+        if gram is None:
+            return None
+        tokens = gram.tokens
+        return PairMoments(gram.matrix.double() / tokens, self.target.double() / tokens, self.energy / tokens, tokens)
+
+
+class PairCollector:
+    """Collects the moments of a stage's sites (an engine's `Collector`).
+
+    Args:
+        weights: (out, in) float32 dense weight of each consumer, by name.
+        held_out: samples from this one on are kept apart.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], held_out: int) -> None:
+        self.weights = weights
+        self.held_out = held_out
+        self.moments: dict[str, tuple[PairMoments, PairMoments | None]] = {}
+        self._sums: dict[str, tuple[_Sums, _Sums]] = {}
+        self._sites: dict[InputSite, None] = {}
+
+    def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
+        """Take one batch of one site; see `fxprune.engine.Collector`. A batch is fitted or held out as a whole."""
+        assert offsets is None
+        for name in site.linears:
+            weight = self.weights[name]
+            if name not in self._sums:
+                outputs, inputs = weight.shape
+                self._sums[name] = (_Sums(inputs, outputs, rows.device), _Sums(inputs, outputs, rows.device))
+            target = (rows if dense is None else dense) @ weight.t()
+            energy = target.square().sum(1)
+            middle = energy.median().clamp(min=torch.finfo(energy.dtype).tiny)
+            self._sums[name][first >= self.held_out].add(rows, target, energy, 1 / (1 + energy / middle))
+        self._sites.setdefault(site)
+
+    def finish(self) -> list[SiteStatistics]:
+        """Moments by consumer are left in `moments`.
+
+        Raises:
+            CalibrationError: they are not finite, or all samples were held out.
+        """
+        for name, (fit, held) in self._sums.items():
+            moments = fit.result()
+            if moments is None:
+                raise CalibrationError(f"{name}: no sample is left to fit; use more calibration samples")
+            if not bool(torch.isfinite(moments.gram).all()):
+                raise CalibrationError(
+                    f"{name} read NaN or infinite values on the calibration text; check the weights before it, or "
+                    "calibrate in float32"
+                )
+            self.moments[name] = (moments, held.result())
+        return [SiteStatistics(site, ()) for site in self._sites]
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """A consumer's new weights.
+
+    Attributes:
+        weight: (in, out) float64, 0 where removed.
+        bias: (out,) float64, what is added to the bias; None when nothing is.
+        choice: `none`, `bias`, `ridge 0.1` or `scale`.
+        error: relative squared error on the tokens that were held out (on those of the fit when none were).
+        plain: the same without reconstruction.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    choice: str
+    error: float
+    plain: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def reconstruct(
+    weight: Tensor,
+    kept: Tensor,
+    fit: PairMoments,
+    held: PairMoments | None,
+    *,
+    mode: Reconstruction = "auto",
+    bias: bool = True,
+    ridges: Sequence[float] = RIDGES,
+    unit_of: Tensor | None = None,
+) -> Reconstructed:
+    """Solve one consumer.
+
+    Args:
+        weight: (in, out) dense weight.
+        kept: (in,) bool.
+        fit: moments to fit on.
+        held: moments to choose on; the fit's own when None. What was chosen is then fitted on both.
+        mode: what may change.
+        bias: whether the bias may.
+        ridges: shares of the diagonal to try, from weak to strong, until the error grows.
+        unit_of: (in,) unit of each input, for `scale`; -1 for inputs that belong to none.
+    """
+    weight = weight.double()
+    start = torch.cat([weight * kept[:, None], weight.new_zeros(1, weight.shape[1])])
+    judge = held or fit
+    plain = judge.error(start)
+
+    def solved(moments: PairMoments, choice: str) -> Tensor:
+        if choice == "none":
+            return start
+        if choice == "scale":
+            assert unit_of is not None
+            return torch.cat([weight * tune_mask(weight, kept, moments, unit_of)[:, None], start[-1:]])
+        inputs = torch.where(kept)[0]
+        if choice == "bias":
+            inputs = inputs[:0]
+        if bias:
+            inputs = torch.cat([inputs, inputs.new_tensor([len(kept)])])
+        ridge = 0.0 if choice == "bias" else float(choice.split()[1])
+        return _least_squares(start, inputs, moments, ridge)
+
+    everything = mode != "auto" and bool(kept.all())  # nothing goes, and nobody asked to mend what came before
+    choices = ["none"] if everything else _choices(mode, ridges, bias=bias)
+    errors: dict[str, float] = {}
+    weaker = float("inf")
+    for choice in choices:
+        errors[choice] = judge.error(solved(fit, choice))
+        if choice.startswith("ridge"):
+            if errors[choice] > weaker:
+                break  # a still stronger ridge is further from the best one
+            weaker = errors[choice]
+    best = min(errors, key=errors.__getitem__)
+    new = solved(fit if held is None else fit + held, best)
+    changed = bias and best not in {"none", "scale"}
+    return Reconstructed(new[:-1], new[-1] if changed else None, best, errors[best], plain)
+
+
+def _choices(mode: Reconstruction, ridges: Sequence[float], *, bias: bool) -> list[str]:
+    """What is tried, in the order in which it is."""
+    if mode == "scale":
+        return ["scale"]
+    choices = ["none"] if mode in {"none", "auto"} else []
+    if mode in {"bias", "auto"} and bias:
+        choices.append("bias")
+    if mode in {"ridge", "auto"}:
+        choices += [f"ridge {ridge:g}" for ridge in ridges]
+    return choices or ["none"]
+
+
+def _least_squares(start: Tensor, inputs: Tensor, moments: PairMoments, ridge: float) -> Tensor:
+    """The solution (in + 1, out) in which some inputs (the last one is the bias) move."""
+    gram = moments.gram
+    residual = (moments.target - gram @ start)[inputs]
+    system = damped(gram[inputs[:, None], inputs], ridge, "channel")
+    # Inputs that (nearly) repeat others: a little of the median keeps the factorisation going.
+    system.diagonal().add_(1e-6 * float(system.diagonal().median()))
+    result = start.clone()
+    result[inputs] += torch.cholesky_solve(residual, torch.linalg.cholesky(system))
+    return result
+
+
+def tune_mask(weight: Tensor, kept: Tensor, moments: PairMoments, unit_of: Tensor) -> Tensor:
+    """One factor for each kept unit: the diagonal case of reconstruction.
+
+    Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3, there solved by LSMR with
+    a damping of 1, whose factors are refused when one is beyond 10; here with a ridge of 1% toward 1.
+
+    Args:
+        weight: (in, out).
+        kept: (in,) bool.
+        moments: of the inputs.
+        unit_of: (in,) unit of each input, -1 for none.
+
+    Returns:
+        (in,) float64, the factor of each input: 0 for removed ones, 1 for those without a unit.
+    """
+    factors = kept.to(weight.dtype)
+    inputs = torch.where(kept & (unit_of >= 0))[0]
+    units, own = torch.unique(unit_of[inputs], return_inverse=True)
+    if not len(units):
+        return factors
+    alike = weight @ weight.T
+    spread = torch.zeros(len(units), len(inputs), dtype=weight.dtype, device=weight.device)
+    spread[own, torch.arange(len(inputs), device=weight.device)] = 1
+    products = moments.gram[:-1, :-1] * alike
+    system = spread @ products[inputs[:, None], inputs] @ spread.T
+    wanted = spread @ (moments.target[:-1] * weight).sum(1)[inputs]
+    others = torch.where(kept & (unit_of < 0))[0]
+    if len(others):
+        wanted -= spread @ products[inputs[:, None], others].sum(1)
+    ones = torch.ones_like(wanted)
+    scale = torch.linalg.solve(damped(system, 0.01, "mean"), wanted - system @ ones) + ones
+    if bool((scale.abs() > 10).any()):
+        return factors
+    factors[inputs] = scale[own]
+    return factors

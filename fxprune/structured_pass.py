@@ -1,0 +1,436 @@
+"""What all structured methods share: calibrate, curves, allocation under a budget, reconstruction.
+
+    calibration text ─ curves: units and loss at every legal width ─ knapsack ─ Plan
+                                                     reconstruction ─ new weights of the consumers
+
+Before and after, for a consumer of which channels 2 and 5 go:
+
+    x ─ down_proj(W)              x ─ down_proj(W', bias')         W' is 0 in columns 2 and 5          and a Plan
+
+A method says how it comes to its curves; everything else is an option that every method has, so that methods differ
+in what they are about and can be compared. Several budgets share one calibration: their plans are nested.
+
+Refused:
+ 1. a program without heads or MLP channels, or without a cache-carrying language-model interface to run text through;
+ 2. a target that is out of range, or that no legal plan reaches (the message says what can be reached);
+ 3. a consumer that two groups share (its reconstruction could not be told apart);
+ 4. more inputs than calibration tokens.
+
+Heads and MLP channels are pruned; hidden channels, experts, their channels and layers are left as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
+
+import torch
+
+from fxprune.accounting import block_linear_parameters
+from fxprune.calibration import CalibrationSpec, calibration_set
+from fxprune.channels import get_attribute
+from fxprune.curves import Limits
+from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
+from fxprune.groups import AttentionGroup, MlpGroup
+from fxprune.latency_table import load_table
+from fxprune.loading import resolve_dtype
+from fxprune.pass_base import Pass, PassResult
+from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers
+from fxprune.reconstruction import Reconstruction
+from fxprune.runners import GraphRunner
+from fxprune.sparse_pass import dtype_of, forward_precision
+from fxprune.targets import Target, budgets_of, cost_model, plans_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from fxprune.curves import Curve
+    from fxprune.groups import Group
+    from fxprune.plan import Plan
+    from fxprune.program import Program
+    from fxprune.targets import CostModel, TargetKind
+
+__all__ = ["Budgets", "Case", "StructuredPass"]
+
+_TARGETS = ("ratio", "target_params", "target_macs", "target_bytes", "target_speedup")
+
+
+@dataclass
+class Case:
+    """What a method is given.
+
+    Attributes:
+        program: the dense, located program.
+        groups: the heads and MLP channels that may be pruned.
+        tokens: (samples, length) int64 calibration text; no samples where nobody asks for text.
+        limits: what must stay, by the group's name.
+        forward_dtype: precision of the products of forward passes.
+        batch_size: samples at once; None to find it.
+        seed: of every random choice.
+        notes: what a method wants to say in the report, JSON data.
+        kept_for_later: what a method's `curves` leaves for its `refine`.
+    """
+
+    program: Program
+    groups: tuple[Group, ...]
+    tokens: Tensor
+    limits: Mapping[str, Limits]
+    forward_dtype: torch.dtype | None
+    batch_size: int | None
+    seed: int
+    notes: dict[str, Any] = field(default_factory=dict)
+    kept_for_later: dict[str, Any] = field(default_factory=dict)
+
+    def weight(self, linear: str) -> Tensor:
+        """The (out, in) weight of a Linear."""
+        weight: Tensor = get_attribute(self.program.graph_module, linear).weight.detach()
+        return weight
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Plans for one or more budgets, from one calibration.
+
+    Attributes:
+        targets: what was asked for, loosest first.
+        plans: one for each.
+        tokens: the calibration text; no samples where nobody asks for text.
+        description: of that text, for the report; None without one.
+        seconds: by part.
+        notes: of the method.
+    """
+
+    targets: tuple[Target, ...]
+    plans: tuple[Plan, ...]
+    tokens: Tensor
+    description: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    notes: Mapping[str, Any]
+
+
+class StructuredPass(Pass):
+    """Base of the passes that remove heads and MLP channels (see the module's docstring for graph and refusals).
+
+    One of the targets must be given; each may be a list of values, loosest first, for `budgets`.
+
+    Args:
+        ratio: share of the block Linears' parameters to remove, in (0, 1).
+        target_params: the most parameters that the slim model has.
+        target_macs: the most MACs per token, all Linears, without attention scores.
+        target_bytes: the most bytes of its weights.
+        target_speedup: how much faster by a latency table.
+        table: file of the latency table (`fxprune bench MODEL --table FILE`).
+        mix: what share of the time each case of the table stands for, such as `{"prefill-512": 1}`; all alike by
+            default.
+        threads: that the deployed model will have, as the table was measured with.
+        uniform: whether every group of a kind keeps the same counts, as a plain config can say.
+        round_to: kept MLP widths are multiples of this.
+        min_keep: share of the units of every group that stays whatever the curves say.
+        keep: the same for groups whose name matches a shell-style pattern; 1 leaves a group as it is.
+        kinds: which groups are pruned, of `attention` and `mlp`.
+        calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        samples: calibration sequences.
+        seq_len: tokens of each.
+        seed: of every random choice.
+        reconstruct: what may change in the consumers (see `fxprune.reconstruction`); None for the method's own way.
+        biases: whether consumers may get biases; None means yes, except for uniform plans, which would no longer load
+            with a plain config.
+        forward_dtype: precision of the forward passes' products; `auto` is bfloat16 where the machine is faster in it.
+        batch_size: calibration samples at once; None finds it.
+    """
+
+    reconstruction: ClassVar[Reconstruction] = "none"
+    """What the method does with the consumers unless told otherwise."""
+    own_uniform: ClassVar[bool] = False
+    """Whether the method prunes uniformly unless told otherwise."""
+    own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+    needs_data: ClassVar[bool] = True
+    inverts: ClassVar[bool] = False
+    """Whether the curves need the inverse of the Gram matrices."""
+    """Whether `curves` reads the calibration text."""
+
+    def __init__(
+        self,
+        *,
+        ratio: float | Sequence[float] | None = None,
+        target_params: float | Sequence[float] | None = None,
+        target_macs: float | Sequence[float] | None = None,
+        target_bytes: float | Sequence[float] | None = None,
+        target_speedup: float | Sequence[float] | None = None,
+        table: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        threads: int = 2,
+        uniform: bool | None = None,
+        round_to: int = 8,
+        min_keep: float = 0.1,
+        keep: Mapping[str, float] | None = None,
+        kinds: Sequence[str] | None = None,
+        calibration: str = "self",
+        samples: int = 128,
+        seq_len: int = 512,
+        seed: int = 0,
+        reconstruct: Reconstruction | None = None,
+        biases: bool | None = None,
+        forward_dtype: str = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        self.ratio = ratio
+        self.target_params = target_params
+        self.target_macs = target_macs
+        self.target_bytes = target_bytes
+        self.target_speedup = target_speedup
+        self.table = table
+        self.mix = mix
+        self.threads = threads
+        self.uniform = self.own_uniform if uniform is None else uniform
+        self.round_to = round_to
+        self.min_keep = min_keep
+        self.keep = dict(keep or {})
+        self.kinds = tuple(kinds or self.own_kinds)
+        self.calibration = calibration
+        self.samples = samples
+        self.seq_len = seq_len
+        self.seed = seed
+        self.reconstruct = self.reconstruction if reconstruct is None else reconstruct
+        self.biases = (not self.uniform) if biases is None else biases
+        self.forward_dtype = forward_dtype
+        self.batch_size = batch_size
+        self.targets = self._targets()
+        self._check()
+
+    def _targets(self) -> tuple[Target, ...]:
+        given = [(name, getattr(self, name)) for name in _TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UsageError(f"{self.name} needs one target, of {', '.join(_TARGETS)}; {len(given)} were given")
+        ((name, value),) = given
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        if not values:
+            raise UsageError(f"{name} is an empty list")
+        kind = cast("TargetKind", name.removeprefix("target_"))
+        return tuple(Target(kind, float(one)) for one in values)
+
+    def _check(self) -> None:
+        if self.round_to < 1:
+            raise UsageError(f"round_to must be at least 1, got {self.round_to}")
+        if not 0 <= self.min_keep < 1:
+            raise UsageError(f"min_keep must lie in [0, 1), got {self.min_keep}")
+        for pattern, share in self.keep.items():
+            if not 0 <= share <= 1:
+                raise UsageError(f"keep {pattern}: the share that stays must lie in [0, 1], got {share}")
+        unknown = set(self.kinds) - {"attention", "mlp"}
+        if unknown:
+            raise UsageError(f"kinds are attention and mlp, got {min(unknown)!r}")
+        if self.reconstruct not in get_args(Reconstruction):
+            raise UsageError(f"reconstruct is one of {', '.join(get_args(Reconstruction))}, got {self.reconstruct!r}")
+        if (self.table is not None) != (self.target_speedup is not None):
+            raise UsageError("a latency table goes with target_speedup, and target_speedup with a latency table")
+        if self.forward_dtype != "auto":
+            resolve_dtype(self.forward_dtype)
+        CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
+
+    def curves(self, case: Case) -> Mapping[str, Curve]:
+        """The curves of a case's groups, by name. All losses must be in one unit.
+
+        Every method has these, unless it finds its plans without (see `plans`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither curves nor plans of its own")
+
+    def refine(self, case: Case, plan: Plan, within: Plan | None) -> Plan:
+        """Change which units stay when it is known how many do; the shapes that stay must be the plan's.
+
+        Args:
+            case: what `curves` was given.
+            plan: the knapsack's.
+            within: the refined plan of the budget before, which nothing may be kept outside of.
+        """
+        del case, within
+        return plan
+
+    def costs(self, program: Program) -> CostModel:
+        """What units cost in the target's terms.
+
+        Raises:
+            PreconditionError: the latency table was measured on something else.
+        """
+        table = None if self.table is None else load_table(self.table)
+        if table is not None:
+            table.check(program, threads=self.threads)
+        return cost_model(self.targets[0].kind, program, self.scored(program), table, self.mix)
+
+    def plans(self, case: Case, costs: CostModel, seconds: dict[str, float]) -> list[Plan]:
+        """One plan for each value of the target, each within the one before; `seconds` gets the time of parts."""
+        start = time.perf_counter()
+        curves = self.curves(case)
+        seconds["curves"] = time.perf_counter() - start
+        start = time.perf_counter()
+        values = [target.value for target in self.targets]
+        refined: list[Plan] = []
+        for plan in plans_for(case.groups, curves, costs, values, uniform=self.uniform):
+            refined.append(self.refine(case, plan, refined[-1] if refined else None))
+        seconds["allocate"] = time.perf_counter() - start
+        return refined
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed: by the method, or by its reconstruction."""
+        return self.needs_data or self.reconstruct != "none"
+
+    def scored(self, program: Program) -> tuple[Group, ...]:
+        """The groups that this pass prunes."""
+        return tuple(
+            group
+            for group in program.groups
+            if isinstance(group, (AttentionGroup, MlpGroup)) and group.kind in self.kinds
+        )
+
+    def requires(self, program: Program) -> None:
+        """There are groups, each consumer belongs to one, and text can be run.
+
+        Raises:
+            PreconditionError: something is missing; the message lists what was found and what stood in the way.
+        """
+        groups = self.scored(program)
+        if not groups:
+            raise PreconditionError(_nothing_found(program))
+        if self.reads_text and (program.source is None or not program.interface.cache):
+            raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face causal language model")
+        consumers = [piece.parameter for group in groups for piece in group.consumers]
+        twice = sorted({name for name in consumers if consumers.count(name) > 1})
+        if twice:
+            raise PreconditionError(f"{twice[0]} reads two groups; its reconstruction could not be told apart")
+        unmatched = [p for p in self.keep if not any(fnmatchcase(group.name, p) for group in groups)]
+        if unmatched:
+            raise UsageError(f"keep: {unmatched[0]!r} matches no group; they are {', '.join(g.name for g in groups)}")
+
+    def _limits(self, group: Group) -> Limits:
+        shares = [share for pattern, share in self.keep.items() if fnmatchcase(group.name, pattern)]
+        return Limits(self.round_to, max([self.min_keep, *shares]))
+
+    def budgets(self, program: Program) -> Budgets:
+        """Calibrate once, and plan for every value of the target.
+
+        Raises:
+            PlanError: no legal plan reaches one.
+            UsageError: they are not in order.
+            CalibrationError: the calibration text is too small.
+        """
+        groups = self.scored(program)
+        costs = self.costs(program)
+        budgets_of(costs, [target.value for target in self.targets])  # a wrong order is told before anything runs
+        seconds: dict[str, float] = {}
+        tokens, description = self._text(program, seconds)
+        self._require_enough(program, groups, tokens)
+        limits = {group.name: self._limits(group) for group in groups}
+        dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
+        case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed)
+        plans = self.plans(case, costs, seconds)
+        return Budgets(self.targets, tuple(plans), tokens, description, seconds, case.notes)
+
+    def _text(self, program: Program, seconds: dict[str, float]) -> tuple[Tensor, Mapping[str, Any] | None]:
+        device = next(program.graph_module.parameters()).device
+        if not self.reads_text:
+            return torch.zeros(0, self.seq_len, dtype=torch.int64, device=device), None
+        assert program.source is not None
+        start = time.perf_counter()
+        texts = calibration_set(
+            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+            tokenizer=program.source.tokenizer,
+            runner=GraphRunner(program.graph_module, program.interface),
+            config=program.source.config,
+            device=device,
+        )
+        seconds["text"] = time.perf_counter() - start
+        return texts.tokens.to(device), texts.description
+
+    def _require_enough(self, program: Program, groups: Sequence[Group], tokens: Tensor) -> None:
+        if not self.inverts and self.reconstruct not in {"ridge", "auto"}:
+            return
+        consumers = [piece.parameter.removesuffix(".weight") for group in groups for piece in group.consumers]
+        widest = max(get_attribute(program.graph_module, name).in_features for name in consumers)
+        if tokens.numel() < widest:
+            length = tokens.shape[1]
+            raise CalibrationError(
+                f"{tokens.numel()} calibration tokens cannot tell {widest} inputs of a Linear apart: use at least "
+                f"{-(-2 * widest // length)} samples of {length} tokens"
+                + ("" if self.inverts else ", or reconstruct=none")
+            )
+
+    def apply(self, program: Program, budgets: Budgets, index: int) -> PassResult:
+        """Reconstruct for one of the plans; the plan is left in `Program.plan`."""
+        plan = budgets.plans[index]
+        groups = self.scored(program)
+        start = time.perf_counter()
+        consumers = consumers_of(groups, plan, program.graph_module)
+        dtype = forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device)
+        rebuilt, layers = reconstruct_consumers(
+            program,
+            consumers,
+            budgets.tokens,
+            mode=self.reconstruct,
+            biases=self.biases,
+            forward_dtype=dtype,
+            batch_size=self.batch_size,
+        )
+        seconds = {**budgets.seconds, "reconstruct": time.perf_counter() - start}
+        total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
+        removed = self.removed_parameters(program, plan)
+        section = {
+            "method": self.name,
+            "target": str(budgets.targets[index]),
+            "removed_share": removed / total,
+            "uniform": self.uniform,
+            "reconstruct": self.reconstruct,
+            "consumers": layers,
+            "seconds": seconds,
+            **budgets.notes,
+        }
+        results = {} if budgets.description is None else {"calibration": budgets.description}
+        after = rebuilt.replace(plan=plan).with_results(**results, structured=section)
+        details = {
+            "requested": str(budgets.targets[index]),
+            "removed_share": removed / total,
+            "biases": sum(bool(layer["bias"]) for layer in layers),
+            "seconds": seconds,
+        }
+        return PassResult(after, modified=True, details=details)
+
+    def removed_parameters(self, program: Program, plan: Plan) -> int:
+        """Parameters of the block Linears that go with a plan."""
+        return sum(group.parameters_removed(plan.kept_units(group)) for group in self.scored(program))
+
+    def call(self, program: Program) -> PassResult:
+        """Calibrate, plan, reconstruct; the plan is left in `Program.plan`.
+
+        Raises:
+            UsageError: there are several values of the target; use `budgets` and `apply`.
+        """
+        if len(self.targets) > 1:
+            raise UsageError(f"{self.name} has {len(self.targets)} targets here; one program takes one")
+        return self.apply(program, self.budgets(program), 0)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """The plan is legal.
+
+        Raises:
+            PostconditionError: there is no plan.
+            PlanError: it is illegal.
+        """
+        del before
+        if after.plan is None:
+            raise PostconditionError(f"{self.name} left no plan")
+        after.plan.validate(after.groups)
+
+
+def _nothing_found(program: Program) -> str:
+    """Why there is no group: candidates that were refused, and the operators that pin channels."""
+    if program.channels is None:
+        return "no group that could be pruned was found: run locate_attention and locate_mlp first"
+    refused = [f"{name}: {why}" for event in program.history for name, why in event.details.get("refused", {}).items()]
+    pins = list(dict.fromkeys(map(str, program.channels.pins)))
+    found = [("refused", refused), ("pinned by", pins)]
+    listed = [f"{what} {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}" for what, lines in found if lines]
+    return f"no group that could be pruned was found. {'. '.join(listed) or 'The graph has no Linears between Linears'}"

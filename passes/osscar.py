@@ -1,0 +1,111 @@
+"""OSSCAR: the units go that least squares makes up for best, the same widths in every layer.
+
+Structured optimal brain surgeon on the Gram matrix of what each consumer reads (Meng et al. 2024, "OSSCAR: one-shot
+structured pruning in vision and language models with combinatorial optimization"; the sweep is that of
+`fxprune.structured_obs`), then new weights for what is left, layer after layer, on already pruned inputs. Units are
+chosen on the inputs of the dense model. There they chose once, by local search from greedy; here the sweep gives
+every width at once.
+
+Graph and refusals are those of `fxprune.structured_pass`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from fxprune.curves import obs_channel_curve, obs_head_curve, scaled
+from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
+from fxprune.errors import UsageError
+from fxprune.groups import AttentionGroup
+from fxprune.progress import track
+from fxprune.stages import cut_stages
+from fxprune.structured_obs import Elimination, damped
+from fxprune.structured_pass import StructuredPass
+from fxprune.unit_scores import consumer_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fxprune.curves import Curve
+    from fxprune.engine import SiteStatistics
+    from fxprune.gram import Gram
+    from fxprune.groups import Group
+    from fxprune.reconstruction import Reconstruction
+    from fxprune.stages import Stage
+    from fxprune.structured_pass import Case
+
+__all__ = ["Osscar", "layer_curve"]
+
+
+def layer_curve(group: Group, grams: Mapping[str, Gram], case: Case, damping: float) -> Curve:
+    """The curve of one group: the share of its consumers' output energy that no weights of what is left can give back.
+
+    Args:
+        group: heads or MLP channels.
+        grams: of what its consumers read in the dense model, by consumer.
+        case: gives weights and limits.
+        damping: see `fxprune.structured_obs.damped`.
+    """
+    problems, energy = [], 0.0
+    for name in consumer_names([group]):
+        gram, weight = grams[name], case.weight(name).double()
+        gram.require_finite()
+        live = gram.matrix.diagonal() > 0  # what is always 0 is free
+        problems.append(Elimination(damped(gram.matrix, damping), weight.t() * live[:, None]))
+        energy += 0.5 * gram.energy(weight)
+    blocks = [torch.from_numpy(piece.indices).to(weight.device) for piece in group.consumers]
+    limits = case.limits[group.name]
+    if isinstance(group, AttentionGroup):
+        curve = obs_head_curve(group, problems, blocks, limits)
+    else:
+        curve = obs_channel_curve(group, problems, blocks, limits)
+    # Errors in units of the layer's own output: a layer with large activations does not decide for all others.
+    factor = 1 / max(energy, torch.finfo(torch.float64).tiny)
+    return scaled({group.name: curve}, {group.name: factor})[group.name]
+
+
+class Osscar(StructuredPass):
+    """Remove the units whose absence changes the consumers' outputs least (see the module's docstring).
+
+    Args:
+        damping: share of the median of a Gram matrix' diagonal that is added to it.
+        **options: of every structured method, see `StructuredPass`.
+    """
+
+    name = "osscar"
+    reconstruction: ClassVar[Reconstruction] = "ridge"
+    inverts: ClassVar[bool] = True
+    own_uniform: ClassVar[bool] = True
+
+    def __init__(self, *, damping: float = 0.01, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 < damping < float("inf"):
+            raise UsageError(f"damping must be positive, got {damping}")
+        self.damping = damping
+
+    def curves(self, case: Case) -> Mapping[str, Curve]:
+        """One pass over the text; a group's curve is swept as soon as the Gram matrices of its consumers are there."""
+        samples = text_samples(case.program.interface, case.tokens)
+        cut = cut_stages(case.program.graph_module, consumer_names(case.groups), samples.varying)
+        waiting: dict[str, Gram] = {}
+        found: dict[str, Curve] = {}
+        readers = {group.name: consumer_names([group]) for group in case.groups}
+
+        def sweep(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
+            del stage
+            for one in statistics:
+                (gram,) = one.grams
+                assert gram is not None
+                waiting.update(dict.fromkeys(one.site.linears, gram))
+            for group in case.groups:
+                if group.name not in found and all(name in waiting for name in readers[group.name]):
+                    found[group.name] = layer_curve(group, waiting, case, self.damping)
+                    for name in readers[group.name]:
+                        del waiting[name]
+
+        options = EngineOptions(forward_dtype=case.forward_dtype, batch_size=case.batch_size)
+        with track("curves", len(cut.stages)) as advance:
+            CalibrationEngine(cut, samples, options).run(sweep, on_stage=advance)
+        return found

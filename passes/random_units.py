@@ -1,0 +1,38 @@
+"""Random: units go by lot, the same share of every layer. What every other method must beat.
+
+Graph and refusals are those of `fxprune.structured_pass`; no text is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from fxprune.curves import score_curve
+from fxprune.structured_pass import StructuredPass
+from fxprune.unit_scores import per_group
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fxprune.curves import Curve
+    from fxprune.structured_pass import Case
+
+__all__ = ["RandomUnits"]
+
+
+class RandomUnits(StructuredPass):
+    """Remove units by lot, drawn from the seed. Options are those of `StructuredPass`."""
+
+    name = "random"
+    own_uniform: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+
+    def curves(self, case: Case) -> Mapping[str, Curve]:
+        """Scores drawn from [0, 1)."""
+        random = np.random.default_rng(case.seed)
+        return {
+            group.name: score_curve(group, per_group(group, random.random(group.units)), case.limits[group.name])
+            for group in case.groups
+        }

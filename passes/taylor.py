@@ -1,0 +1,49 @@
+"""Taylor: the units go whose weights matter least to the loss, to first order.
+
+The score of a unit is the sum over its weights of |w dL/dw|, with L the next-token loss on the calibration text (Ma et
+al. 2023, "LLM-Pruner: on the structural pruning of large language models", section 3.2, first order, by elements).
+Rows of a KV head count in full for each of its query heads. One ranking over all layers; nothing makes up for what is
+removed.
+
+Graph and refusals are those of `fxprune.structured_pass`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fxprune.curves import score_curve
+from fxprune.loss_signals import collect_loss_signals
+from fxprune.structured_pass import StructuredPass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fxprune.curves import Curve
+    from fxprune.structured_pass import Case
+
+__all__ = ["Taylor"]
+
+
+class Taylor(StructuredPass):
+    """Remove the units of least |w dL/dw| (see the module's docstring). Options are those of `StructuredPass`."""
+
+    name = "taylor"
+
+    def curves(self, case: Case) -> Mapping[str, Curve]:
+        """Sums of scores; one backward pass."""
+        signals = collect_loss_signals(
+            case.program,
+            case.groups,
+            case.tokens,
+            batch_size=case.batch_size,
+            taylor=True,
+            grams=False,
+            forward_dtype=case.forward_dtype,
+        )
+        found = {}
+        for group in case.groups:
+            scores = signals[group.name].taylor
+            assert scores is not None
+            found[group.name] = score_curve(group, scores.cpu().numpy(), case.limits[group.name])
+        return found
