@@ -186,13 +186,16 @@ def reconstruct(
         bias: whether the bias may.
         ridges: shares of the diagonal to try, from weak to strong, until the error grows.
         unit_of: (in,) unit of each input, for `scale`; -1 for inputs that belong to none.
+
+    Raises:
+        CalibrationError: no ridge is strong enough to solve with.
     """
     weight = weight.double()
     start = torch.cat([weight * kept[:, None], weight.new_zeros(1, weight.shape[1])])
     judge = held or fit
     plain = judge.error(start)
 
-    def solved(moments: PairMoments, choice: str) -> Tensor:
+    def solved(moments: PairMoments, choice: str) -> Tensor | None:
         if choice == "none":
             return start
         if choice == "scale":
@@ -211,13 +214,23 @@ def reconstruct(
     errors: dict[str, float] = {}
     weaker = float("inf")
     for choice in choices:
-        errors[choice] = judge.error(solved(fit, choice))
+        tried = solved(fit, choice)
+        if tried is None:
+            continue
+        errors[choice] = judge.error(tried)
         if choice.startswith("ridge"):
             if errors[choice] > weaker:
                 break  # a still stronger ridge is further from the best one
             weaker = errors[choice]
+    if not errors:
+        raise CalibrationError(
+            f"no ridge of {', '.join(f'{ridge:g}' for ridge in ridges)} is enough for moments of {len(kept)} inputs "
+            f"over {fit.tokens} tokens; use more calibration text, a stronger ridge, or reconstruct=auto"
+        )
     best = min(errors, key=errors.__getitem__)
-    new = solved(fit if held is None else fit + held, best)
+    both = None if held is None else solved(fit + held, best)
+    new = solved(fit, best) if both is None else both
+    assert new is not None
     changed = bias and best not in {"none", "scale"}
     return Reconstructed(new[:-1], new[-1] if changed else None, best, errors[best], plain)
 
@@ -234,15 +247,21 @@ def _choices(mode: Reconstruction, ridges: Sequence[float], *, bias: bool) -> li
     return choices or ["none"]
 
 
-def _least_squares(start: Tensor, inputs: Tensor, moments: PairMoments, ridge: float) -> Tensor:
-    """The solution (in + 1, out) in which some inputs (the last one is the bias) move."""
+def _least_squares(start: Tensor, inputs: Tensor, moments: PairMoments, ridge: float) -> Tensor | None:
+    """The solution (in + 1, out) in which some inputs (the last one is the bias) move.
+
+    None when the ridge is less than what rounding left in the moments: the system has no Cholesky factor.
+    """
     gram = moments.gram
     residual = (moments.target - gram @ start)[inputs]
     system = damped(gram[inputs[:, None], inputs], ridge, "channel")
     # Inputs that (nearly) repeat others: a little of the median keeps the factorisation going.
     system.diagonal().add_(1e-6 * float(system.diagonal().median()))
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info):
+        return None
     result = start.clone()
-    result[inputs] += torch.cholesky_solve(residual, torch.linalg.cholesky(system))
+    result[inputs] += torch.cholesky_solve(residual, factor)
     return result
 
 

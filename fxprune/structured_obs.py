@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Elimination", "damped", "matrix_root", "swap", "swap_gains", "sweep"]
+__all__ = ["Elimination", "damped", "matrix_root", "positive_definite", "swap", "swap_gains", "sweep"]
 
 DampingScale = Literal["mean", "median", "channel"]
 
@@ -61,6 +61,39 @@ def damped(gram: Tensor, damping: float, rule: DampingScale = "median") -> Tenso
         diagonal.add_(damping * float(values.median() if rule == "median" else values.mean()))
     diagonal[~live] = 1.0
     return matrix
+
+
+def positive_definite(
+    gram: Tensor, damping: float, rule: DampingScale = "median", *, limit: float = 1e3
+) -> tuple[Tensor, float]:
+    """`damped`, with ten times the damping for as long as the result has no Cholesky factor.
+
+    Sums in float32 round the products of channels that are a thousand times larger than others; what this leaves in
+    the small ones can be more than the damping.
+
+    Args:
+        gram: see `damped`.
+        damping: see `damped`.
+        rule: see `damped`.
+        limit: the most that the damping may become, as a multiple of the one asked for.
+
+    Returns:
+        The matrix, and the damping that it took.
+
+    Raises:
+        CalibrationError: no damping within the limit is enough, or there are NaN or infinities.
+    """
+    used = damping
+    while used <= damping * limit:
+        matrix = damped(gram, used, rule)
+        _, info = torch.linalg.cholesky_ex(matrix)
+        if not int(info):
+            return matrix, used
+        used *= 10
+    raise CalibrationError(
+        f"the Gram matrix of {len(gram)} inputs is not positive definite even with a damping of {used / 10:g}; use "
+        "more and more varied calibration text"
+    )
 
 
 def matrix_root(metric: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fxprune.groups import AttentionGroup
 from fxprune.loss_signals import collect_loss_signals
 from fxprune.plan import Plan
 from fxprune.progress import track
-from fxprune.structured_obs import Elimination, damped, matrix_root, swap
+from fxprune.structured_obs import Elimination, matrix_root, positive_definite, swap
 from fxprune.structured_pass import StructuredPass
 
 if TYPE_CHECKING:
@@ -119,7 +119,10 @@ class ChannelPrune(StructuredPass):
             root = matrix_root(signals.outputs[name] / signals.tokens)
             weight = get_attribute(case.program.graph_module, name).weight.detach()
             scaled_weight = (weight.double().t() @ root) * (gram.diagonal() > 0)[:, None]  # what is always 0 is free
-            found[name] = damped(gram / signals.tokens, self.damping), scaled_weight
+            hessian, used = positive_definite(gram / signals.tokens, self.damping)
+            if used > self.damping:
+                case.notes.setdefault("damping_raised", {})[name] = used
+            found[name] = hessian, scaled_weight
         return found
 
     def refine(self, case: Case, plan: Plan, within: Plan | None) -> Plan:

@@ -21,7 +21,7 @@ from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
 from fxprune.progress import track
 from fxprune.stages import cut_stages
-from fxprune.structured_obs import Elimination, damped
+from fxprune.structured_obs import Elimination, positive_definite
 from fxprune.structured_pass import StructuredPass
 from fxprune.unit_scores import consumer_names
 
@@ -46,14 +46,17 @@ def layer_curve(group: Group, grams: Mapping[str, Gram], case: Case, damping: fl
         group: heads or MLP channels.
         grams: of what its consumers read in the dense model, by consumer.
         case: gives weights and limits.
-        damping: see `fxprune.structured_obs.damped`.
+        damping: see `fxprune.structured_obs.positive_definite`.
     """
     problems, energy = [], 0.0
     for name in consumer_names([group]):
         gram, weight = grams[name], case.weight(name).double()
         gram.require_finite()
         live = gram.matrix.diagonal() > 0  # what is always 0 is free
-        problems.append(Elimination(damped(gram.matrix, damping), weight.t() * live[:, None]))
+        hessian, used = positive_definite(gram.matrix, damping)
+        if used > damping:
+            case.notes.setdefault("damping_raised", {})[name] = used
+        problems.append(Elimination(hessian, weight.t() * live[:, None]))
         energy += 0.5 * gram.energy(weight)
     blocks = [torch.from_numpy(piece.indices).to(weight.device) for piece in group.consumers]
     limits = case.limits[group.name]

@@ -232,3 +232,14 @@ def test_the_model_comes_nearer_to_the_dense_one(mode: Any) -> None:
         assert weight.dtype is torch.float32
         if mode != "bias":
             assert not weight.detach()[:, ~consumer.kept].any()
+
+
+def test_a_ridge_that_is_too_weak_for_the_moments_is_passed_over() -> None:
+    x, weight = rows(50, 5), rows(5, 4, seed=1)
+    whole = moments(x, weight)
+    broken = whole.gram.clone()
+    broken[0, 1] = broken[1, 0] = 1.5 * float(broken[0, 0] * broken[1, 1]) ** 0.5  # more than any two inputs share
+    fit = PairMoments(broken, whole.target, whole.energy, whole.tokens)
+    assert reconstruct(weight, mask(5, 4), fit, whole, mode="ridge", ridges=(0.0, 9.0)).choice == "ridge 9"
+    with pytest.raises(CalibrationError, match="stronger ridge"):
+        reconstruct(weight, mask(5, 4), fit, whole, mode="ridge", ridges=(0.0,))

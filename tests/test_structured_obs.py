@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxprune.errors import CalibrationError
-from fxprune.structured_obs import Elimination, damped, matrix_root, swap_gains, sweep
+from fxprune.structured_obs import Elimination, damped, matrix_root, positive_definite, swap_gains, sweep
 from tests.units import least_squares_error, problem
 
 
@@ -159,3 +159,16 @@ def test_greedy_is_near_the_best_of_all_sets() -> None:
     assert best <= float(errors[-1]) * (1 + 1e-9)
     assert float(errors[-1]) <= 1.5 * best
     assert len(set(order.tolist())) == 3
+
+
+def test_damping_grows_until_there_is_a_factor_and_not_without_end() -> None:
+    values = torch.tensor([1e4, 1.0, 1.0, -3e-3], dtype=torch.float64)  # what rounding leaves of a rank that is missing
+    turn, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    gram = turn @ torch.diag(values) @ turn.T
+    scale = float(gram.diagonal().median())
+    matrix, used = positive_definite(gram, 1e-3 / scale)
+    assert used == pytest.approx(1e-2 / scale)
+    assert float(torch.linalg.eigvalsh(matrix)[0]) > 0
+    assert positive_definite(torch.eye(3), 0.01)[1] == 0.01
+    with pytest.raises(CalibrationError, match="not positive definite even with a damping"):
+        positive_definite(gram, 1e-9 / scale)
