@@ -41,8 +41,8 @@ RIDGES = (0.0003, 0.003, 0.03, 0.3)
 
 
 TOKENS_AN_INPUT = 10
-"""`auto` leaves least squares out below so many tokens for each input: with 3 it won on held-out text of the calibration
-text's kind and lost to `none` on other text."""
+"""`auto` leaves least squares out below so many tokens for each input: with 3 it won on held-out text of the same
+kind, and lost to no change at all on other text."""
 
 
 @dataclass(frozen=True)

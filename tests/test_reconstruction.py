@@ -206,7 +206,7 @@ def test_the_model_comes_nearer_to_the_dense_one(mode: Any) -> None:
     groups = program.groups
     plan = Plan.of({g.name: range(2, g.units) if g.kind == "mlp" else (0, 1, 3, 4) for g in groups})
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 61, (24, 12), generator=generator)
+    tokens = torch.randint(0, 61, (96 if mode == "auto" else 24, 12), generator=generator)
     consumers = consumers_of(groups, plan, program.graph_module)
     rebuilt, layers = reconstruct_consumers(
         program, consumers, tokens, mode=mode, biases=True, forward_dtype=None, batch_size=4
@@ -243,3 +243,14 @@ def test_a_ridge_that_is_too_weak_for_the_moments_is_passed_over() -> None:
     assert reconstruct(weight, mask(5, 4), fit, whole, mode="ridge", ridges=(0.0, 9.0)).choice == "ridge 9"
     with pytest.raises(CalibrationError, match="stronger ridge"):
         reconstruct(weight, mask(5, 4), fit, whole, mode="ridge", ridges=(0.0,))
+
+
+def test_few_tokens_leave_least_squares_out_unless_it_is_asked_for() -> None:
+    x, weight = rows(45, 5), rows(5, 4, seed=1)
+    x[:, 4] = x[:, 0] + x[:, 1]
+    kept = mask(5, 4)
+    assert reconstruct(weight, kept, moments(x, weight), None, mode="auto").choice in {"none", "bias"}
+    assert reconstruct(weight, kept, moments(x, weight), None, mode="ridge").choice.startswith("ridge")
+    more = rows(60, 5)
+    more[:, 4] = more[:, 0] + more[:, 1]
+    assert reconstruct(weight, kept, moments(more, weight), None, mode="auto").choice.startswith("ridge")
