@@ -15,11 +15,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from benchmarks.common import conditions, spread
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
 from fxprune.graphs import state_tensors
@@ -110,25 +111,6 @@ def table(cells: list[dict[str, Any]]) -> str:
             removed = "-" if method == "dense" else target
             lines.append(f"| {method} | {removed} | {perplexity} | {lambada} | {seconds} | {peak} | {len(mine)} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
-    if not values:
-        return "-"
-    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
-
-
-def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for a cell that was measured earlier to count."""
-    return {
-        "model": Path(arguments.model or default_model_path()).name,
-        "text": "wiki.valid.raw" if arguments.valid else "wiki.test.raw",
-        "samples": arguments.samples,
-        "windows": arguments.windows,
-        "rows": arguments.rows,
-        "options": json.loads(arguments.options),
-    }
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:

@@ -19,11 +19,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.common import conditions, spread
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
 from fxprune.harness import evaluate_tasks
@@ -46,12 +47,12 @@ TASKS = {"lambada_openai": "last_word_accuracy", "arc_easy": "acc"}
 def measure(arguments: argparse.Namespace, method: str, seed: int, ratios: list[float]) -> None:
     """All ratios of one method: a line of JSON for each on standard output."""
     torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model or str(default_model_path()))
     entry: dict[str, Any] = {"method": method, "seed": seed, "conditions": conditions(arguments)}
     if method == "dense":
         figures = quality(arguments, arguments.model or str(default_model_path()))
         print(json.dumps({**entry, "ratio": 0.0, **figures, "threads": arguments.threads}), flush=True)
         return
+    loaded = load_model(arguments.model or str(default_model_path()))
     program = front_end(loaded, Stopwatch())
     text = arguments.data / "calibration" / "sample_c4-rp1.jsonl"
     options: dict[str, Any] = {"ratio": ratios, "calibration": str(text), "samples": arguments.samples}
@@ -136,10 +137,10 @@ def table(cells: list[dict[str, Any]]) -> str:
         for ratio in sorted({cell["ratio"] for cell in mine}):
             rows = [cell for cell in mine if cell["ratio"] == ratio]
             figures = [
-                spread(rows, "perplexity", ".1f"),
-                *(spread(rows, task, ".3f") for task in TASKS),
+                figure(rows, "perplexity", ".1f"),
+                *(figure(rows, task, ".3f") for task in TASKS),
                 *(speed_up(rows, kind) for kind in ("prefill", "decode")),
-                spread(rows, "seconds", ".0f"),
+                figure(rows, "seconds", ".0f"),
                 str(len(rows)),
             ]
             removed = f"{ratio:.0%}" if ratio else "-"
@@ -147,30 +148,15 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def spread(rows: list[dict[str, Any]], name: str, form: str) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
-    values = [row[name] for row in rows if name in row]
-    if not values:
-        return "-"
-    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+def figure(rows: list[dict[str, Any]], name: str, form: str) -> str:
+    """One figure of all seeds."""
+    return spread([row[name] for row in rows if name in row], form)
 
 
 def speed_up(rows: list[dict[str, Any]], kind: str) -> str:
     """Mean speed-up of the cases of a kind."""
     found = [one["speedup"] for row in rows for one in row.get("speed", ()) if one["case"].startswith(kind)]
     return f"{fmean(found):.2f}x" if found else "-"
-
-
-def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What must be the same for a cell that was measured earlier to count."""
-    return {
-        "model": Path(arguments.model or default_model_path()).name,
-        "text": "wiki.valid.raw" if arguments.valid else "wiki.test.raw",
-        "samples": arguments.samples,
-        "windows": arguments.windows,
-        "rows": arguments.rows,
-        "options": json.loads(arguments.options),
-    }
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.activation_store import ActivationStore
 from fxprune.errors import CalibrationError, PreconditionError
-from fxprune.gram import Gram
+from fxprune.gram import Gram, GramSum
 from fxprune.matmul import fast_products
 from fxprune.runners import position_ids_from_mask
 
@@ -40,15 +40,12 @@ __all__ = [
     "Collector",
     "EngineOptions",
     "GramCollector",
-    "GramSum",
     "Residency",
     "Samples",
     "SiteStatistics",
     "text_samples",
 ]
 
-_PANELS = 4
-"""A Gram matrix is computed in so many panels of columns, each down to the diagonal only: 5/8 of the products."""
 _TOKENS_AT_ONCE = 8192
 
 
@@ -137,30 +134,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] += now - start
         return now
-
-
-class GramSum:
-    """A running XᵀX in float32, upper panels only until the end."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.matrix = torch.zeros(width, width, device=device)
-        self.tokens = 0
-        step = max(128, -(-width // _PANELS))
-        self.panels = [(start, min(start + step, width)) for start in range(0, width, step)]
-
-    def add(self, x: Tensor) -> None:
-        """Add rows (tokens, width), float32."""
-        self.tokens += len(x)
-        for start, end in self.panels:
-            self.matrix[:end, start:end].addmm_(x[:, :end].t(), x[:, start:end])
-
-    def result(self) -> Gram | None:
-        """The matrix, once; None when no row came."""
-        if not self.tokens:
-            return None
-        self.matrix.triu_()
-        self.matrix.add_(self.matrix.triu(1).t())
-        return Gram(self.matrix, self.tokens)
 
 
 class Collector(Protocol):

@@ -16,7 +16,10 @@ from fxprune.errors import CalibrationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Gram", "gram_of"]
+__all__ = ["Gram", "GramSum", "gram_of"]
+
+_PANELS = 4
+"""A Gram matrix is computed in so many panels of columns, each down to the diagonal only: 5/8 of the products."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,27 @@ def gram_of(inputs: Tensor, dtype: torch.dtype = torch.float32) -> Gram:
     """The Gram matrix of inputs (..., in), whose leading axes are tokens."""
     rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)
     return Gram(rows.T @ rows, rows.shape[0])
+
+
+class GramSum:
+    """A running XᵀX in float32, upper panels only until the end."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(width, width, device=device)
+        self.tokens = 0
+        step = max(128, -(-width // _PANELS))
+        self.panels = [(start, min(start + step, width)) for start in range(0, width, step)]
+
+    def add(self, x: Tensor) -> None:
+        """Add rows (tokens, width), float32."""
+        self.tokens += len(x)
+        for start, end in self.panels:
+            self.matrix[:end, start:end].addmm_(x[:, :end].t(), x[:, start:end])
+
+    def result(self) -> Gram | None:
+        """The matrix, once; None when no row came."""
+        if not self.tokens:
+            return None
+        self.matrix.triu_()
+        self.matrix.add_(self.matrix.triu(1).t())
+        return Gram(self.matrix, self.tokens)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, PreconditionError
+from fxprune.gram import GramSum
 from fxprune.graphs import linear_calls
 from fxprune.loss_gradients import backpropagate_loss
 from fxprune.matmul import fast_products
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from fxprune.program import Program
 
 __all__ = ["GroupSignals", "collect_loss_signals"]
-
-_PANELS = 4
-"""A Gram matrix is computed in so many panels of columns, each down to the diagonal only: 5/8 of the products."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ def collect_loss_signals(
         result[group.name] = GroupSignals(
             torch.stack([each.columns[:, channels].sum(-1) for each, channels in of.values()]).sum(0),
             _taylor(program.graph_module, group, weight_gradients) if taylor else None,
-            {name: each.inputs for name, (each, _) in of.items() if each.inputs is not None},
-            {name: each.outputs for name, (each, _) in of.items() if each.outputs is not None},
+            {name: each.inputs.matrix for name, (each, _) in of.items() if each.inputs is not None},
+            {name: each.outputs.matrix for name, (each, _) in of.items() if each.outputs is not None},
             {name: each.total for name, (each, _) in of.items()},
             next(each.tokens for each, _ in of.values()),
         )
@@ -165,8 +163,8 @@ class _Sums:
         outs, ins = weight.shape
         self.columns = torch.zeros(samples, ins, device=weight.device)
         self.total = torch.zeros(ins, dtype=torch.float64, device=weight.device)
-        self.inputs = torch.zeros(ins, ins, device=weight.device) if grams else None
-        self.outputs = torch.zeros(outs, outs, device=weight.device) if grams else None
+        self.inputs = GramSum(ins, weight.device) if grams else None
+        self.outputs = GramSum(outs, weight.device) if grams else None
         self.rounded = rounded
         self.tokens = 0
 
@@ -186,8 +184,8 @@ class _Sums:
             with ExitStack() as stack:
                 stack.enter_context(torch.autocast(rows.device.type, enabled=False))
                 stack.enter_context(fast_products(rounded=self.rounded is torch.bfloat16))
-                _add_gram(self.inputs, rows)
-                _add_gram(self.outputs, self._rows(call.by_output))
+                self.inputs.add(rows)
+                self.outputs.add(self._rows(call.by_output))
 
     def _rows(self, x: Tensor) -> Tensor:
         """(tokens, features) float32, rounded as the products round them."""
@@ -198,25 +196,15 @@ class _Sums:
         """Whether there is anything, and whether it is finite; `name` is for the message."""
         if not self.tokens:
             raise PreconditionError(f"{name} does not lead to the logits; the loss says nothing about what it reads")
-        diagonals = [matrix.diagonal() for matrix in (self.inputs, self.outputs) if matrix is not None]
+        diagonals = [one.matrix.diagonal() for one in (self.inputs, self.outputs) if one is not None]
         if not all(bool(torch.isfinite(one).all()) for one in (self.columns, self.total, *diagonals)):
             raise CalibrationError(f"the sums of {name} overflow on the calibration text; calibrate in float32")
 
     def complete(self) -> None:
         """Fill the lower triangles."""
-        for matrix in (self.inputs, self.outputs):
-            if matrix is not None:
-                matrix.triu_()
-                matrix.add_(matrix.triu(1).t())
-
-
-def _add_gram(matrix: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to the upper panels of a matrix."""
-    width = len(matrix)
-    step = max(128, -(-width // _PANELS))
-    for start in range(0, width, step):
-        end = min(start + step, width)
-        matrix[:end, start:end].addmm_(rows[:, :end].t(), rows[:, start:end])
+        for one in (self.inputs, self.outputs):
+            if one is not None:
+                one.result()
 
 
 def _readers(graph_module: GraphModule) -> dict[int, list[str]]:

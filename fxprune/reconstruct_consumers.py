@@ -153,7 +153,7 @@ class _Solver:
 
     def collector(self) -> PairCollector:
         """What the engine collects a stage with."""
-        self._pairs = PairCollector({name: weight.float() for name, weight in self.dense.items()}, self.held_out)
+        self._pairs = PairCollector(self.dense, self.held_out)
         return self._pairs
 
     def __call__(self, stage: Stage, statistics: Sequence[SiteStatistics]) -> None:

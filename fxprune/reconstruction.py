@@ -14,13 +14,14 @@ text) have outputs a thousand times larger than all others, and without weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fxprune.engine import GramSum, SiteStatistics
+from fxprune.engine import SiteStatistics
 from fxprune.errors import CalibrationError
+from fxprune.gram import GramSum
 from fxprune.structured_obs import damped
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ one factor for each unit (the mask tuning of Kwon et al. 2022, section 4.3)."""
 
 RIDGES = (0.0003, 0.003, 0.03, 0.3)
 """Shares of each diagonal entry of H that are tried as its ridge."""
-
 
 TOKENS_AN_INPUT = 10
 """`auto` leaves least squares out below so many tokens for each input: with 3 it won on held-out text of the same
@@ -105,12 +105,13 @@ class PairCollector:
     """Collects the moments of a stage's sites (an engine's `Collector`).
 
     Args:
-        weights: (out, in) float32 dense weight of each consumer, by name.
+        weights: (out, in) dense weight of each consumer, by name.
         held_out: samples from this one on are kept apart.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], held_out: int) -> None:
         self.weights = weights
+        self._single: dict[str, Tensor] = {}  # in float32, of the stage's consumers only
         self.held_out = held_out
         self.moments: dict[str, tuple[PairMoments, PairMoments | None]] = {}
         self._sums: dict[str, tuple[_Sums, _Sums]] = {}
@@ -120,11 +121,11 @@ class PairCollector:
         """Take one batch of one site; see `fxprune.engine.Collector`. A batch is fitted or held out as a whole."""
         assert offsets is None
         for name in site.linears:
-            weight = self.weights[name]
             if name not in self._sums:
-                outputs, inputs = weight.shape
+                self._single[name] = self.weights[name].float()
+                outputs, inputs = self._single[name].shape
                 self._sums[name] = (_Sums(inputs, outputs, rows.device), _Sums(inputs, outputs, rows.device))
-            target = (rows if dense is None else dense) @ weight.t()
+            target = (rows if dense is None else dense) @ self._single[name].t()
             energy = target.square().sum(1)
             middle = energy.median().clamp(min=torch.finfo(energy.dtype).tiny)
             self._sums[name][first >= self.held_out].add(rows, target, energy, 1 / (1 + energy / middle))
@@ -166,7 +167,6 @@ class Reconstructed:
     choice: str
     error: float
     plain: float
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def reconstruct(

@@ -64,8 +64,9 @@ def speed_plan(step: Pass, threads: int) -> SpeedPlan:
         UsageError: the table cannot be read, or the mix does not fit it.
     """
     if isinstance(step, StructuredPass) and step.target_speedup is not None and step.table is not None:
-        cases = tuple(entry.case for entry in load_table(step.table).cases)
-        mix = load_table(step.table).weights(step.mix or {case.name: 1.0 for case in cases})
+        table = load_table(step.table)
+        cases = tuple(entry.case for entry in table.cases)
+        mix = table.weights(step.mix or {case.name: 1.0 for case in cases})
         return SpeedPlan(cases, step.threads, mix=mix)
     return SpeedPlan(tuple(cases_of(_PREFILL, _DECODE, _PAST)), threads)
 

@@ -149,9 +149,9 @@ class StructuredPass(Pass):
     """Whether the method prunes uniformly unless told otherwise."""
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     needs_data: ClassVar[bool] = True
+    """Whether `curves` reads the calibration text."""
     inverts: ClassVar[bool] = False
     """Whether the curves need the inverse of the Gram matrices."""
-    """Whether `curves` reads the calibration text."""
 
     def __init__(
         self,

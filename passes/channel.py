@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.channels import get_attribute
 from fxprune.curves import obs_channel_curve, obs_head_curve, scaled
 from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
@@ -95,7 +94,8 @@ class ChannelPrune(StructuredPass):
                 seed=case.seed,
                 on_batch=advance,
             )
-        case.kept_for_later.update(signals)
+        if self.swaps:
+            case.kept_for_later.update(signals)
         found = {}
         with track("curves", len(case.groups)) as advance:
             for index, group in enumerate(case.groups):
@@ -117,8 +117,9 @@ class ChannelPrune(StructuredPass):
         found = {}
         for name, gram in signals.inputs.items():
             root = matrix_root(signals.outputs[name] / signals.tokens)
-            weight = get_attribute(case.program.graph_module, name).weight.detach()
-            scaled_weight = (weight.double().t() @ root) * (gram.diagonal() > 0)[:, None]  # what is always 0 is free
+            scaled_weight = (case.weight(name).double().t() @ root) * (gram.diagonal() > 0)[
+                :, None
+            ]  # what is always 0 is free
             hessian, used = positive_definite(gram / signals.tokens, self.damping)
             if used > self.damping:
                 case.notes.setdefault("damping_raised", {})[name] = used

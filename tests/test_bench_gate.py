@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from rich.console import Console
 from torch import nn
 
-from fxprune import benchmarking, cli, latency_build
+from fxprune import benchmarking, latency_build
 from fxprune.accounting import MacCount
 from fxprune.bench_gate import gate, linear_shapes, narrowed_widths
 from fxprune.errors import ExportError, UsageError
@@ -20,6 +18,7 @@ from fxprune.exporters.onnx_cost import cost_of_onnx
 from fxprune.latency_build import Measurement
 from fxprune.latency_table import load_table
 from fxprune.measure import Bound, Case, Cost, SpeedResult, cost_of, decode, prefill, ratio_interval
+from tests.commands import run_command
 from tests.families import located
 from tests.onnx_models import exported
 
@@ -180,13 +179,7 @@ def test_a_transposed_gemm_counts_as_it_is_stored(tmp_path: Path) -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["fxprune", "bench", *(str(arg) for arg in args)])
-    monkeypatch.setattr(cli, "_out", Console(width=200, file=sys.stdout))
-    monkeypatch.setattr(cli, "_err", Console(width=200, file=sys.stderr))
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return run_command(monkeypatch, capsys, "bench", *args)
 
 
 FAST = ("--prefill", 4, "--decode", 0, "--repeats", 2, "--threads", 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
-from fxprune import budget_run, cli
+from fxprune import budget_run
 from fxprune.assessment import Wanted
 from fxprune.bench_gate import GatedCase, Verdict
 from fxprune.budget_run import prune_budgets
@@ -29,6 +28,7 @@ from fxprune.pipeline import build_pass
 from fxprune.pruning import Destination, prune_model
 from fxprune.structured_pass import StructuredPass
 from fxprune.workflow import Stopwatch, front_end
+from tests.commands import run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -233,13 +233,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Runs `fxprune prune` in this process; gives exit status, standard output, standard error."""
 
     def command(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fxprune", "prune", *(str(arg) for arg in args)])
-        monkeypatch.setattr(cli, "_out", cli.Console(width=200, file=sys.stdout))
-        monkeypatch.setattr(cli, "_err", cli.Console(width=200, file=sys.stderr))
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
+        return run_command(monkeypatch, capsys, "prune", *args)
 
     return command
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxprune
 from fxprune import cli
+from tests.commands import run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,13 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Runs a command in this process; gives exit status, standard output, standard error."""
 
     def command(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fxprune", *(str(arg) for arg in args)])
-        monkeypatch.setattr(cli, "_out", cli.Console(width=200, file=sys.stdout))
-        monkeypatch.setattr(cli, "_err", cli.Console(width=200, file=sys.stderr))
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
+        return run_command(monkeypatch, capsys, *args)
 
     return command
 

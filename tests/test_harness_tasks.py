@@ -6,20 +6,18 @@ import importlib.util
 import json
 import math
 import statistics
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
-from fxprune import cli
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.harness import TaskResult, evaluate_tasks, standard_error
 from fxprune.harness_tasks import TASK_FILES, load_tasks
 from fxprune.loading import load_model
 from fxprune.runners import EagerRunner
+from tests.commands import run_command
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -311,13 +309,7 @@ def test_the_known_figure_on_lambada(real_model_dir: Path, shared_data: Path) ->
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     """Run `fxprune eval` in this process; returns exit status, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["fxprune", "eval", *(str(arg) for arg in args)])
-    monkeypatch.setattr(cli, "_out", Console(width=200, file=sys.stdout))
-    monkeypatch.setattr(cli, "_err", Console(width=200, file=sys.stderr))
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return run_command(monkeypatch, capsys, "eval", *args)
 
 
 def test_the_command_shows_and_writes_figures(
