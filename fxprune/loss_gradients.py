@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from fxprune.channels import get_attribute
 from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError, PreconditionError, UsageError
 from fxprune.graphs import linear_calls
-from fxprune.loss_head import LossHead, Targets, is_finite, make_targets
+from fxprune.loss_head import Labels, LossHead, Targets, is_finite, make_targets
 from fxprune.matmul import fast_products
 from fxprune.progress import track
 from fxprune.stages import cut_stages
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule, Node
 
-    from fxprune.loss_head import Labels
     from fxprune.program import Program
     from fxprune.stages import Cut, Stage
 
@@ -84,7 +83,7 @@ def backpropagate_loss(
         parameters: parameters before the lm_head whose gradients are wanted, by any name.
         batch_size: samples at once; None takes about 2,048 tokens.
         labels: the tokens that follow in the text (`data`, the empirical Fisher information), or ones drawn from the
-            model's own distribution (`sampled`, the Fisher information itself).
+            model's own distribution (`sampled`, the Fisher information itself), or both in turn (`mixed`).
         seed: of the draw, which does not depend on the batch size.
         forward_dtype: precision of the products; None for the graph's own.
         on_batch: called after each batch with the number of samples done.
@@ -97,8 +96,8 @@ def backpropagate_loss(
         PreconditionError: the program gives no logits, or they do not come from a Linear and pointwise operators.
         CalibrationError: the samples are too short, or a value or a gradient is not finite.
     """
-    if labels not in {"data", "sampled"}:
-        raise UsageError(f"labels={labels!r} is not known; use data or sampled")
+    if labels not in get_args(Labels):
+        raise UsageError(f"labels={labels!r} is not known; use one of {', '.join(get_args(Labels))}")
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size={batch_size} is not possible; use at least 1")
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Labels", "LossHead", "Targets", "is_finite", "make_targets"]
 
-Labels = Literal["data", "sampled"]
+Labels = Literal["data", "sampled", "mixed"]
 
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of the logits of one chunk of positions."""
@@ -40,7 +40,7 @@ class Targets:
 
     Attributes:
         tokens: (samples, length) int64; -1 where nothing is predicted, any other number where one is drawn.
-        draws: (samples, length) float32 in [0, 1); None where the text says what follows.
+        draws: (samples, length) float32 in [0, 1), or -1 where the text says what follows; None if it always does.
     """
 
     tokens: Tensor
@@ -59,7 +59,8 @@ class Targets:
         if self.draws is not None:
             upto = chances.cumsum(-1)
             drawn = torch.searchsorted(upto, self.draws[positions, None] * upto[:, -1:], right=True)[:, 0]
-            targets = torch.where(predicted, drawn.clamp(max=chances.shape[1] - 1), targets)
+            asked = predicted & (self.draws[positions] >= 0)
+            targets = torch.where(asked, drawn.clamp(max=chances.shape[1] - 1), targets)
         chances[torch.arange(len(targets), device=targets.device), targets.clamp(min=0)] -= 1
         return chances.mul_(predicted[:, None])
 
@@ -69,7 +70,8 @@ def make_targets(tokens: Tensor, labels: Labels, seed: int) -> Targets:
 
     Args:
         tokens: int64.
-        labels: the tokens that follow in the text (`data`), or ones drawn from the model's distribution (`sampled`).
+        labels: the tokens that follow in the text (`data`), ones drawn from the model's distribution (`sampled`), or
+            both in turn, sample by sample (`mixed`).
         seed: of the draw, which does not depend on how samples are batched.
     """
     following = torch.full_like(tokens, -1)
@@ -77,6 +79,8 @@ def make_targets(tokens: Tensor, labels: Labels, seed: int) -> Targets:
     if labels == "data":
         return Targets(following, None)
     draws = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
+    if labels == "mixed":
+        draws[::2] = -1
     return Targets(following, draws.to(tokens.device))
 
 

@@ -104,7 +104,8 @@ def collect_loss_signals(
         batch_size: samples at once; None takes about 2,048 tokens. It does not change the results.
         taylor: whether to compute the gradients of the weights too.
         grams: whether to collect the second moments.
-        labels: targets from the text (`data`) or drawn from the model's own distribution (`sampled`).
+        labels: targets from the text (`data`), drawn from the model's own distribution (`sampled`), or from both in
+            turn, sample by sample (`mixed`).
         seed: of that draw.
         forward_dtype: precision of the products; sums are float32.
         on_batch: called after each batch with the number of samples done.

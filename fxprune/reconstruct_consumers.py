@@ -1,4 +1,4 @@
-"""Reconstruction through the model: consumers get new weights in data-flow order, each on already pruned inputs."""
+"""Reconstruction of a model's consumers: in data-flow order, each on already pruned inputs, or all on dense ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.graphs import copy_graph_module
 from fxprune.lifted import make_linear, origin_of
 from fxprune.progress import track
-from fxprune.reconstruction import PairCollector, reconstruct
+from fxprune.reconstruction import DENSE_RIDGE, PairCollector, moments_of_gram, reconstruct
 from fxprune.sparse_pass import own_projections
 from fxprune.stages import cut_stages
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from fxprune.engine import SiteStatistics
+    from fxprune.gram import Gram
     from fxprune.groups import Group
     from fxprune.plan import Plan
     from fxprune.program import Program
     from fxprune.reconstruction import Reconstruction
     from fxprune.stages import Stage
 
-__all__ = ["Consumer", "add_biases", "consumers_of", "reconstruct_consumers"]
+__all__ = ["Consumer", "add_biases", "consumers_of", "dense_grams", "reconstruct_consumers", "reconstruct_on_grams"]
 
 _HELD_OUT = 8
 """One of so many samples is kept to choose on."""
@@ -88,6 +89,7 @@ def reconstruct_consumers(
     *,
     mode: Reconstruction,
     biases: bool,
+    drift: float = 0.0,
     forward_dtype: torch.dtype | None,
     batch_size: int | None,
 ) -> tuple[Program, list[dict[str, Any]]]:
@@ -99,6 +101,7 @@ def reconstruct_consumers(
         tokens: (samples, length) int64 calibration text; the last eighth of the samples is held out.
         mode: what may change.
         biases: whether biases may be added.
+        drift: how much of what the layers before lost the targets ask back, from 0 to 1.
         forward_dtype: precision of the forward passes' products.
         batch_size: samples at once; None to find it.
 
@@ -114,19 +117,92 @@ def reconstruct_consumers(
         return program.replace(graph_module=root, channels=None), changed
     samples = text_samples(program.interface, tokens)
     held_out = len(tokens) - len(tokens) // _HELD_OUT
-    cuts = [cut_stages(graph, consumers, samples.varying) for graph in (root, program.graph_module)]
+    graphs = (root, program.graph_module) if drift else (root,)
+    cuts = [cut_stages(graph, consumers, samples.varying) for graph in graphs]
     dense = {name: get_attribute(program.graph_module, name).weight.detach() for name in consumers}
-    solver = _Solver(root, consumers, dense, mode=mode, biases=biases, held_out=held_out)
+    solver = _Solver(root, consumers, dense, mode=mode, biases=biases, drift=drift, held_out=held_out)
     engine = CalibrationEngine(
         cuts[0],
         samples,
         EngineOptions(forward_dtype=forward_dtype, batch_size=batch_size),
-        dense=cuts[1],
+        dense=cuts[1] if drift else None,
         collector=solver.collector,
     )
     with track("reconstructing", len(cuts[0].stages)) as advance:
         engine.run(solver, on_stage=advance)
     return program.replace(graph_module=root, channels=None), solver.done
+
+
+def dense_grams(
+    program: Program,
+    consumers: Sequence[str],
+    tokens: Tensor,
+    *,
+    forward_dtype: torch.dtype | None,
+    batch_size: int | None,
+) -> dict[str, Gram]:
+    """X^T X of what consumers read in a program, by consumer.
+
+    Args:
+        program: it is left as it is.
+        consumers: names of ordinary Linears.
+        tokens: (samples, length) int64 calibration text.
+        forward_dtype: precision of the forward passes' products.
+        batch_size: samples at once; None to find it.
+    """
+    samples = text_samples(program.interface, tokens)
+    cut = cut_stages(program.graph_module, consumers, samples.varying)
+    found: dict[str, Gram] = {}
+
+    def keep(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
+        del stage
+        for one in statistics:
+            (gram,) = one.grams
+            assert gram is not None
+            found.update(dict.fromkeys(one.site.linears, gram))
+
+    options = EngineOptions(forward_dtype=forward_dtype, batch_size=batch_size)
+    with track("collecting", len(cut.stages)) as advance:
+        CalibrationEngine(cut, samples, options).run(keep, on_stage=advance)
+    return found
+
+
+def reconstruct_on_grams(
+    program: Program, consumers: Mapping[str, Consumer], grams: Mapping[str, Gram]
+) -> tuple[Program, list[dict[str, Any]]]:
+    """Give consumers the weights that least squares finds on what they read in the dense model.
+
+    Args:
+        program: the dense program; it is left as it is.
+        consumers: by name.
+        grams: X^T X of what each of them reads, see `dense_grams`.
+
+    Returns:
+        A program whose consumers are 0 in the columns that go, and what was done to each: name, choice, errors.
+    """
+    root = own_projections(program.graph_module, consumers)
+    done = []
+    with track("reconstructing", len(consumers)) as advance:
+        for index, (name, one) in enumerate(consumers.items()):
+            if not bool(one.kept.all()):
+                module = get_attribute(root, name)
+                weight = module.weight.detach().double().t()
+                moments = moments_of_gram(grams[name], weight)
+                found = reconstruct(
+                    weight,
+                    one.kept,
+                    moments,
+                    None,
+                    mode="ridge",
+                    bias=False,
+                    ridges=(DENSE_RIDGE,),
+                )
+                new = found.weight.t().to(module.weight.dtype).contiguous()
+                module.weight = nn.Parameter(new, module.weight.requires_grad)
+                entry = {"name": name, "choice": found.choice, "bias": False}
+                done.append({**entry, "error": found.error, "plain_error": found.plain})
+            advance(index + 1)
+    return program.replace(graph_module=root, channels=None), done
 
 
 class _Solver:
@@ -140,6 +216,7 @@ class _Solver:
         *,
         mode: Reconstruction,
         biases: bool,
+        drift: float,
         held_out: int,
     ) -> None:
         self.root = root
@@ -147,13 +224,14 @@ class _Solver:
         self.dense = dense
         self.mode = mode
         self.biases = biases
+        self.drift = drift
         self.held_out = held_out
         self.done: list[dict[str, Any]] = []
         self._pairs: PairCollector | None = None
 
     def collector(self) -> PairCollector:
         """What the engine collects a stage with."""
-        self._pairs = PairCollector(self.dense, self.held_out)
+        self._pairs = PairCollector(self.dense, self.held_out, self.drift)
         return self._pairs
 
     def __call__(self, stage: Stage, statistics: Sequence[SiteStatistics]) -> None:

@@ -37,7 +37,7 @@ from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
 from fxprune.pass_base import Pass, PassResult
-from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers
+from fxprune.reconstruct_consumers import consumers_of, dense_grams, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
 from fxprune.runners import GraphRunner
 from fxprune.sparse_pass import dtype_of, forward_precision
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fxprune.curves import Curve
+    from fxprune.gram import Gram
     from fxprune.groups import Group
     from fxprune.plan import Plan
     from fxprune.program import Program
@@ -71,6 +72,7 @@ class Case:
         forward_dtype: precision of the products of forward passes.
         batch_size: samples at once; None to find it.
         seed: of every random choice.
+        grams: X^T X of what consumers read, by consumer, if a method has them; for a reconstruction that wants them.
         notes: what a method wants to say in the report, JSON data.
         kept_for_later: what a method's `curves` leaves for its `refine`.
     """
@@ -82,6 +84,7 @@ class Case:
     forward_dtype: torch.dtype | None
     batch_size: int | None
     seed: int
+    grams: Mapping[str, Gram] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     kept_for_later: dict[str, Any] = field(default_factory=dict)
 
@@ -102,6 +105,7 @@ class Budgets:
         description: of that text, for the report; None without one.
         seconds: by part.
         notes: of the method.
+        grams: X^T X of what consumers read in the dense model, for the reconstruction `dense`; else none.
     """
 
     targets: tuple[Target, ...]
@@ -110,6 +114,7 @@ class Budgets:
     description: Mapping[str, Any] | None
     seconds: Mapping[str, float]
     notes: Mapping[str, Any]
+    grams: Mapping[str, Gram] = field(default_factory=dict)
 
 
 class StructuredPass(Pass):
@@ -138,7 +143,9 @@ class StructuredPass(Pass):
         seed: of every random choice.
         reconstruct: what may change in the consumers (see `fxprune.reconstruction`); None for the method's own way.
         biases: whether consumers may get biases; None means yes, except for uniform plans, which would no longer load
-            with a plain config.
+            with a plain config. The reconstruction `dense` gives none.
+        drift: how much of what the layers before lost a reconstruction asks back, from 0 to 1 (see
+            `fxprune.reconstruction`).
         forward_dtype: precision of the forward passes' products; `auto` is bfloat16 where the machine is faster in it.
         batch_size: calibration samples at once; None finds it.
     """
@@ -150,7 +157,7 @@ class StructuredPass(Pass):
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     needs_data: ClassVar[bool] = True
     """Whether `curves` reads the calibration text."""
-    inverts: ClassVar[bool] = False
+    inverts: bool = False
     """Whether the curves need the inverse of the Gram matrices."""
 
     def __init__(
@@ -175,6 +182,7 @@ class StructuredPass(Pass):
         seed: int = 0,
         reconstruct: Reconstruction | None = None,
         biases: bool | None = None,
+        drift: float = 0.0,
         forward_dtype: str = "auto",
         batch_size: int | None = None,
     ) -> None:
@@ -197,6 +205,7 @@ class StructuredPass(Pass):
         self.seed = seed
         self.reconstruct = self.reconstruction if reconstruct is None else reconstruct
         self.biases = (not self.uniform) if biases is None else biases
+        self.drift = drift
         self.forward_dtype = forward_dtype
         self.batch_size = batch_size
         self.targets = self._targets()
@@ -226,6 +235,8 @@ class StructuredPass(Pass):
             raise UsageError(f"kinds are attention and mlp, got {min(unknown)!r}")
         if self.reconstruct not in get_args(Reconstruction):
             raise UsageError(f"reconstruct is one of {', '.join(get_args(Reconstruction))}, got {self.reconstruct!r}")
+        if not 0 <= self.drift <= 1:
+            raise UsageError(f"drift must lie in [0, 1], got {self.drift}")
         if (self.table is not None) != (self.target_speedup is not None):
             raise UsageError("a latency table goes with target_speedup, and target_speedup with a latency table")
         if self.forward_dtype != "auto":
@@ -328,7 +339,13 @@ class StructuredPass(Pass):
         dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
         case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed)
         plans = self.plans(case, costs, seconds)
-        return Budgets(self.targets, tuple(plans), tokens, description, seconds, case.notes)
+        if self.reconstruct == "dense" and not case.grams:
+            names = [piece.parameter.removesuffix(".weight") for group in groups for piece in group.consumers]
+            start = time.perf_counter()
+            case.grams = dense_grams(program, names, tokens, forward_dtype=dtype, batch_size=self.batch_size)
+            seconds["grams"] = time.perf_counter() - start
+        grams = case.grams if self.reconstruct == "dense" else {}
+        return Budgets(self.targets, tuple(plans), tokens, description, seconds, case.notes, grams)
 
     def _text(self, program: Program, seconds: dict[str, float]) -> tuple[Tensor, Mapping[str, Any] | None]:
         device = next(program.graph_module.parameters()).device
@@ -347,7 +364,7 @@ class StructuredPass(Pass):
         return texts.tokens.to(device), texts.description
 
     def _require_enough(self, program: Program, groups: Sequence[Group], tokens: Tensor) -> None:
-        if not self.inverts and self.reconstruct not in {"ridge", "auto"}:
+        if not self.inverts and self.reconstruct not in {"ridge", "auto", "dense"}:
             return
         consumers = [piece.parameter.removesuffix(".weight") for group in groups for piece in group.consumers]
         widest = max(get_attribute(program.graph_module, name).in_features for name in consumers)
@@ -365,16 +382,19 @@ class StructuredPass(Pass):
         groups = self.scored(program)
         start = time.perf_counter()
         consumers = consumers_of(groups, plan, program.graph_module)
-        dtype = forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device)
-        rebuilt, layers = reconstruct_consumers(
-            program,
-            consumers,
-            budgets.tokens,
-            mode=self.reconstruct,
-            biases=self.biases,
-            forward_dtype=dtype,
-            batch_size=self.batch_size,
-        )
+        if self.reconstruct == "dense":
+            rebuilt, layers = reconstruct_on_grams(program, consumers, budgets.grams)
+        else:
+            rebuilt, layers = reconstruct_consumers(
+                program,
+                consumers,
+                budgets.tokens,
+                mode=self.reconstruct,
+                biases=self.biases,
+                drift=self.drift,
+                forward_dtype=forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device),
+                batch_size=self.batch_size,
+            )
         seconds = {**budgets.seconds, "reconstruct": time.perf_counter() - start}
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
         removed = self.removed_parameters(program, plan)

@@ -1,26 +1,31 @@
-"""Structured pruning in units of the end loss: optimal brain surgeon curves, one knapsack, least squares.
+"""Structured pruning without retraining: Fisher information, one knapsack, least squares on the dense model's inputs.
 
-    calibration text ─ one pass forward and back ─ X^T X and g g^T of every consumer
+    calibration text ─ one pass forward and back ─ gradients of the units, X^T X (and g g^T) of every consumer
                                                      └ curves in units of the loss ─ knapsack ─ Plan ─ new weights
 
-What removing inputs of a consumer costs, when its other inputs make up for them, is a quadratic form in the Gram
-matrix of what it reads; weighing its outputs with the gradients of the loss turns this into the change of the loss
-itself (see `fxprune.structured_obs`). So heads and channels of all layers compare, selection and reconstruction know
-of each other, and one sweep a block serves all budgets. At the widths that the knapsack takes, channels can change
-places while that gains (`swaps`). Then consumers are reconstructed in data-flow order, on pruned inputs toward the
-dense outputs.
+What removing a unit does to the loss is, to second order, the Fisher information of its mask: the squared sum, over the
+tokens of a sample, of x dL/dx. Half of the samples are scored on the text, half on tokens that the model draws itself:
+the first says what this text asks for, the second, by its expectation, what the model knows. One knapsack over all
+blocks, heads and channels spends the budget; then what is left of each consumer makes up for what went, by least
+squares on the inputs of the dense model, which the same pass has summed up.
+
+With `criterion="obs"` the other inputs make up for a unit already when it is scored: structured optimal brain surgeon
+on the Gram matrices, with outputs weighed by the gradients of the loss (see `fxprune.structured_obs`). One sweep a
+block gives all widths. It is no better on text like the calibration's and worse on other text (figures below), where
+what makes up for a unit may not be there.
 
 Graph and refusals are those of `fxprune.structured_pass`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from fxprune.curves import obs_channel_curve, obs_head_curve, scaled
+from fxprune.curves import obs_channel_curve, obs_head_curve, scaled, score_curve
 from fxprune.errors import UsageError
+from fxprune.gram import Gram
 from fxprune.groups import AttentionGroup
 from fxprune.loss_signals import collect_loss_signals
 from fxprune.plan import Plan
@@ -41,33 +46,45 @@ if TYPE_CHECKING:
 __all__ = ["ChannelPrune"]
 
 
+Criterion = Literal["fisher", "obs"]
+"""What a unit is worth: what the loss says of it alone, or what is lost when the others make up for it."""
+
+
 class ChannelPrune(StructuredPass):
-    """Remove the units whose loss least squares makes up for best.
+    """Remove the units that the loss minds least, and let the others make up for them.
+
+    Perplexity of SmolLM2-135M on wiki.valid (30 windows) / on C4 that was not seen, dense 20.9 / 35.5, both criteria
+    with 128 samples of text and the same reconstruction, heads counting three times: `fisher` 24.9 / 40.0, 31.6 / 47.5
+    and 42.4 / 60.7, `obs` 26.9 / 40.8, 33.3 / 48.7 and 43.3 / 60.5 with 10%, 20% and 30% removed. Heads left as they
+    are, 256 samples, half of them drawn: 24.3 / 39.7 and 39.9 / 59.1 with 10% and 30% removed.
 
     Args:
-        damping: share of the median of a Gram matrix' diagonal that is added to it.
+        criterion: `fisher`, or `obs` for structured optimal brain surgeon in units of the loss.
+        damping: of `obs`: share of the median of a Gram matrix' diagonal that is added to it.
         signal_samples: how many of the calibration samples the backward pass uses; None for all.
         attention: factor on the loss of heads. What heads do (copying names from far back) shows little on ordinary
             calibration text and much on other text; above 1, channels go instead where they can.
-        swaps: rounds in which channels change places once their number is known. After a sweep in steps of 8 channels
-            they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
+        swaps: of `obs`: rounds in which channels change places once their number is known. After a sweep in steps of 8
+            channels they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
         **options: of every structured method, see `StructuredPass`.
     """
 
     name = "channel"
-    reconstruction: ClassVar[Reconstruction] = "auto"
-    inverts: ClassVar[bool] = True
+    reconstruction: ClassVar[Reconstruction] = "dense"
 
     def __init__(
         self,
         *,
+        criterion: Criterion = "fisher",
         damping: float = 0.01,
-        signal_samples: int | None = 64,
-        attention: float = 3.0,
+        signal_samples: int | None = None,
+        attention: float = 10.0,
         swaps: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if criterion not in get_args(Criterion):
+            raise UsageError(f"criterion is one of {', '.join(get_args(Criterion))}, got {criterion!r}")
         if not 0 < damping < float("inf"):
             raise UsageError(f"damping must be positive, got {damping}")
         if signal_samples is not None and signal_samples < 1:
@@ -76,19 +93,25 @@ class ChannelPrune(StructuredPass):
             raise UsageError(f"attention must be positive, got {attention}")
         if swaps < 0:
             raise UsageError(f"swaps must be 0 or more, got {swaps}")
+        if swaps and criterion != "obs":
+            raise UsageError("swaps exchange channels by optimal brain surgeon; they go with criterion=obs")
+        self.criterion = criterion
         self.damping = damping
         self.signal_samples = signal_samples
         self.attention = attention
         self.swaps = swaps
+        self.inverts = criterion == "obs"
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
-        """One backward pass, then a sweep for each group."""
+        """One backward pass; then the units' scores, or a sweep for each group."""
         tokens = case.tokens[: self.signal_samples]
         with track("gradients of the loss", len(tokens)) as advance:
             signals = collect_loss_signals(
                 case.program,
                 case.groups,
                 tokens,
+                grams=self.criterion == "obs" or self.reconstruct == "dense",
+                labels="mixed" if self.criterion == "fisher" else "data",
                 batch_size=case.batch_size,
                 forward_dtype=case.forward_dtype,
                 seed=case.seed,
@@ -96,6 +119,18 @@ class ChannelPrune(StructuredPass):
             )
         if self.swaps:
             case.kept_for_later.update(signals)
+        case.grams = {name: Gram(gram, one.tokens) for one in signals.values() for name, gram in one.inputs.items()}
+        if self.criterion == "fisher":
+            found = {
+                group.name: score_curve(group, signals[group.name].fisher.cpu().numpy(), case.limits[group.name])
+                for group in case.groups
+            }
+        else:
+            found = self._sweeps(signals, case)
+        return scaled(found, {g.name: self.attention if isinstance(g, AttentionGroup) else 1.0 for g in case.groups})
+
+    def _sweeps(self, signals: Mapping[str, GroupSignals], case: Case) -> dict[str, Curve]:
+        """The curves of optimal brain surgeon."""
         found = {}
         with track("curves", len(case.groups)) as advance:
             for index, group in enumerate(case.groups):
@@ -110,7 +145,7 @@ class ChannelPrune(StructuredPass):
                 else:
                     found[group.name] = obs_channel_curve(group, problems, blocks, limits)
                 advance(index + 1)
-        return scaled(found, {g.name: self.attention if isinstance(g, AttentionGroup) else 1.0 for g in case.groups})
+        return found
 
     def _problems(self, signals: GroupSignals, case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         """The damped Gram matrix and the scaled weight (in, out) of each consumer, float64."""

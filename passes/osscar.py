@@ -79,7 +79,7 @@ class Osscar(StructuredPass):
 
     name = "osscar"
     reconstruction: ClassVar[Reconstruction] = "ridge"
-    inverts: ClassVar[bool] = True
+    inverts = True
     own_uniform: ClassVar[bool] = True
 
     def __init__(self, *, damping: float = 0.01, **options: Any) -> None:

@@ -239,6 +239,10 @@ def test_drawn_targets_are_the_same_in_every_batching_and_follow_the_distributio
         torch.testing.assert_close(other[name].gradients, signals.gradients, rtol=1e-3, atol=1e-5)
         assert not torch.allclose(another[name].gradients, signals.gradients, rtol=1e-2)
         assert not torch.allclose(data[name].gradients, signals.gradients, rtol=1e-2)
+    mixed = collect_loss_signals(program, groups, _tokens(), labels="mixed", seed=3, batch_size=2)
+    for name, signals in mixed.items():  # every other sample is drawn, as it is when all are
+        for part, of in ((slice(0, None, 2), data), (slice(1, None, 2), one)):
+            torch.testing.assert_close(signals.gradients[part], of[name].gradients[part], rtol=1e-3, atol=1e-5)
     # The score has mean zero under the model's own distribution, and not under the text's.
     targets = make_targets(torch.zeros(1, 20001, dtype=torch.long), "sampled", 0).on(range(1))
     logits = torch.tensor([0.0, 1.0, 3.0])

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError
+from fxprune.gram import Gram
 from fxprune.passes.insert_masks import insert_masks
 from fxprune.plan import Plan
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers
-from fxprune.reconstruction import PairCollector, PairMoments, reconstruct, tune_mask
+from fxprune.reconstruction import PairCollector, PairMoments, moments_of_gram, reconstruct, tune_mask
 from fxprune.runners import GraphRunner
 from fxprune.stages import InputSite
 from tests.families import located
@@ -183,6 +184,38 @@ def test_moments_are_weighed_by_how_loud_a_token_is_and_late_samples_are_held_ou
     other = dense.double().T @ dense.double() / 10
     assert not torch.allclose(held.gram[:-1, :-1], other)
     assert (fit.tokens, held.tokens) == (10, 10)
+
+
+def test_targets_ask_back_as_much_of_what_was_lost_before_as_drift_says() -> None:
+    site = InputSite("x", None, ("down",), 0)
+    weight = torch.eye(4)
+    pruned, dense = rows(10, 4).float(), rows(10, 4, seed=1).float()
+    found = {}
+    for drift in (0.0, 0.25, 1.0):
+        collector = PairCollector({"down": weight}, held_out=9, drift=drift)
+        collector.add(site, pruned, dense, None, first=0)
+        collector.finish()
+        fit, _ = collector.moments["down"]
+        aim = pruned + drift * (dense - pruned)
+        energy = aim.square().sum(1)
+        counts = 1 / (1 + energy / energy.median())
+        torch.testing.assert_close(fit.target[:-1].float(), pruned.T @ (counts[:, None] * aim) / 10)
+        found[drift] = fit
+    assert reconstruct(weight.double(), mask(4), found[0.0], None, mode="ridge").plain == pytest.approx(0, abs=1e-6)
+    assert reconstruct(weight.double(), mask(4), found[1.0], None, mode="ridge").plain > 0.1
+
+
+def test_moments_of_a_gram_matrix_are_those_of_its_tokens() -> None:
+    x, weight = rows(40, 5), rows(5, 3, seed=1)
+    of_rows, of_gram = moments(x, weight), moments_of_gram(Gram(x.T @ x, 40), weight)
+    torch.testing.assert_close(of_gram.gram[:-1, :-1], of_rows.gram[:-1, :-1])
+    torch.testing.assert_close(of_gram.target[:-1], of_rows.target[:-1])
+    assert of_gram.energy == pytest.approx(of_rows.energy)
+    found = [
+        reconstruct(weight, mask(5, 2), one, None, mode="ridge", bias=False, ridges=(0.1,))
+        for one in (of_rows, of_gram)
+    ]
+    torch.testing.assert_close(found[0].weight, found[1].weight)
 
 
 def test_samples_that_are_all_held_out_or_broken_are_refused() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fxprune import structured_pass
 from fxprune.curves import score_curve
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
@@ -87,7 +88,11 @@ class Reads(Last):
         ({"ratio": 0.1, "min_keep": 1.0}, r"min_keep must lie in \[0, 1\)"),
         ({"ratio": 0.1, "keep": {"*.mlp": 1.5}}, r"keep \*\.mlp: the share that stays must lie in \[0, 1\]"),
         ({"ratio": 0.1, "kinds": ["experts"]}, "kinds are attention and mlp, got 'experts'"),
-        ({"ratio": 0.1, "reconstruct": "magic"}, "reconstruct is one of none, bias, ridge, auto, scale, got 'magic'"),
+        (
+            {"ratio": 0.1, "reconstruct": "magic"},
+            "reconstruct is one of none, bias, ridge, auto, scale, dense, got 'magic'",
+        ),
+        ({"ratio": 0.1, "drift": 1.5}, r"drift must lie in \[0, 1\]"),
         ({"ratio": 0.1, "samples": 0}, "samples"),
         ({"ratio": 0.1, "forward_dtype": "float3"}, "float3"),
     ],
@@ -124,6 +129,23 @@ def test_text_is_read_when_the_method_or_its_reconstruction_asks_for_it() -> Non
     assert rebuilt.results["calibration"]["tokens"] == 64
     assert {layer["choice"] for layer in rebuilt.results["structured"]["consumers"]} >= {"bias"}
     assert Reads(ratio=0.3, **TEXT)(program).program.results["structured"]["shape"] == [8, 8]
+
+
+def test_the_dense_reconstruction_reads_the_text_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    original = structured_pass.dense_grams
+    monkeypatch.setattr(structured_pass, "dense_grams", lambda *a, **k: runs.append(1) or original(*a, **k))
+    monkeypatch.setattr(structured_pass, "reconstruct_consumers", lambda *_, **__: pytest.fail("nothing runs again"))
+    program = located("llama")
+    step = Last(ratio=[0.2, 0.4], reconstruct="dense", **TEXT)
+    budgets = step.budgets(program)
+    assert runs == [1]
+    for index in range(2):
+        result = step.apply(program, budgets, index).program
+        layers = result.results["structured"]["consumers"]
+        assert {layer["choice"] for layer in layers} == {"ridge 0.1"}
+        assert all(layer["error"] < layer["plain_error"] for layer in layers)
+        assert not [name for name, _ in result.graph_module.named_parameters() if name.endswith("bias")]
 
 
 def test_too_little_text_for_least_squares_says_how_much_would_do() -> None:
