@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 METHODS = ("dense", "channel", "fisher", "osscar", "flap", "wanda-sp", "taylor", "magnitude", "depth", "random")
 RESULT = Path("benchmarks/results/structured_pruning.json")
+USUAL_SAMPLES = 128
 TASKS = {"lambada_openai": "last_word_accuracy", "arc_easy": "acc"}
 
 
@@ -132,8 +133,9 @@ def table(cells: list[dict[str, Any]]) -> str:
         "| method | removed | perplexity | LAMBADA | ARC-easy | prefill-512 | decode | seconds | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method in METHODS:
-        mine = [cell for cell in cells if cell["method"] == method]
+    labels = sorted({label(cell) for cell in cells}, key=lambda one: (METHODS.index(one.split(",")[0]), one))
+    for method in labels:
+        mine = [cell for cell in cells if label(cell) == method]
         for ratio in sorted({cell["ratio"] for cell in mine}):
             rows = [cell for cell in mine if cell["ratio"] == ratio]
             figures = [
@@ -146,6 +148,16 @@ def table(cells: list[dict[str, Any]]) -> str:
             removed = f"{ratio:.0%}" if ratio else "-"
             lines.append(f"| {method} | {removed} | {' | '.join(figures)} |")
     return "\n".join(lines)
+
+
+def label(cell: dict[str, Any]) -> str:
+    """The method, and what of its conditions is not usual."""
+    here = cell["conditions"]
+    parts = [cell["method"]]
+    if cell["method"] != "dense" and here["samples"] != USUAL_SAMPLES:
+        parts.append(f"{here['samples']} samples")
+    parts += [f"{name}={value}" for name, value in here["options"].items()]
+    return ", ".join(parts + (["wiki.valid"] if here["text"] == "wiki.valid.raw" else []))
 
 
 def figure(rows: list[dict[str, Any]], name: str, form: str) -> str:
@@ -190,7 +202,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 cell = json.loads(line)
                 cells = [old for old in cells if key(old) != key(cell)] + [cell]
-                print({k: cell.get(k) for k in ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")})
+                told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")
+                print({name: cell.get(name) for name in told}, flush=True)
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(arguments.out, {"cells": cells, "machine": machine()})
         if worker.returncode:
@@ -206,7 +219,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=USUAL_SAMPLES)
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--rows", type=int, default=400, help="rows of each task")

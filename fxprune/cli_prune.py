@@ -65,7 +65,8 @@ Keep = Annotated[
 ]
 Kinds = Annotated[str | None, typer.Option(help="Units: prune only these, of attention,mlp.")]
 Reconstruct = Annotated[
-    str | None, typer.Option(help="Units: what consumers learn: none, bias, ridge, auto (the best of these), scale.")
+    str | None,
+    typer.Option(help="Units: what consumers learn: none, bias, ridge, auto (the best of these), scale, dense."),
 ]
 Guard = Annotated[
     str,

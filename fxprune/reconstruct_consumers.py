@@ -13,7 +13,7 @@ from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.graphs import copy_graph_module
 from fxprune.lifted import make_linear, origin_of
 from fxprune.progress import track
-from fxprune.reconstruction import DENSE_RIDGE, PairCollector, moments_of_gram, reconstruct
+from fxprune.reconstruction import PairCollector, dense_ridge, moments_of_gram, reconstruct
 from fxprune.sparse_pass import own_projections
 from fxprune.stages import cut_stages
 
@@ -195,7 +195,7 @@ def reconstruct_on_grams(
                     None,
                     mode="ridge",
                     bias=False,
-                    ridges=(DENSE_RIDGE,),
+                    ridges=(dense_ridge(len(weight), moments.tokens),),
                 )
                 new = found.weight.t().to(module.weight.dtype).contiguous()
                 module.weight = nn.Parameter(new, module.weight.requires_grad)

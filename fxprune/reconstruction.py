@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from fxprune.stages import InputSite
 
 __all__ = [
-    "DENSE_RIDGE",
     "PairCollector",
     "PairMoments",
     "Reconstructed",
     "Reconstruction",
+    "dense_ridge",
     "moments_of_gram",
     "reconstruct",
     "tune_mask",
@@ -54,9 +54,8 @@ Reconstruction = Literal["none", "bias", "ridge", "auto", "scale", "dense"]
 one factor for each unit (the mask tuning of Kwon et al. 2022, section 4.3); or the weights by least squares on what the
 dense model's consumers read, without running anything again."""
 
-DENSE_RIDGE = 0.1
-"""Share of each diagonal entry of H that `dense` adds. On wiki.valid, 30% of SmolLM2-135M removed, shares of the entry
-or of the median from 0.001 to 1 lie within 0.6% of each other."""
+_LEAST_DENSE_RIDGE = 0.1
+_TIMES_INPUTS_A_TOKEN = 4
 
 RIDGES = (0.0003, 0.003, 0.03, 0.3)
 """Shares of each diagonal entry of H that are tried as its ridge."""
@@ -97,6 +96,15 @@ class PairMoments:
         """|X' W' - X W|^2 / |X W|^2 of a solution (in + 1, out) whose last row is what is added to the bias."""
         fitted = float((new * (self.gram @ new - 2 * self.target)).sum())
         return (fitted + self.energy) / max(self.energy, torch.finfo(torch.float64).tiny)
+
+
+def dense_ridge(inputs: int, tokens: int) -> float:
+    """Share of each diagonal entry of H that `dense` adds: the fewer tokens there are for an input, the more.
+
+    On wiki.valid, 30% of SmolLM2-135M removed, 65,536 tokens for 1,536 inputs, shares from 0.001 to 1 lie within 0.6%
+    of each other. With 4,096 tokens that the model wrote itself, less 20%: none 39.8, 0.1 37.5, 1 35.2.
+    """
+    return max(_LEAST_DENSE_RIDGE, _TIMES_INPUTS_A_TOKEN * inputs / tokens)
 
 
 def moments_of_gram(gram: Gram, weight: Tensor) -> PairMoments:

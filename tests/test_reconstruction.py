@@ -14,7 +14,7 @@ from fxprune.gram import Gram
 from fxprune.passes.insert_masks import insert_masks
 from fxprune.plan import Plan
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers
-from fxprune.reconstruction import PairCollector, PairMoments, moments_of_gram, reconstruct, tune_mask
+from fxprune.reconstruction import PairCollector, PairMoments, dense_ridge, moments_of_gram, reconstruct, tune_mask
 from fxprune.runners import GraphRunner
 from fxprune.stages import InputSite
 from tests.families import located
@@ -216,6 +216,11 @@ def test_moments_of_a_gram_matrix_are_those_of_its_tokens() -> None:
         for one in (of_rows, of_gram)
     ]
     torch.testing.assert_close(found[0].weight, found[1].weight)
+
+
+def test_fewer_tokens_for_each_input_make_the_ridge_stronger() -> None:
+    assert dense_ridge(1536, 65536) == dense_ridge(10, 10**9) == 0.1
+    assert dense_ridge(1536, 4096) == pytest.approx(1.5)
 
 
 def test_samples_that_are_all_held_out_or_broken_are_refused() -> None:

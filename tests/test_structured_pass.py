@@ -143,7 +143,7 @@ def test_the_dense_reconstruction_reads_the_text_once_for_all_budgets(monkeypatc
     for index in range(2):
         result = step.apply(program, budgets, index).program
         layers = result.results["structured"]["consumers"]
-        assert {layer["choice"] for layer in layers} == {"ridge 0.1"}
+        assert all(layer["choice"].startswith("ridge ") for layer in layers)
         assert all(layer["error"] < layer["plain_error"] for layer in layers)
         assert not [name for name, _ in result.graph_module.named_parameters() if name.endswith("bias")]
 
