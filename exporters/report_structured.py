@@ -63,7 +63,7 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact(section["reconstruct"], "Reconstruction", f"reconstruction: {section['reconstruct']}"))
     if choices := Counter(str(entry["choice"]) for entry in consumers if "choice" in entry):
         value = ", ".join(f"{count} {choice}" for choice, count in choices.most_common())
-        facts.append(Fact(value, "Chosen on held-out text", f"chosen: {value}"))
+        facts.append(Fact(value, "Chosen", f"chosen: {value}"))
     if errors := [entry for entry in consumers if "error" in entry]:
         mean = sum(entry["error"] for entry in errors) / len(errors)
         worst = max(errors, key=lambda entry: float(entry["error"]))
@@ -72,6 +72,10 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         if len(plain) == len(errors):
             value += f"; {number(sum(plain) / len(plain))} without reconstruction"
         facts.append(Fact(value, "Mean error of consumers", f"mean error of consumers {value}"))
+    if step := section.get("second_order_step"):
+        value = f"{number(step['before'])} to {number(step['after'])} nats a token (length {number(step['eta'])})"
+        label = "Divergence from the dense model, before and after the second-order step"
+        facts.append(Fact(value, label, f"divergence from the dense model {value} by a second-order step"))
     return facts
 
 

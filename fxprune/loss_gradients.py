@@ -11,7 +11,7 @@ checkpoint a block. Weights are frozen unless their gradients are asked for.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -68,6 +68,7 @@ def backpropagate_loss(
     parameters: Mapping[str, nn.Parameter] | None = None,
     batch_size: int | None = None,
     labels: Labels = "data",
+    teacher: Tensor | None = None,
     seed: int = 0,
     forward_dtype: torch.dtype | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -84,6 +85,9 @@ def backpropagate_loss(
         batch_size: samples at once; None takes about 2,048 tokens.
         labels: the tokens that follow in the text (`data`, the empirical Fisher information), or ones drawn from the
             model's own distribution (`sampled`, the Fisher information itself), or both in turn (`mixed`).
+        teacher: (samples, length, hidden), what the lm_head reads in another model (see
+            `fxprune.second_order.head_inputs`): the loss is the divergence from its predictions, and labels do not
+            count.
         seed: of the draw, which does not depend on the batch size.
         forward_dtype: precision of the products; None for the graph's own.
         on_batch: called after each batch with the number of samples done.
@@ -103,7 +107,7 @@ def backpropagate_loss(
     if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise CalibrationError(f"samples of shape {tuple(tokens.shape)} predict no token; use sequences of 2 or more")
     size = batch_size or max(1, _TOKENS_AT_ONCE // tokens.shape[1])
-    targets = make_targets(tokens, labels, seed)
+    targets = replace(make_targets(tokens, labels, seed), teacher=teacher)
     watched = tuple(dict.fromkeys(linears))
     for name in watched:
         if not isinstance(get_attribute(program.graph_module, name), nn.Linear):

@@ -41,21 +41,34 @@ class Targets:
     Attributes:
         tokens: (samples, length) int64; -1 where nothing is predicted, any other number where one is drawn.
         draws: (samples, length) float32 in [0, 1), or -1 where the text says what follows; None if it always does.
+        teacher: (samples, length, hidden), what the lm_head reads in a model whose distribution is to be predicted;
+            None without one.
     """
 
     tokens: Tensor
     draws: Tensor | None
+    teacher: Tensor | None = None
 
     def on(self, samples: range) -> Targets:
         """The targets of some samples, flat."""
         part = slice(samples.start, samples.stop)
-        return Targets(self.tokens[part].reshape(-1), None if self.draws is None else self.draws[part].reshape(-1))
+        draws = None if self.draws is None else self.draws[part].reshape(-1)
+        teacher = None if self.teacher is None else self.teacher[part].flatten(0, 1)
+        return Targets(self.tokens[part].reshape(-1), draws, teacher)
 
-    def error(self, logits: Tensor, positions: slice) -> Tensor:
-        """Gradient of the summed cross-entropy by logits (positions, vocabulary), float32: p less the target."""
+    def error(self, logits: Tensor, positions: slice, wanted: Tensor | None = None) -> Tensor:
+        """Gradient of the summed loss by logits (positions, vocabulary), float32: p less the target.
+
+        Args:
+            logits: (positions, vocabulary).
+            positions: which these are.
+            wanted: the teacher's logits there, if there is one: the loss is the divergence from it.
+        """
         chances = torch.softmax(logits.float(), -1)
         targets = self.tokens[positions]
         predicted = targets >= 0
+        if wanted is not None:
+            return chances.sub_(torch.softmax(wanted.float(), -1)).mul_(predicted[:, None])
         if self.draws is not None:
             upto = chances.cumsum(-1)
             drawn = torch.searchsorted(upto, self.draws[positions, None] * upto[:, -1:], right=True)[:, 0]
@@ -162,8 +175,9 @@ class LossHead:
             chunk = rows[part].detach().requires_grad_()
             with torch.enable_grad(), precision():
                 logits = self.module(chunk)
-            with torch.no_grad():
-                error = targets.error(logits, part).to(logits.dtype)
+            with torch.no_grad(), precision():
+                wanted = None if targets.teacher is None else self.module(targets.teacher[part].to(rows.dtype))
+                error = targets.error(logits, part, wanted).to(logits.dtype)
             (result[part],) = torch.autograd.grad(logits, chunk, error)
         if not is_finite(result):
             raise CalibrationError(f"{self.name} gave NaN or infinite logits; check its weights")

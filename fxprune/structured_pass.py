@@ -73,6 +73,8 @@ class Case:
         batch_size: samples at once; None to find it.
         seed: of every random choice.
         grams: X^T X of what consumers read, by consumer, if a method has them; for a reconstruction that wants them.
+        outputs: (out, out) by consumer, mean over tokens of g g^T, g the gradient of the loss by what it puts out, if a
+            method has them.
         notes: what a method wants to say in the report, JSON data.
         kept_for_later: what a method's `curves` leaves for its `refine`.
     """
@@ -85,6 +87,7 @@ class Case:
     batch_size: int | None
     seed: int
     grams: Mapping[str, Gram] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     kept_for_later: dict[str, Any] = field(default_factory=dict)
 
@@ -105,7 +108,8 @@ class Budgets:
         description: of that text, for the report; None without one.
         seconds: by part.
         notes: of the method.
-        grams: X^T X of what consumers read in the dense model, for the reconstruction `dense`; else none.
+        grams: as a case has them, or as the reconstruction `dense` collected them.
+        outputs: as a case has them.
     """
 
     targets: tuple[Target, ...]
@@ -115,6 +119,7 @@ class Budgets:
     seconds: Mapping[str, float]
     notes: Mapping[str, Any]
     grams: Mapping[str, Gram] = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StructuredPass(Pass):
@@ -261,6 +266,23 @@ class StructuredPass(Pass):
         del case, within
         return plan
 
+    def finish(
+        self, dense: Program, rebuilt: Program, kept: Mapping[str, Tensor], budgets: Budgets
+    ) -> tuple[Program, dict[str, Any]]:
+        """Change what is left after reconstruction; `rebuilt` as it is, by default.
+
+        Args:
+            dense: the program before.
+            rebuilt: its consumers are 0 in the columns that are gone, and must stay so.
+            kept: (in,) bool by consumer.
+            budgets: what was learned from the text.
+
+        Returns:
+            The program, and what the report shall say of it; nothing if nothing was done.
+        """
+        del dense, kept, budgets
+        return rebuilt, {}
+
     def costs(self, program: Program) -> CostModel:
         """What units cost in the target's terms.
 
@@ -344,8 +366,8 @@ class StructuredPass(Pass):
             start = time.perf_counter()
             case.grams = dense_grams(program, names, tokens, forward_dtype=dtype, batch_size=self.batch_size)
             seconds["grams"] = time.perf_counter() - start
-        grams = case.grams if self.reconstruct == "dense" else {}
-        return Budgets(self.targets, tuple(plans), tokens, description, seconds, case.notes, grams)
+        described = (tokens, description, seconds, case.notes)
+        return Budgets(self.targets, tuple(plans), *described, case.grams, case.outputs)
 
     def _text(self, program: Program, seconds: dict[str, float]) -> tuple[Tensor, Mapping[str, Any] | None]:
         device = next(program.graph_module.parameters()).device
@@ -396,6 +418,10 @@ class StructuredPass(Pass):
                 batch_size=self.batch_size,
             )
         seconds = {**budgets.seconds, "reconstruct": time.perf_counter() - start}
+        start = time.perf_counter()
+        rebuilt, notes = self.finish(program, rebuilt, {name: one.kept for name, one in consumers.items()}, budgets)
+        if notes:
+            seconds["finish"] = time.perf_counter() - start
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
         removed = self.removed_parameters(program, plan)
         section = {
@@ -407,6 +433,7 @@ class StructuredPass(Pass):
             "consumers": layers,
             "seconds": seconds,
             **budgets.notes,
+            **notes,
         }
         results = {} if budgets.description is None else {"calibration": budgets.description}
         after = rebuilt.replace(plan=plan).with_results(**results, structured=section)

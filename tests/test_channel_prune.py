@@ -302,6 +302,7 @@ def test_a_uniform_plan_adds_no_biases_and_loads_with_a_plain_config(
         ({"ratio": 0.1, "signal_samples": 0}, "signal_samples must be at least 1"),
         ({"ratio": 0.1, "criterion": "magic"}, "criterion is one of fisher, obs, got 'magic'"),
         ({"ratio": 0.1, "swaps": 1}, "they go with criterion=obs"),
+        ({"ratio": 0.1, "step_samples": 1}, "step_samples must be at least 2"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,235 @@
+"""A second-order step on what is left: consumers' weights move so that the pruned model says what the dense one said.
+
+Reconstruction solves every consumer for itself. What they lose together shows in the gradient of the end: with
+g = dL/dW at the pruned model, L the Kullback-Leibler divergence of its predictions from the dense model's, optimal
+brain surgeon has a first-order term too, and moving the weights that stay by
+
+    W -= eta (A_SS + a diag A_SS)^-1 g_S (G + b mean(diag G))^-1
+
+is its solution where the Hessian is K-FAC's A x G (Martens and Grosse 2015): A the second moments of what the consumer
+reads, G those of the gradients by what it puts out. The blocks of the Hessian that couple layers are missing, so eta is
+not 1: it grows as long as the divergence on held-out calibration text falls. No labels are needed.
+
+On SmolLM2-135M, less 30%, one step from 64 x 512 tokens: divergence on held-out samples 0.545 to 0.515, perplexity on
+wiki.valid 39.9 to 39.0, on C4 that was not seen 59.1 to 55.9; with half of the tokens and (0.3, 3) 39.1 and 55.6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fxprune.channels import get_attribute
+from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics, text_samples
+from fxprune.errors import CalibrationError, UsageError
+from fxprune.loss_gradients import backpropagate_loss
+from fxprune.loss_head import LossHead
+from fxprune.matmul import fast_products
+from fxprune.progress import track
+from fxprune.sparse_pass import own_projections
+from fxprune.stages import cut_stages
+from fxprune.structured_obs import damped
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from fxprune.gram import Gram
+    from fxprune.program import Program
+    from fxprune.stages import InputSite, Stage
+
+__all__ = ["Step", "direction", "divergence", "head_inputs", "second_order_step"]
+
+INPUT_DAMPING, OUTPUT_DAMPING = 0.1, 30.0
+"""Shares a and b. (0.3, 3), (1, 3), (1, 30), (0.3, 300) lie within 1% of it on wiki.valid, with other lengths; the less
+the damping, the shorter the step that still helps."""
+FIRST_STEP, STEPS = 0.001, 7
+"""The shortest eta that is tried, and how often it doubles at most."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did.
+
+    Attributes:
+        eta: its length; 0 when even the shortest was too long, and nothing changed.
+        before: divergence from the dense model before it, nats a token, on the held-out samples.
+        after: the same after it.
+    """
+
+    eta: float
+    before: float
+    after: float
+
+
+class _Rows:
+    """Keeps what one projection reads, sample by sample (an engine's `Collector`)."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.parts: list[Tensor] = []
+
+    def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
+        """Take one batch; see `fxprune.engine.Collector`."""
+        del site, dense, offsets, first
+        self.parts.append(rows.reshape(-1, self.length, rows.shape[-1]).clone())
+
+    def finish(self) -> list[SiteStatistics]:
+        """Nothing is left to solve."""
+        return []
+
+
+def head_inputs(
+    program: Program, tokens: Tensor, *, forward_dtype: torch.dtype | None = None, batch_size: int | None = None
+) -> Tensor:
+    """What the lm_head of a program reads, (samples, length, hidden) float32.
+
+    Args:
+        program: a causal language model.
+        tokens: (samples, length) int64.
+        forward_dtype: precision of the products; None for the graph's own.
+        batch_size: samples at once; None to find it.
+
+    Raises:
+        PreconditionError: the program gives no logits (see `fxprune.loss_head.LossHead`).
+        CalibrationError: activations are not finite.
+    """
+    samples = text_samples(program.interface, tokens)
+    cut = cut_stages(program.graph_module, [LossHead(program).name], samples.varying)
+    rows = _Rows(tokens.shape[1])
+    options = EngineOptions(forward_dtype=forward_dtype, batch_size=batch_size)
+
+    def nothing(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
+        del stage, statistics
+
+    CalibrationEngine(cut, samples, options, collector=lambda: rows).run(nothing)
+    return torch.cat(rows.parts)
+
+
+def divergence(head: LossHead, states: Tensor, teacher: Tensor) -> float:
+    """Mean divergence KL(teacher || student) of the predictions that the samples have targets for, nats a token.
+
+    Args:
+        head: the lm_head that both read.
+        states: (samples, length, hidden), what it reads in the student.
+        teacher: the same in the teacher.
+
+    Raises:
+        CalibrationError: it is not finite.
+    """
+    total = 0.0
+    with torch.no_grad(), fast_products():
+        for one, other in zip(states, teacher, strict=True):
+            mine, theirs = (torch.log_softmax(head.module(rows[:-1]).float(), -1) for rows in (one, other))
+            total += float((theirs.exp() * (theirs - mine)).sum(dtype=torch.float64))
+    mean = total / (len(states) * (states.shape[1] - 1))
+    if not mean < float("inf"):
+        raise CalibrationError("the divergence from the dense model is not finite; check the weights of the pruned one")
+    return mean
+
+
+def direction(gradient: Tensor, kept: Tensor, inputs: Gram, outputs: Tensor) -> Tensor:
+    """The step of length 1 of one consumer, to be subtracted, (out, in) float64; 0 in the columns that are gone.
+
+    Args:
+        gradient: (out, in), of the loss a token by the weight.
+        kept: (in,) bool.
+        inputs: X^T X of what it reads.
+        outputs: (out, out), mean of g g^T over tokens.
+    """
+    here = torch.where(kept)[0]
+    reads = damped(inputs.matrix[here[:, None], here] / inputs.tokens, INPUT_DAMPING, "channel")
+    reads.diagonal().add_(1e-6 * float(reads.diagonal().median()))  # inputs may repeat others
+    puts_out = damped(outputs, OUTPUT_DAMPING, "mean")
+    half = torch.linalg.solve(reads, gradient.double()[:, here].t())
+    found = torch.zeros(gradient.shape, dtype=torch.float64, device=gradient.device)
+    found[:, here] = torch.linalg.solve(puts_out, half.t())
+    return found
+
+
+def second_order_step(
+    program: Program,
+    dense: Program,
+    kept: Mapping[str, Tensor],
+    tokens: Tensor,
+    *,
+    inputs: Mapping[str, Gram],
+    outputs: Mapping[str, Tensor],
+    held_out: int,
+    forward_dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+) -> tuple[Program, Step]:
+    """Move what is left of the consumers (see the module's docstring).
+
+    One forward and one backward pass over `tokens`, two forward passes over them for the dense predictions and a few
+    over the held-out samples. Memory: what the gradients of the consumers' weights take (4 bytes a parameter), the
+    dense model's last hidden states, and what `fxprune.loss_gradients` needs.
+
+    Args:
+        program: the pruned program, consumers 0 in the columns that are gone; it is left as it is.
+        dense: what it shall say the same as.
+        kept: (in,) bool by consumer.
+        tokens: (samples, length) int64.
+        inputs: X^T X of what each consumer reads in the dense model.
+        outputs: (out, out) by consumer: mean over tokens of g g^T, g the gradient of the loss by its output.
+        held_out: how many of the samples, the last ones, are for the length of the step.
+        forward_dtype: precision of the products.
+        batch_size: samples at once; None to find it.
+
+    Returns:
+        The program with new weights, and what was done.
+
+    Raises:
+        UsageError: no sample is left on one side.
+        PreconditionError: the program is not a causal language model.
+        CalibrationError: something is not finite.
+    """
+    if not 0 < held_out < len(tokens):
+        raise UsageError(f"{held_out} of {len(tokens)} samples cannot be held out; leave some on both sides")
+    fit, held = tokens[:-held_out], tokens[-held_out:]
+    teacher = head_inputs(dense, tokens, forward_dtype=forward_dtype, batch_size=batch_size)
+    root = own_projections(program.graph_module, kept)
+    moving = program.replace(graph_module=root, channels=None)
+    weights = {name: get_attribute(root, name).weight for name in kept}
+    gradients = backpropagate_loss(
+        moving,
+        (),
+        fit,
+        lambda _: None,
+        parameters=weights,
+        teacher=teacher[:-held_out],
+        forward_dtype=forward_dtype,
+        batch_size=batch_size,
+    )
+    predicted = len(fit) * (fit.shape[1] - 1)
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    steps = {
+        name: direction(gradients.pop(name) / predicted, kept[name], inputs[name], outputs[name]).to(weight.dtype)
+        for name, weight in start.items()
+    }
+    head = LossHead(moving)
+
+    def measure(eta: float) -> float:
+        for name, weight in start.items():
+            module = get_attribute(root, name)
+            module.weight = nn.Parameter(weight - eta * steps[name], module.weight.requires_grad)
+        states = head_inputs(moving, held, forward_dtype=forward_dtype, batch_size=batch_size)
+        return divergence(head, states, teacher[-held_out:])
+
+    best = Step(0.0, *[measure(0.0)] * 2)
+    with track("stepping", STEPS) as advance:
+        for index in range(STEPS):
+            eta = FIRST_STEP * 2**index
+            found = measure(eta)
+            advance(index + 1)
+            if found >= best.after:
+                break
+            best = Step(eta, best.before, found)
+    for name, weight in start.items():
+        module = get_attribute(root, name)
+        module.weight = nn.Parameter(weight - best.eta * steps[name], module.weight.requires_grad)
+    return moving, best
