@@ -1,0 +1,205 @@
+"""Gates of one group's units that make legal plans whatever their values are.
+
+MLP channels, hidden channels and layers have a hard-concrete gate each. Query heads cannot: a plan is legal only when
+every KV head that stays keeps as many of them. So the gate of a query head is the product of two:
+
+    head (k, j) = kv[k] * slot[j]        k: KV head,  j: its place among the query heads of its KV head
+
+With one query head for each KV head there is no slot, and with one KV head no kv gate. Which head of a KV head has
+which slot is free: a warm start gives slot 0 to the best of each KV head, and so on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import PlanError, UsageError
+from fxprune.expected_size import OpenUnits, independent_units
+from fxprune.hard_concrete import HardConcrete, ranked_log_alpha
+
+if TYPE_CHECKING:
+    from fxprune.groups import AttentionGroup, Group
+
+__all__ = ["GroupGates", "HeadGates", "HeadScheme", "UnitGates"]
+
+HeadScheme = Literal["kv", "slots", "both"]
+
+
+class GroupGates(nn.Module):
+    """Gates of one group. Values are (units,) float32 tensors in the order of the group's units.
+
+    Attributes:
+        group: the group.
+    """
+
+    group: Group
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Random values with gradients."""
+        raise NotImplementedError
+
+    def soft(self) -> Tensor:
+        """Values at evaluation, with gradients."""
+        raise NotImplementedError
+
+    def deterministic(self) -> Tensor:
+        """Soft values of as many units as are expected to be open, 0 for the others; legal, and never all 0."""
+        raise NotImplementedError
+
+    def open_units(self) -> OpenUnits:
+        """Open probabilities, with gradients: what `ExpectedSize` takes."""
+        raise NotImplementedError
+
+    def start_from(self, scores: Tensor, count: float) -> None:
+        """Set the gates so that they are ordered as the scores are and `count` units are expected to be open.
+
+        Args:
+            scores: (units,) finite; what removing a unit costs.
+            count: more than 0, less than all.
+
+        Raises:
+            UsageError: scores or count are impossible.
+        """
+        raise NotImplementedError
+
+
+class UnitGates(GroupGates):
+    """One gate a unit: MLP channels, hidden channels, layers.
+
+    Args:
+        group: the group.
+        drop_rate: probability of each unit to be closed at the start.
+    """
+
+    def __init__(self, group: Group, drop_rate: float = 0.01, device: torch.device | None = None) -> None:
+        super().__init__(group)
+        self.gates = HardConcrete.closed_with((group.units,), drop_rate, device)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """See `GroupGates`."""
+        return self.gates.sample(generator)
+
+    def soft(self) -> Tensor:
+        """See `GroupGates`."""
+        return self.gates.soft()
+
+    def deterministic(self) -> Tensor:
+        """See `GroupGates`; layers and hidden channels are 0 or 1.
+
+        Half a layer cannot be folded into weights, nor can half a hidden channel into a table that is also the output
+        projection.
+        """
+        values = self.gates.deterministic(self.group.least)
+        return values if self.group.masked == "consumers" else (values > 0).to(values.dtype)
+
+    def open_units(self) -> OpenUnits:
+        """See `GroupGates`."""
+        return independent_units(self.group, self.gates.open_probability())
+
+    def start_from(self, scores: Tensor, count: float) -> None:
+        """See `GroupGates`."""
+        _require_scores(self.group, scores)
+        self.gates.log_alpha.data.copy_(ranked_log_alpha(scores, count))
+
+
+class HeadGates(GroupGates):
+    """Gates of an attention, see the module's docstring.
+
+    Args:
+        group: the attention; every KV head serves as many query heads.
+        scheme: `both`, or `kv` or `slots` alone. Where the one asked for does not exist (one query head for each KV
+            head, or one KV head), the other is taken.
+        drop_rate: probability of each query head to be closed at the start.
+
+    Attributes:
+        kv: a gate for each KV head, or None.
+        slots: a gate for each place, or None.
+        order: (KV heads, places) int64, the query head at each place.
+
+    Raises:
+        PlanError: the KV heads serve different numbers of query heads.
+    """
+
+    group: AttentionGroup
+    order: Tensor
+
+    def __init__(
+        self,
+        group: AttentionGroup,
+        scheme: HeadScheme = "both",
+        drop_rate: float = 0.01,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(group)
+        members = [group.heads_of(kv) for kv in range(group.kv_heads)]
+        if len(set(map(len, members))) > 1:
+            raise PlanError(f"{group.name}: its KV heads serve different numbers of query heads; gates cannot be legal")
+        self.register_buffer("order", torch.tensor(members, dtype=torch.int64, device=device))
+        sets, places = self.order.shape
+        wants_kv = places == 1 or (sets > 1 and scheme != "slots")
+        wants_slots = places > 1 and (sets == 1 or scheme != "kv")
+        rate = 1 - (1 - drop_rate) ** 0.5 if wants_kv and wants_slots else drop_rate
+        self.kv = HardConcrete.closed_with((sets,), rate, device) if wants_kv else None
+        self.slots = HardConcrete.closed_with((places,), rate, device) if wants_slots else None
+
+    def spread(self, kv: Tensor | None, slots: Tensor | None) -> Tensor:
+        """The value of each query head from those of KV heads and places, (units,)."""
+        sets, places = self.order.shape
+        like = kv if kv is not None else slots
+        assert like is not None
+        kv = like.new_ones(sets) if kv is None else kv
+        slots = like.new_ones(places) if slots is None else slots
+        grid = kv[:, None] * slots[None, :]
+        return grid.reshape(-1)[torch.argsort(self.order.reshape(-1))]
+
+    def _parts(self) -> tuple[HardConcrete | None, HardConcrete | None]:
+        return self.kv, self.slots
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """See `GroupGates`."""
+        return self.spread(*(None if part is None else part.sample(generator) for part in self._parts()))
+
+    def soft(self) -> Tensor:
+        """See `GroupGates`."""
+        return self.spread(*(None if part is None else part.soft() for part in self._parts()))
+
+    def deterministic(self) -> Tensor:
+        """See `GroupGates`."""
+        return self.spread(*(None if part is None else part.deterministic() for part in self._parts()))
+
+    def open_units(self) -> OpenUnits:
+        """See `GroupGates`: a KV head stays when its own gate and that of any place is open."""
+        kv, slots = (None if part is None else part.open_probability() for part in self._parts())
+        units = self.spread(kv, slots)
+        if self.group.sharing is None:
+            return OpenUnits(units)
+        anywhere = units.new_ones(()) if slots is None else 1 - (1 - slots).prod()
+        sets = anywhere.expand(self.order.shape[0]) if kv is None else kv * anywhere
+        return OpenUnits(units, sets)
+
+    def start_from(self, scores: Tensor, count: float) -> None:
+        """See `GroupGates`; heads take their places by score, the best of each KV head first."""
+        _require_scores(self.group, scores)
+        scores = scores.detach().to(self.order.device)
+        natural = torch.sort(self.order, dim=1).values
+        rank = torch.argsort(scores[natural], dim=1, descending=True, stable=True)
+        self.order.copy_(torch.gather(natural, 1, rank))
+        grid = scores[self.order]
+        sets, places = grid.shape
+        share = count / (sets * places)
+        each = share**0.5 if self.kv is not None and self.slots is not None else share
+        for part, worth in ((self.kv, grid.sum(1)), (self.slots, grid.sum(0))):
+            if part is not None:
+                part.log_alpha.data.copy_(ranked_log_alpha(worth, each * worth.numel()))
+
+
+def _require_scores(group: Group, scores: Tensor) -> None:
+    if tuple(scores.shape) != (group.units,):
+        raise UsageError(f"{group.name}: scores of {group.units} {group.unit}s are needed, got {tuple(scores.shape)}")
