@@ -1,13 +1,14 @@
 """Structured pruning without retraining: Fisher information, one knapsack, least squares on the dense model's inputs.
 
-    calibration text ─ one pass forward and back ─ gradients of the units, X^T X (and g g^T) of every consumer
+    calibration text ─ one pass forward and back ─ gradients of the units, X^T X and g g^T of every consumer
                                                      └ curves in units of the loss ─ knapsack ─ Plan ─ new weights
 
 What removing a unit does to the loss is, to second order, the Fisher information of its mask: the squared sum, over the
 tokens of a sample, of x dL/dx. Half of the samples are scored on the text, half on tokens that the model draws itself:
 the first says what this text asks for, the second, by its expectation, what the model knows. One knapsack over all
 blocks, heads and channels spends the budget; then what is left of each consumer makes up for what went, by least
-squares on the inputs of the dense model, which the same pass has summed up.
+squares on the inputs of the dense model, which the same pass has summed up. At last one second-order step moves these
+weights together toward the dense model's predictions (see `fxprune.second_order`).
 
 With `criterion="obs"` the other inputs make up for a unit already when it is scored: structured optimal brain surgeon
 on the Gram matrices, with outputs weighed by the gradients of the loss (see `fxprune.structured_obs`). One sweep a
