@@ -11,9 +11,10 @@ from typing import Any
 from fxprune.default_model import default_model_path
 from fxprune.output import write_json
 
-__all__ = ["conditions", "make_parser", "spread", "write_results"]
+__all__ = ["USUAL_SAMPLES", "add_leaderboard_options", "conditions", "make_parser", "spread", "write_results"]
 
 RESULTS = Path("benchmarks/results")
+USUAL_SAMPLES = 128
 
 
 def make_parser(description: str | None, name: str, *, samples: int | None = None) -> argparse.ArgumentParser:
@@ -30,6 +31,30 @@ def make_parser(description: str | None, name: str, *, samples: int | None = Non
     if samples is not None:
         parser.add_argument("--samples", type=int, default=samples, help="calibration sequences")
     return parser
+
+
+def add_leaderboard_options(parser: argparse.ArgumentParser, methods: list[str], out: Path, rows: str) -> None:
+    """Options that leaderboards share: model, data, methods, seeds, sizes, and what `conditions` reads.
+
+    Args:
+        parser: gets them.
+        methods: that there are.
+        out: the file of results by default.
+        rows: what `--rows` are of.
+    """
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", help="hub id or directory; the embedded default by default")
+    parser.add_argument("--method", nargs="+", default=methods, choices=methods)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=USUAL_SAMPLES)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=400, help=rows)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--options", default="{}", help="further options of the pass, as JSON")
+    parser.add_argument("--valid", action="store_true", help="perplexity on wiki.valid.raw: for choosing options")
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--plain", action="store_true", help="only print the table of what was measured")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
 
 
 def write_results(out: Path, result: dict[str, Any], *, quiet: bool = False) -> None:

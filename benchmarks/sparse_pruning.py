@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import conditions, spread
+from benchmarks.common import add_leaderboard_options, conditions, spread
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
 from fxprune.graphs import state_tensors
@@ -153,20 +153,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", help="hub id or directory; the embedded default by default")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add_leaderboard_options(parser, list(METHODS), RESULT, "LAMBADA rows; 0 for none")
     parser.add_argument("--target", nargs="+", default=list(TARGETS))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=400, help="LAMBADA rows; 0 for none")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--options", default="{}", help="further options of the pass, as JSON")
-    parser.add_argument("--valid", action="store_true", help="perplexity on wiki.valid.raw: for choosing options")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plain", action="store_true", help="only print the table of what was measured")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         method, target, seed = json.loads(arguments.cell)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.common import conditions, spread
+from benchmarks.common import USUAL_SAMPLES, add_leaderboard_options, conditions, spread
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
 from fxprune.harness import evaluate_tasks
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 METHODS = ("dense", "channel", "fisher", "osscar", "flap", "wanda-sp", "taylor", "magnitude", "depth", "random")
 RESULT = Path("benchmarks/results/structured_pruning.json")
-USUAL_SAMPLES = 128
 TASKS = {"lambada_openai": "last_word_accuracy", "arc_easy": "acc"}
 
 
@@ -214,23 +213,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", help="hub id or directory; the embedded default by default")
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
+    add_leaderboard_options(parser, list(METHODS), RESULT, "rows of each task")
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--samples", type=int, default=USUAL_SAMPLES)
-    parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--rows", type=int, default=400, help="rows of each task")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10, help="timed repeats of each case")
     parser.add_argument("--speed", action="store_true", help="export to ONNX and time it too")
-    parser.add_argument("--options", default="{}", help="further options of the pass, as JSON")
-    parser.add_argument("--valid", action="store_true", help="perplexity on wiki.valid.raw: for choosing options")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--plain", action="store_true", help="only print the table of what was measured")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         measure(arguments, *json.loads(arguments.cell))

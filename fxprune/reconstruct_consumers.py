@@ -10,6 +10,7 @@ from torch import nn
 
 from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
+from fxprune.errors import UsageError
 from fxprune.graphs import copy_graph_module
 from fxprune.lifted import make_linear, origin_of
 from fxprune.progress import track
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from fxprune.groups import Group
     from fxprune.plan import Plan
     from fxprune.program import Program
-    from fxprune.reconstruction import Reconstruction
+    from fxprune.reconstruction import Reconstructed, Reconstruction
     from fxprune.stages import Stage
 
-__all__ = ["Consumer", "add_biases", "consumers_of", "dense_grams", "reconstruct_consumers", "reconstruct_on_grams"]
+__all__ = ["Consumer", "add_biases", "consumers_of", "reconstruct_consumers", "reconstruct_on_grams"]
 
 _HELD_OUT = 8
 """One of so many samples is kept to choose on."""
@@ -107,7 +108,12 @@ def reconstruct_consumers(
 
     Returns:
         A program whose consumers are 0 in the columns that go, and what was done to each: name, choice, errors.
+
+    Raises:
+        UsageError: the mode is `dense`, which needs no text but Gram matrices.
     """
+    if mode == "dense":
+        raise UsageError("the reconstruction dense is reconstruct_on_grams, with the Gram matrices of input_grams")
     root = own_projections(program.graph_module, consumers)
     if mode == "none" or all(bool(one.kept.all()) for one in consumers.values()):
         for name, one in consumers.items():
@@ -133,40 +139,6 @@ def reconstruct_consumers(
     return program.replace(graph_module=root, channels=None), solver.done
 
 
-def dense_grams(
-    program: Program,
-    consumers: Sequence[str],
-    tokens: Tensor,
-    *,
-    forward_dtype: torch.dtype | None,
-    batch_size: int | None,
-) -> dict[str, Gram]:
-    """X^T X of what consumers read in a program, by consumer.
-
-    Args:
-        program: it is left as it is.
-        consumers: names of ordinary Linears.
-        tokens: (samples, length) int64 calibration text.
-        forward_dtype: precision of the forward passes' products.
-        batch_size: samples at once; None to find it.
-    """
-    samples = text_samples(program.interface, tokens)
-    cut = cut_stages(program.graph_module, consumers, samples.varying)
-    found: dict[str, Gram] = {}
-
-    def keep(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
-        del stage
-        for one in statistics:
-            (gram,) = one.grams
-            assert gram is not None
-            found.update(dict.fromkeys(one.site.linears, gram))
-
-    options = EngineOptions(forward_dtype=forward_dtype, batch_size=batch_size)
-    with track("collecting", len(cut.stages)) as advance:
-        CalibrationEngine(cut, samples, options).run(keep, on_stage=advance)
-    return found
-
-
 def reconstruct_on_grams(
     program: Program, consumers: Mapping[str, Consumer], grams: Mapping[str, Gram]
 ) -> tuple[Program, list[dict[str, Any]]]:
@@ -175,7 +147,7 @@ def reconstruct_on_grams(
     Args:
         program: the dense program; it is left as it is.
         consumers: by name.
-        grams: X^T X of what each of them reads, see `dense_grams`.
+        grams: X^T X of what each of them reads, see `fxprune.input_grams`.
 
     Returns:
         A program whose consumers are 0 in the columns that go, and what was done to each: name, choice, errors.
@@ -185,8 +157,7 @@ def reconstruct_on_grams(
     with track("reconstructing", len(consumers)) as advance:
         for index, (name, one) in enumerate(consumers.items()):
             if not bool(one.kept.all()):
-                module = get_attribute(root, name)
-                weight = module.weight.detach().double().t()
+                weight = get_attribute(root, name).weight.detach().double().t()
                 moments = moments_of_gram(grams[name], weight)
                 found = reconstruct(
                     weight,
@@ -197,12 +168,22 @@ def reconstruct_on_grams(
                     bias=False,
                     ridges=(dense_ridge(len(weight), moments.tokens),),
                 )
-                new = found.weight.t().to(module.weight.dtype).contiguous()
-                module.weight = nn.Parameter(new, module.weight.requires_grad)
-                entry = {"name": name, "choice": found.choice, "bias": False}
-                done.append({**entry, "error": found.error, "plain_error": found.plain})
+                done.append(_put(root, name, found))
             advance(index + 1)
     return program.replace(graph_module=root, channels=None), done
+
+
+def _put(root: GraphModule, name: str, found: Reconstructed) -> dict[str, Any]:
+    """Give a Linear its new weights; returns what the report says of it."""
+    module = get_attribute(root, name)
+    learns = module.weight.requires_grad
+    dtype = module.weight.dtype
+    module.weight = nn.Parameter(found.weight.t().to(dtype).contiguous(), learns)
+    if found.bias is not None:
+        own = torch.zeros_like(found.bias) if module.bias is None else module.bias.detach().to(found.bias)
+        module.bias = nn.Parameter((own + found.bias).to(dtype), learns)
+    entry = {"name": name, "choice": found.choice, "bias": found.bias is not None}
+    return {**entry, "error": found.error, "plain_error": found.plain}
 
 
 class _Solver:
@@ -250,12 +231,4 @@ class _Solver:
                 bias=self.biases,
                 unit_of=consumer.unit_of,
             )
-            module = get_attribute(self.root, name)
-            learns = module.weight.requires_grad
-            dtype = module.weight.dtype
-            module.weight = nn.Parameter(found.weight.t().to(dtype).contiguous(), learns)
-            if found.bias is not None:
-                own = torch.zeros_like(found.bias) if module.bias is None else module.bias.detach().to(found.bias)
-                module.bias = nn.Parameter((own + found.bias).to(dtype), learns)
-            entry = {"name": name, "choice": found.choice, "bias": found.bias is not None}
-            self.done.append({**entry, "error": found.error, "plain_error": found.plain})
+            self.done.append(_put(self.root, name, found))

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fxprune.channels import get_attribute
+from fxprune.distillation import token_kl
 from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics, text_samples
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.loss_gradients import backpropagate_loss
@@ -76,7 +77,7 @@ class _Rows:
     def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
         """Take one batch; see `fxprune.engine.Collector`."""
         del site, dense, offsets, first
-        self.parts.append(rows.reshape(-1, self.length, rows.shape[-1]).clone())
+        self.parts.append(rows.reshape(-1, self.length, rows.shape[-1]))
 
     def finish(self) -> list[SiteStatistics]:
         """Nothing is left to solve."""
@@ -124,9 +125,8 @@ def divergence(head: LossHead, states: Tensor, teacher: Tensor) -> float:
     total = 0.0
     with torch.no_grad(), fast_products():
         for one, other in zip(states, teacher, strict=True):
-            mine, theirs = (torch.log_softmax(head.module(rows[:-1]).float(), -1) for rows in (one, other))
-            total += float((theirs.exp() * (theirs - mine)).sum(dtype=torch.float64))
-    mean = total / (len(states) * (states.shape[1] - 1))
+            total += float(token_kl(head.module(one[:-1]), head.module(other[:-1])))
+    mean = total / len(states)
     if not mean < float("inf"):
         raise CalibrationError("the divergence from the dense model is not finite; check the weights of the pruned one")
     return mean
@@ -165,7 +165,7 @@ def second_order_step(
 ) -> tuple[Program, Step]:
     """Move what is left of the consumers (see the module's docstring).
 
-    One forward and one backward pass over `tokens`, two forward passes over them for the dense predictions and a few
+    One forward pass over `tokens` in the dense model, one forward and backward in the pruned one, and a few forward
     over the held-out samples. Memory: what the gradients of the consumers' weights take (4 bytes a parameter), the
     dense model's last hidden states, and what `fxprune.loss_gradients` needs.
 
@@ -213,14 +213,18 @@ def second_order_step(
     }
     head = LossHead(moving)
 
-    def measure(eta: float) -> float:
+    def move(eta: float) -> None:
         for name, weight in start.items():
             module = get_attribute(root, name)
             module.weight = nn.Parameter(weight - eta * steps[name], module.weight.requires_grad)
+
+    def measure(eta: float) -> float:
+        move(eta)
         states = head_inputs(moving, held, forward_dtype=forward_dtype, batch_size=batch_size)
         return divergence(head, states, teacher[-held_out:])
 
-    best = Step(0.0, *[measure(0.0)] * 2)
+    before = measure(0.0)
+    best = Step(0.0, before, before)
     with track("stepping", STEPS) as advance:
         for index in range(STEPS):
             eta = FIRST_STEP * 2**index
@@ -228,8 +232,6 @@ def second_order_step(
             advance(index + 1)
             if found >= best.after:
                 break
-            best = Step(eta, best.before, found)
-    for name, weight in start.items():
-        module = get_attribute(root, name)
-        module.weight = nn.Parameter(weight - best.eta * steps[name], module.weight.requires_grad)
+            best = Step(eta, before, found)
+    move(best.eta)
     return moving, best

@@ -34,14 +34,16 @@ from fxprune.channels import get_attribute
 from fxprune.curves import Limits
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
+from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
 from fxprune.pass_base import Pass, PassResult
-from fxprune.reconstruct_consumers import consumers_of, dense_grams, reconstruct_consumers, reconstruct_on_grams
+from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
 from fxprune.runners import GraphRunner
 from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.targets import Target, budgets_of, cost_model, plans_for
+from fxprune.unit_scores import consumer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -210,6 +212,8 @@ class StructuredPass(Pass):
         self.seed = seed
         self.reconstruct = self.reconstruction if reconstruct is None else reconstruct
         self.biases = (not self.uniform) if biases is None else biases
+        if biases and self.reconstruct == "dense":
+            raise UsageError("reconstruct=dense gives no biases; use bias, ridge or auto, or leave biases out")
         self.drift = drift
         self.forward_dtype = forward_dtype
         self.batch_size = batch_size
@@ -242,6 +246,11 @@ class StructuredPass(Pass):
             raise UsageError(f"reconstruct is one of {', '.join(get_args(Reconstruction))}, got {self.reconstruct!r}")
         if not 0 <= self.drift <= 1:
             raise UsageError(f"drift must lie in [0, 1], got {self.drift}")
+        if self.drift and self.reconstruct in {"none", "dense"}:
+            raise UsageError(
+                f"reconstruct={self.reconstruct} runs nothing again, so drift={self.drift} has no part in it; use "
+                "bias, ridge, auto or scale"
+            )
         if (self.table is not None) != (self.target_speedup is not None):
             raise UsageError("a latency table goes with target_speedup, and target_speedup with a latency table")
         if self.forward_dtype != "auto":
@@ -362,9 +371,18 @@ class StructuredPass(Pass):
         case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed)
         plans = self.plans(case, costs, seconds)
         if self.reconstruct == "dense" and not case.grams:
-            names = [piece.parameter.removesuffix(".weight") for group in groups for piece in group.consumers]
             start = time.perf_counter()
-            case.grams = dense_grams(program, names, tokens, forward_dtype=dtype, batch_size=self.batch_size)
+            collected: dict[str, Gram] = {}
+            input_grams(
+                program,
+                consumer_names(groups),
+                tokens,
+                collected.update,
+                title="collecting",
+                forward_dtype=dtype,
+                batch_size=self.batch_size,
+            )
+            case.grams = collected
             seconds["grams"] = time.perf_counter() - start
         described = (tokens, description, seconds, case.notes)
         return Budgets(self.targets, tuple(plans), *described, case.grams, case.outputs)
@@ -388,8 +406,7 @@ class StructuredPass(Pass):
     def _require_enough(self, program: Program, groups: Sequence[Group], tokens: Tensor) -> None:
         if not self.inverts and self.reconstruct not in {"ridge", "auto", "dense"}:
             return
-        consumers = [piece.parameter.removesuffix(".weight") for group in groups for piece in group.consumers]
-        widest = max(get_attribute(program.graph_module, name).in_features for name in consumers)
+        widest = max(get_attribute(program.graph_module, name).in_features for name in consumer_names(groups))
         if tokens.numel() < widest:
             length = tokens.shape[1]
             raise CalibrationError(

@@ -75,7 +75,7 @@ class ChannelPrune(StructuredPass):
         swaps: of `obs`: rounds in which channels change places once their number is known. After a sweep in steps of 8
             channels they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
         second_order: whether a second-order step toward the dense model's predictions follows the reconstruction (see
-            `fxprune.second_order`).
+            `fxprune.second_order`); with `reconstruct="none"` nothing changes, by it neither.
         step_samples: how many of the calibration samples it uses; an eighth of them says how long it is.
         **options: of every structured method, see `StructuredPass`.
     """
@@ -119,6 +119,10 @@ class ChannelPrune(StructuredPass):
         self.step_samples = step_samples
         self.inverts = criterion == "obs"
 
+    @property
+    def _steps(self) -> bool:
+        return self.second_order and self.reconstruct != "none"
+
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """One backward pass; then the units' scores, or a sweep for each group."""
         tokens = case.tokens[: self.signal_samples]
@@ -127,7 +131,7 @@ class ChannelPrune(StructuredPass):
                 case.program,
                 case.groups,
                 tokens,
-                grams=self.criterion == "obs" or self.reconstruct == "dense" or self.second_order,
+                grams=self.criterion == "obs" or self.reconstruct == "dense" or self._steps,
                 labels="mixed" if self.criterion == "fisher" else "data",
                 batch_size=case.batch_size,
                 forward_dtype=case.forward_dtype,
@@ -168,9 +172,9 @@ class ChannelPrune(StructuredPass):
     def finish(
         self, dense: Program, rebuilt: Program, kept: Mapping[str, Tensor], budgets: Budgets
     ) -> tuple[Program, dict[str, Any]]:
-        """One second-order step, where anything went."""
+        """One second-order step, where anything went and weights may change."""
         tokens = budgets.tokens[: self.step_samples]
-        if not self.second_order or len(tokens) < 2 or all(bool(one.all()) for one in kept.values()):
+        if not self._steps or len(tokens) < 2 or all(bool(one.all()) for one in kept.values()):
             return rebuilt, {}
         moved, step = second_order_step(
             rebuilt,
@@ -190,9 +194,8 @@ class ChannelPrune(StructuredPass):
         found = {}
         for name, gram in signals.inputs.items():
             root = matrix_root(signals.outputs[name] / signals.tokens)
-            scaled_weight = (case.weight(name).double().t() @ root) * (gram.diagonal() > 0)[
-                :, None
-            ]  # what is always 0 is free
+            live = gram.diagonal() > 0  # what is always 0 is free
+            scaled_weight = (case.weight(name).double().t() @ root) * live[:, None]
             hessian, used = positive_definite(gram / signals.tokens, self.damping)
             if used > self.damping:
                 case.notes.setdefault("damping_raised", {})[name] = used

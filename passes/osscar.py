@@ -16,24 +16,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fxprune.curves import obs_channel_curve, obs_head_curve, scaled
-from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
-from fxprune.progress import track
-from fxprune.stages import cut_stages
+from fxprune.input_grams import input_grams
 from fxprune.structured_obs import Elimination, positive_definite
 from fxprune.structured_pass import StructuredPass
 from fxprune.unit_scores import consumer_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from fxprune.curves import Curve
-    from fxprune.engine import SiteStatistics
     from fxprune.gram import Gram
     from fxprune.groups import Group
     from fxprune.reconstruction import Reconstruction
-    from fxprune.stages import Stage
     from fxprune.structured_pass import Case
 
 __all__ = ["Osscar", "layer_curve"]
@@ -90,25 +86,25 @@ class Osscar(StructuredPass):
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """One pass over the text; a group's curve is swept as soon as the Gram matrices of its consumers are there."""
-        samples = text_samples(case.program.interface, case.tokens)
-        cut = cut_stages(case.program.graph_module, consumer_names(case.groups), samples.varying)
         waiting: dict[str, Gram] = {}
         found: dict[str, Curve] = {}
         readers = {group.name: consumer_names([group]) for group in case.groups}
 
-        def sweep(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
-            del stage
-            for one in statistics:
-                (gram,) = one.grams
-                assert gram is not None
-                waiting.update(dict.fromkeys(one.site.linears, gram))
+        def sweep(grams: Mapping[str, Gram]) -> None:
+            waiting.update(grams)
             for group in case.groups:
                 if group.name not in found and all(name in waiting for name in readers[group.name]):
                     found[group.name] = layer_curve(group, waiting, case, self.damping)
                     for name in readers[group.name]:
                         del waiting[name]
 
-        options = EngineOptions(forward_dtype=case.forward_dtype, batch_size=case.batch_size)
-        with track("curves", len(cut.stages)) as advance:
-            CalibrationEngine(cut, samples, options).run(sweep, on_stage=advance)
+        input_grams(
+            case.program,
+            consumer_names(case.groups),
+            case.tokens,
+            sweep,
+            title="curves",
+            forward_dtype=case.forward_dtype,
+            batch_size=case.batch_size,
+        )
         return found

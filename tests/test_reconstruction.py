@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.channels import get_attribute
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, UsageError
 from fxprune.gram import Gram
 from fxprune.passes.insert_masks import insert_masks
 from fxprune.plan import Plan
@@ -292,3 +292,16 @@ def test_few_tokens_leave_least_squares_out_unless_it_is_asked_for() -> None:
     more = rows(60, 5)
     more[:, 4] = more[:, 0] + more[:, 1]
     assert reconstruct(weight, kept, moments(more, weight), None, mode="auto").choice.startswith("ridge")
+
+
+def test_the_dense_reconstruction_is_not_run_through_the_model() -> None:
+    with pytest.raises(UsageError, match="reconstruct_on_grams"):
+        reconstruct_consumers(
+            located("llama"),
+            {},
+            torch.zeros(1, 8, dtype=torch.int64),
+            mode="dense",
+            biases=False,
+            forward_dtype=None,
+            batch_size=None,
+        )

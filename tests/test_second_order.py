@@ -149,6 +149,8 @@ def test_the_channel_pass_takes_the_step_and_reports_it() -> None:
     assert result.plan == small.plan
     without = ChannelPrune(second_order=False, **SMALL)(dense).program
     assert "second_order_step" not in without.results["structured"]
+    untouched = ChannelPrune(reconstruct="none", **SMALL)(dense).program
+    assert "second_order_step" not in untouched.results["structured"]
     name = "model.layers.0.mlp.down_proj"
     weights = [get_attribute(one.graph_module, name).weight for one in (without, small, result)]
     assert torch.equal(weights[0], weights[1])

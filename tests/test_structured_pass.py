@@ -92,6 +92,8 @@ class Reads(Last):
             {"ratio": 0.1, "reconstruct": "magic"},
             "reconstruct is one of none, bias, ridge, auto, scale, dense, got 'magic'",
         ),
+        ({"ratio": 0.1, "drift": 0.5, "reconstruct": "dense"}, "reconstruct=dense runs nothing again"),
+        ({"ratio": 0.1, "biases": True, "reconstruct": "dense"}, "reconstruct=dense gives no biases"),
         ({"ratio": 0.1, "drift": 1.5}, r"drift must lie in \[0, 1\]"),
         ({"ratio": 0.1, "samples": 0}, "samples"),
         ({"ratio": 0.1, "forward_dtype": "float3"}, "float3"),
@@ -133,8 +135,8 @@ def test_text_is_read_when_the_method_or_its_reconstruction_asks_for_it() -> Non
 
 def test_the_dense_reconstruction_reads_the_text_once_for_all_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    original = structured_pass.dense_grams
-    monkeypatch.setattr(structured_pass, "dense_grams", lambda *a, **k: runs.append(1) or original(*a, **k))
+    original = structured_pass.input_grams
+    monkeypatch.setattr(structured_pass, "input_grams", lambda *a, **k: runs.append(1) or original(*a, **k))
     monkeypatch.setattr(structured_pass, "reconstruct_consumers", lambda *_, **__: pytest.fail("nothing runs again"))
     program = located("llama")
     step = Last(ratio=[0.2, 0.4], reconstruct="dense", **TEXT)
