@@ -135,7 +135,7 @@ class Structured(_Section):
     removed_share: Share | None = None
     uniform: bool | None = None
     reconstruct: str | None = None
-    second_order_step: dict[str, float] | None = None
+    second_order_steps: list[dict[str, float]] | None = None
     consumers: list[ConsumerEntry] | None = None
     seconds: dict[str, Time] | None = None
 

@@ -72,10 +72,11 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         if len(plain) == len(errors):
             value += f"; {number(sum(plain) / len(plain))} without reconstruction"
         facts.append(Fact(value, "Mean error of consumers", f"mean error of consumers {value}"))
-    if step := section.get("second_order_step"):
-        value = f"{number(step['before'])} to {number(step['after'])} nats a token (length {number(step['eta'])})"
-        label = "Divergence from the dense model, before and after the second-order step"
-        facts.append(Fact(value, label, f"divergence from the dense model {value} by a second-order step"))
+    if steps := section.get("second_order_steps"):
+        lengths = ", ".join(number(step["eta"]) for step in steps)
+        value = f"{number(steps[0]['before'])} to {number(steps[-1]['after'])} nats a token (lengths {lengths})"
+        label = "Divergence from the dense model, before and after the second-order steps"
+        facts.append(Fact(value, label, f"divergence from the dense model {value} by second-order steps"))
     return facts
 
 

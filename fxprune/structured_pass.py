@@ -112,6 +112,7 @@ class Budgets:
         notes: of the method.
         grams: as a case has them, or as the reconstruction `dense` collected them.
         outputs: as a case has them.
+        kept_for_later: what `finish` computes once for all budgets.
     """
 
     targets: tuple[Target, ...]
@@ -122,6 +123,7 @@ class Budgets:
     notes: Mapping[str, Any]
     grams: Mapping[str, Gram] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    kept_for_later: dict[str, Any] = field(default_factory=dict)
 
 
 class StructuredPass(Pass):

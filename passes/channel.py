@@ -7,7 +7,7 @@ What removing a unit does to the loss is, to second order, the Fisher informatio
 tokens of a sample, of x dL/dx. Half of the samples are scored on the text, half on tokens that the model draws itself:
 the first says what this text asks for, the second, by its expectation, what the model knows. One knapsack over all
 blocks, heads and channels spends the budget; then what is left of each consumer makes up for what went, by least
-squares on the inputs of the dense model, which the same pass has summed up. At last one second-order step moves these
+squares on the inputs of the dense model, which the same pass has summed up. At last a few second-order steps move these
 weights together toward the dense model's predictions (see `fxprune.second_order`).
 
 With `criterion="obs"` the other inputs make up for a unit already when it is scored: structured optimal brain surgeon
@@ -32,7 +32,7 @@ from fxprune.groups import AttentionGroup
 from fxprune.loss_signals import collect_loss_signals
 from fxprune.plan import Plan
 from fxprune.progress import track
-from fxprune.second_order import second_order_step
+from fxprune.second_order import head_inputs, second_order_steps
 from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.structured_obs import Elimination, matrix_root, positive_definite, swap
 from fxprune.structured_pass import StructuredPass
@@ -52,7 +52,7 @@ __all__ = ["ChannelPrune"]
 
 
 _HELD_OUT = 8
-"""One of so many samples says how long the second-order step is."""
+"""One of so many samples of a second-order step says how long the steps are."""
 
 Criterion = Literal["fisher", "obs"]
 """What a unit is worth: what the loss says of it alone, or what is lost when the others make up for it."""
@@ -74,9 +74,9 @@ class ChannelPrune(StructuredPass):
             calibration text and much on other text; above 1, channels go instead where they can.
         swaps: of `obs`: rounds in which channels change places once their number is known. After a sweep in steps of 8
             channels they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
-        second_order: whether a second-order step toward the dense model's predictions follows the reconstruction (see
-            `fxprune.second_order`); with `reconstruct="none"` nothing changes, by it neither.
-        step_samples: how many of the calibration samples it uses; an eighth of them says how long it is.
+        steps: how many second-order steps toward the dense model's predictions follow the reconstruction, at most (see
+            `fxprune.second_order`); with `reconstruct="none"` nothing changes, by them neither.
+        step_samples: how many of the calibration samples each step uses, as long as there are as many.
         **options: of every structured method, see `StructuredPass`.
     """
 
@@ -91,7 +91,7 @@ class ChannelPrune(StructuredPass):
         signal_samples: int | None = None,
         attention: float = 10.0,
         swaps: int = 0,
-        second_order: bool = True,
+        steps: int = 2,
         step_samples: int = 32,
         **options: Any,
     ) -> None:
@@ -108,6 +108,8 @@ class ChannelPrune(StructuredPass):
             raise UsageError(f"swaps must be 0 or more, got {swaps}")
         if swaps and criterion != "obs":
             raise UsageError("swaps exchange channels by optimal brain surgeon; they go with criterion=obs")
+        if steps < 0:
+            raise UsageError(f"steps must be 0 or more, got {steps}")
         if step_samples < 2:
             raise UsageError(f"step_samples must be at least 2, got {step_samples}")
         self.criterion = criterion
@@ -115,13 +117,13 @@ class ChannelPrune(StructuredPass):
         self.signal_samples = signal_samples
         self.attention = attention
         self.swaps = swaps
-        self.second_order = second_order
+        self.steps = steps
         self.step_samples = step_samples
         self.inverts = criterion == "obs"
 
     @property
     def _steps(self) -> bool:
-        return self.second_order and self.reconstruct != "none"
+        return self.steps > 0 and self.reconstruct != "none"
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """One backward pass; then the units' scores, or a sweep for each group."""
@@ -172,22 +174,30 @@ class ChannelPrune(StructuredPass):
     def finish(
         self, dense: Program, rebuilt: Program, kept: Mapping[str, Tensor], budgets: Budgets
     ) -> tuple[Program, dict[str, Any]]:
-        """One second-order step, where anything went and weights may change."""
-        tokens = budgets.tokens[: self.step_samples]
-        if not self._steps or len(tokens) < 2 or all(bool(one.all()) for one in kept.values()):
+        """Second-order steps, where anything went and weights may change."""
+        tokens = budgets.tokens[: self.steps * self.step_samples]
+        steps = min(self.steps, len(tokens) - 1)
+        if not self._steps or steps < 1 or all(bool(one.all()) for one in kept.values()):
             return rebuilt, {}
-        moved, step = second_order_step(
+        precision = forward_precision(self.forward_dtype, dtype_of(dense), tokens.device)
+        if "teacher" not in budgets.kept_for_later:
+            budgets.kept_for_later["teacher"] = head_inputs(
+                dense, tokens, forward_dtype=precision, batch_size=self.batch_size
+            )
+        moved, taken = second_order_steps(
             rebuilt,
             dense,
             kept,
             tokens,
             inputs=budgets.grams,
             outputs=budgets.outputs,
-            held_out=max(1, len(tokens) // _HELD_OUT),
-            forward_dtype=forward_precision(self.forward_dtype, dtype_of(dense), tokens.device),
+            steps=steps,
+            held_out=max(1, min(self.step_samples, len(tokens)) // _HELD_OUT),
+            teacher=budgets.kept_for_later["teacher"],
+            forward_dtype=precision,
             batch_size=self.batch_size,
         )
-        return moved, {"second_order_step": asdict(step)}
+        return moved, {"second_order_steps": [asdict(step) for step in taken]}
 
     def _problems(self, signals: GroupSignals, case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         """The damped Gram matrix and the scaled weight (in, out) of each consumer, float64."""

@@ -1,4 +1,4 @@
-"""The second-order step: its gradient, its direction, that it helps on unseen text, and what it leaves alone."""
+"""Second-order steps: their gradient, its direction, that they help on unseen text, and what they leave alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxprune.loss_head import LossHead
 from fxprune.passes.channel import ChannelPrune
 from fxprune.program import Program
 from fxprune.runners import GraphRunner
-from fxprune.second_order import direction, divergence, head_inputs, second_order_step
+from fxprune.second_order import direction, divergence, head_inputs, second_order_steps
 from tests.families import located
 
 SMALL: dict[str, Any] = {"ratio": 0.3, "round_to": 4, "samples": 32, "seq_len": 12, "forward_dtype": "float32"}
@@ -34,7 +34,7 @@ def tokens(samples: int, seed: int = 0, length: int = 12) -> Tensor:
 def pruned() -> tuple[Program, Program, dict[str, Any]]:
     """The dense program, the pruned and reconstructed one, and what the step needs to know."""
     dense = located("llama")
-    step = ChannelPrune(second_order=True, **SMALL)
+    step = ChannelPrune(**SMALL)
     budgets = step.budgets(dense)
     seen: dict[str, Any] = {"inputs": budgets.grams, "outputs": budgets.outputs}
     step.finish = lambda _, rebuilt, kept, __: (rebuilt, seen.update(kept=kept) or {})  # type: ignore[method-assign]
@@ -106,13 +106,16 @@ def test_the_direction_solves_the_damped_quadratic() -> None:
 def test_a_step_lowers_the_divergence_on_text_that_it_has_not_seen() -> None:
     dense, small, seen = pruned()
     before = {name: value.clone() for name, value in small.graph_module.state_dict().items()}
-    moved, step = second_order_step(small, dense, seen["kept"], tokens(32), held_out=8, inputs=seen["inputs"],
-                                    outputs=seen["outputs"])  # fmt: skip
-    assert step.eta > 0
-    assert step.after < step.before
-    ids = tokens(16, seed=5)
-    results = [float(plain_divergence(logits(one, ids), logits(dense, ids))) for one in (small, moved)]
-    assert results[1] < results[0]
+    ids, results, last = tokens(16, seed=5), [], [small]
+    for count in (1, 3):
+        moved, steps = second_order_steps(small, dense, seen["kept"], tokens(40), steps=count, held_out=8,
+                                          inputs=seen["inputs"], outputs=seen["outputs"])  # fmt: skip
+        assert len(steps) == count
+        assert all(step.eta > 0 and step.after < step.before for step in steps)
+        assert [step.before for step in steps[1:]] == [step.after for step in steps[:-1]]
+        last.append(moved)
+    results = [float(plain_divergence(logits(one, ids), logits(dense, ids))) for one in last]
+    assert results == sorted(results, reverse=True)
     after = small.graph_module.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())  # the program given is as it was
     changed = {n for n, v in moved.graph_module.state_dict().items() if not torch.equal(v, after[n])}
@@ -124,8 +127,8 @@ def test_a_step_lowers_the_divergence_on_text_that_it_has_not_seen() -> None:
 def test_a_step_that_only_harms_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, small, seen = pruned()
     monkeypatch.setattr(second_order, "direction", lambda *one: -1e4 * direction(*one))
-    moved, step = second_order_step(small, dense, seen["kept"], tokens(8), held_out=2, inputs=seen["inputs"],
-                                    outputs=seen["outputs"])  # fmt: skip
+    moved, (step,) = second_order_steps(small, dense, seen["kept"], tokens(8), steps=3, held_out=2,
+                                        inputs=seen["inputs"], outputs=seen["outputs"])  # fmt: skip
     assert step.eta == 0
     assert step.after == step.before
     for name in seen["kept"]:
@@ -134,23 +137,34 @@ def test_a_step_that_only_harms_is_not_taken(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_samples_must_be_left_on_both_sides() -> None:
     dense, small, seen = pruned()
-    for held_out in (0, 4):
+    for held_out in (0, 3, 4):
         with pytest.raises(UsageError, match=f"{held_out} of 4 samples cannot be held out"):
-            second_order_step(small, dense, seen["kept"], tokens(4), held_out=held_out, inputs={}, outputs={})
+            second_order_steps(small, dense, seen["kept"], tokens(4), steps=2, held_out=held_out, inputs={}, outputs={})
 
 
-def test_the_channel_pass_takes_the_step_and_reports_it() -> None:
+def test_a_length_that_is_too_long_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, small, seen = pruned()
+    start = second_order.FIRST_LENGTH * 2**12
+    monkeypatch.setattr(second_order, "FIRST_LENGTH", start)
+    _, (step,) = second_order_steps(small, dense, seen["kept"], tokens(32), steps=1, held_out=8,
+                                    inputs=seen["inputs"], outputs=seen["outputs"])  # fmt: skip
+    assert 0 < step.eta < start
+    assert step.after < step.before
+
+
+def test_the_channel_pass_takes_steps_and_reports_them() -> None:
     dense, small, _ = pruned()
     result = ChannelPrune(**SMALL)(dense).program
     report = result.results["structured"]
-    assert report["second_order_step"]["after"] < report["second_order_step"]["before"]
+    first, second = report["second_order_steps"]
+    assert first["before"] > first["after"] == second["before"] > second["after"]
     assert report["seconds"]["finish"] > 0
-    assert any("second-order step" in fact.label for fact in structured_facts(report))
+    assert any("second-order steps" in fact.label for fact in structured_facts(report))
     assert result.plan == small.plan
-    without = ChannelPrune(second_order=False, **SMALL)(dense).program
-    assert "second_order_step" not in without.results["structured"]
+    without = ChannelPrune(steps=0, **SMALL)(dense).program
+    assert "second_order_steps" not in without.results["structured"]
     untouched = ChannelPrune(reconstruct="none", **SMALL)(dense).program
-    assert "second_order_step" not in untouched.results["structured"]
+    assert "second_order_steps" not in untouched.results["structured"]
     name = "model.layers.0.mlp.down_proj"
     weights = [get_attribute(one.graph_module, name).weight for one in (without, small, result)]
     assert torch.equal(weights[0], weights[1])
