@@ -16,6 +16,7 @@ __all__ = [
     "PreconditionError",
     "RegistryError",
     "TraceError",
+    "TrainingError",
     "UnsupportedOpError",
     "UsageError",
     "VerificationError",
@@ -64,6 +65,10 @@ class ExportError(FxpruneError):
 
 class CalibrationError(FxpruneError):
     """Calibration or evaluation text is missing, unreadable or too short."""
+
+
+class TrainingError(FxpruneError):
+    """Training diverged or ended without reaching its target."""
 
 
 class OutputError(FxpruneError):

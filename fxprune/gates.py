@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, LayerGroup
+from fxprune.hard_concrete import HardConcrete
 from fxprune.lifted import is_projection
 from fxprune.masks import ChannelMask, LayerGate
 from fxprune.plan import Plan
@@ -127,14 +128,21 @@ class ProgramGates(nn.Module):
         """Open probabilities, with gradients: what `ExpectedSize` takes."""
         return {gates.group.name: gates.open_units() for gates in self}
 
-    def start_from(self, scores: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
+    def start_from(self, scores: Mapping[str, Tensor], counts: Mapping[str, float], spread: float = 4.0) -> None:
         """Warm start; see `GroupGates.start_from`. Groups without scores stay as they are.
 
         Counts such as those of a plan that keeps everything are brought to half a unit less.
         """
         for gates in self:
-            if gates.group.name in scores:
-                gates.start_from(scores[gates.group.name], min(counts[gates.group.name], gates.group.units - 0.5))
+            name = gates.group.name
+            if name in scores:
+                gates.start_from(scores[name], min(counts[name], gates.group.units - 0.5), spread)
+
+    def set_offset(self, offset: float) -> None:
+        """Add something to every gate's location, see `fxprune.hard_concrete.HardConcrete`."""
+        for part in self.modules():
+            if isinstance(part, HardConcrete):
+                part.offset = offset
 
     @contextmanager
     def applied(self, values: Mapping[str, Tensor]) -> Iterator[GraphModule]:

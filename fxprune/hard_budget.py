@@ -103,17 +103,29 @@ class BudgetProjector:
         gates: of a program; heads and MLP channels.
         model: what levels cost (`fxprune.targets.cost_model`): parameters, MACs, bytes or time.
         budget: the most that all may cost, as `model.budget` gives it.
-        limits: kept MLP widths are multiples of `round_to`, unless all are kept; `min_keep` of every group stays.
+        limits: kept MLP widths are multiples of `round_to`, unless all are kept; `min_keep` of every group stays. One
+            for all groups, or one for each by name.
+        uniform: whether all groups of a kind keep the same width.
 
     Attributes:
-        budget: see above.
+        budget: see above; it may be changed between projections.
+        dense: what all units cost.
 
     Raises:
-        PlanError: the least of every group is more than the budget; the message says what can be reached.
+        PlanError: the least of every group is more than the budget (the message says what can be reached), or uniform
+            widths are wanted of groups that differ.
         PreconditionError: there are gates of layers or hidden channels, whose costs are not sums over groups.
     """
 
-    def __init__(self, gates: ProgramGates, model: CostModel, budget: float, limits: Limits = _LIMITS) -> None:
+    def __init__(
+        self,
+        gates: ProgramGates,
+        model: CostModel,
+        budget: float,
+        limits: Limits | Mapping[str, Limits] = _LIMITS,
+        *,
+        uniform: bool = False,
+    ) -> None:
         self.budget = budget
         self._gates = gates
         self._fixed = model.fixed
@@ -125,7 +137,8 @@ class BudgetProjector:
                     f"{member.group.name}: a hard budget is for heads and MLP channels, not for {member.group.kind}"
                 )
             rows = []
-            for shape in _shapes(member, limits):
+            own = limits if isinstance(limits, Limits) else limits[member.group.name]
+            for shape in _shapes(member, own):
                 key = (block_shape(member.group), *shape)
                 if key not in known:
                     known[key] = float(model.cost(member.group, _example(member, shape)))
@@ -133,6 +146,8 @@ class BudgetProjector:
             rows.sort()
             costs = np.array([cost for cost, _ in rows], dtype=np.float64)
             self._levels.append(_Levels(np.array([shape for _, shape in rows]), costs, costs[-1] / member.group.units))
+        self.dense = model.fixed + sum(float(levels.costs[-1]) for levels in self._levels)
+        self._kinds = _alike(gates, self._levels) if uniform else []
         least = model.fixed + sum(float(levels.costs[0]) for levels in self._levels)
         if least > budget + _TOLERANCE * abs(budget):
             raise PlanError(
@@ -154,7 +169,7 @@ class BudgetProjector:
                 raise PlanError(f"{member.group.name}: a gate is not a number; training has diverged")
         costs = [levels.costs for levels in self._levels]
         room = self.budget - self._fixed + _TOLERANCE * abs(self.budget)
-        chosen = _allocate(costs, losses, room)
+        chosen = _together(costs, losses, self._kinds, room) if self._kinds else _allocate(costs, losses, room)
         kept, total = {}, self._fixed
         for member, levels, part, level in zip(self._gates, self._levels, parts, chosen, strict=True):
             kept[member.group.name] = _kept(member, part, levels.shapes[level])
@@ -223,7 +238,7 @@ def _worth(member: Any) -> tuple[Floats, Floats]:
 
 def _numbers(gates: HardConcrete) -> Floats:
     """Open probabilities in float64, in which those close to 1 still differ."""
-    return open_probability(gates.log_alpha.detach().double()).cpu().numpy()
+    return open_probability(gates.location().detach().double()).cpu().numpy()
 
 
 def _losses(levels: _Levels, rows: Floats, columns: Floats) -> Floats:
@@ -260,6 +275,35 @@ def _allocate(costs: Sequence[Floats], losses: Sequence[Floats], room: float) ->
     steps = np.bincount(owner[order[:taken]], minlength=len(hulls))
     chosen = [int(hull[step]) for hull, step in zip(hulls, steps, strict=True)]
     return _filled(costs, losses, chosen, left)
+
+
+def _alike(gates: ProgramGates, levels: Sequence[_Levels]) -> list[list[int]]:
+    """Indices of the groups of each kind, whose levels must be the same."""
+    kinds: dict[str, list[int]] = {}
+    for index, member in enumerate(gates):
+        same = kinds.setdefault(member.group.kind, [])
+        same.append(index)
+        if not np.array_equal(levels[index].shapes, levels[same[0]].shapes):
+            raise PlanError(f"{member.group.name}: uniform widths need {member.group.kind} groups of one size")
+    return list(kinds.values())
+
+
+def _together(
+    costs: Sequence[Floats], losses: Sequence[Floats], kinds: Sequence[Sequence[int]], room: float
+) -> list[int]:
+    """A level for each kind, of the least total loss within `room`: every combination is tried."""
+    cost, loss = np.zeros(()), np.zeros(())
+    for same in kinds:
+        cost = np.add.outer(cost, sum(costs[index] for index in same))
+        loss = np.add.outer(loss, sum(losses[index] for index in same))
+    # Of equal losses the dearer one: what is left over of a budget is of no use.
+    allowed = np.where(cost <= room, loss - 1e-12 * cost / max(1.0, float(cost.max())), np.inf)
+    best = np.unravel_index(int(np.argmin(allowed)), allowed.shape)
+    chosen = [0] * len(costs)
+    for same, level in zip(kinds, best, strict=True):
+        for index in same:
+            chosen[index] = int(level)
+    return chosen
 
 
 def _hull(costs: Floats, losses: Floats) -> NDArray[np.int64]:

@@ -130,9 +130,12 @@ class HardConcrete(KeepsFloat32):
 
     Attributes:
         log_alpha: the parameter, float32.
+        offset: what is added to it wherever it is read; training under a hard budget moves it, so that as much is
+            expected to be open as the budget of the step allows.
     """
 
     log_alpha: nn.Parameter
+    offset: float = 0.0
 
     def __init__(self, log_alpha: Tensor) -> None:
         super().__init__()
@@ -165,6 +168,10 @@ class HardConcrete(KeepsFloat32):
             raise UsageError("open probabilities of gates must lie in [0, 1]")
         return cls(log_alpha_of(probability.double().clamp(1e-6, 1 - 1e-6)))
 
+    def location(self) -> Tensor:
+        """`log_alpha` with the offset."""
+        return self.log_alpha + self.offset if self.offset else self.log_alpha
+
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw all gates once, float32; equal states of the generator give equal gates.
 
@@ -174,15 +181,15 @@ class HardConcrete(KeepsFloat32):
         """
         at = self.log_alpha.device if generator is None else generator.device
         uniform = torch.rand(self.log_alpha.shape, generator=generator, dtype=torch.float32, device=at)
-        return sampled_gate(self.log_alpha, uniform.to(self.log_alpha.device))
+        return sampled_gate(self.location(), uniform.to(self.log_alpha.device))
 
     def open_probability(self) -> Tensor:
         """The probability of each gate to be open, float32."""
-        return open_probability(self.log_alpha)
+        return open_probability(self.location())
 
     def soft(self) -> Tensor:
         """The value of each gate at evaluation (equation 13), float32; it has gradients."""
-        return soft_gate(self.log_alpha)
+        return soft_gate(self.location())
 
     def deterministic(self, least: int = 1) -> Tensor:
         """Soft values of as many gates as are expected to be open, 0 for the others; float32, no gradients.
@@ -194,7 +201,7 @@ class HardConcrete(KeepsFloat32):
             least: how many are open at least.
         """
         with torch.no_grad():
-            flat = self.log_alpha.reshape(-1)
+            flat = self.location().reshape(-1)
             count = round(float(open_probability(flat.double()).sum()))
             order = torch.argsort(flat, descending=True, stable=True)
             value = torch.zeros_like(flat)

@@ -104,14 +104,12 @@ class Budgets:
     """Plans for one or more budgets, from one calibration.
 
     Attributes:
-        targets: what was asked for, loosest first.
-        plans: one for each.
+        targets, plans: what was asked for, loosest first, and a plan for each.
         tokens: the calibration text; no samples where nobody asks for text.
         description: of that text, for the report; None without one.
         seconds: by part.
         notes: of the method.
-        grams: as a case has them, or as the reconstruction `dense` collected them.
-        outputs: as a case has them.
+        grams, outputs: as a case has them; grams also as the reconstruction `dense` collected them.
         kept_for_later: what `finish` computes once for all budgets.
     """
 

@@ -57,12 +57,13 @@ class GroupGates(nn.Module):
         """Open probabilities, with gradients: what `ExpectedSize` takes."""
         raise NotImplementedError
 
-    def start_from(self, scores: Tensor, count: float) -> None:
+    def start_from(self, scores: Tensor, count: float, spread: float = 4.0) -> None:
         """Set the gates so that they are ordered as the scores are and `count` units are expected to be open.
 
         Args:
             scores: (units,) finite; what removing a unit costs.
             count: more than 0, less than all.
+            spread: see `fxprune.hard_concrete.ranked_log_alpha`.
 
         Raises:
             UsageError: scores or count are impossible.
@@ -103,10 +104,10 @@ class UnitGates(GroupGates):
         """See `GroupGates`."""
         return independent_units(self.group, self.gates.open_probability())
 
-    def start_from(self, scores: Tensor, count: float) -> None:
+    def start_from(self, scores: Tensor, count: float, spread: float = 4.0) -> None:
         """See `GroupGates`."""
         _require_scores(self.group, scores)
-        self.gates.log_alpha.data.copy_(ranked_log_alpha(scores, count))
+        self.gates.log_alpha.data.copy_(ranked_log_alpha(scores, count, spread))
 
 
 class HeadGates(GroupGates):
@@ -184,7 +185,7 @@ class HeadGates(GroupGates):
         sets = anywhere.expand(self.order.shape[0]) if kv is None else kv * anywhere
         return OpenUnits(units, sets)
 
-    def start_from(self, scores: Tensor, count: float) -> None:
+    def start_from(self, scores: Tensor, count: float, spread: float = 4.0) -> None:
         """See `GroupGates`; heads take their places by score, the best of each KV head first."""
         _require_scores(self.group, scores)
         scores = scores.detach().to(self.order.device)
@@ -197,7 +198,7 @@ class HeadGates(GroupGates):
         each = share**0.5 if self.kv is not None and self.slots is not None else share
         for part, worth in ((self.kv, grid.sum(1)), (self.slots, grid.sum(0))):
             if part is not None:
-                part.log_alpha.data.copy_(ranked_log_alpha(worth, each * worth.numel()))
+                part.log_alpha.data.copy_(ranked_log_alpha(worth, each * worth.numel(), spread))
 
 
 def _require_scores(group: Group, scores: Tensor) -> None:

@@ -1,0 +1,357 @@
+"""Learned pruning against one-shot pruning: quality at equal size, the ablation of the teachers, and what a step costs.
+
+    python -m benchmarks.learned_pruning --data DIR [--method ...] [--ratio 0.2 0.3 0.5] [--seed 0 1 2] [--out JSON]
+    python -m benchmarks.learned_pruning --data DIR --overhead [--batch 4 --length 256]
+
+DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.jsonl` for the calibration and training
+text and, for `post`, `instruct/` for the instructions. Each cell is a process of its own: prune, slim, verify, save,
+load in bfloat16, evaluate; it is written as soon as it is measured, and a run that is interrupted goes on with what is
+missing. Trainings are kept beside the results, so `post` starts from what `lora` has learned, and an interrupted
+training goes on too; minutes with a plus are then what came on top. `--plain` prints the tables of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.common import add_leaderboard_options, conditions, spread
+from benchmarks.structured_pruning import TASKS, figure, quality
+from fxprune.default_model import default_model_path
+from fxprune.l0_model import GatedModel
+from fxprune.l0_training import Learner, next_token_loss
+from fxprune.loading import load_model
+from fxprune.masks import UnitMask
+from fxprune.matmul import fast_products
+from fxprune.measure import machine
+from fxprune.output import write_json
+from fxprune.passes.l0 import L0Prune
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.sparse_pass import dtype_of, forward_precision
+from fxprune.workflow import Stopwatch, front_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fxprune.program import Program
+
+RESULT = Path("benchmarks/results/learned_pruning.json")
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "channel": {},
+    "masks": {"lora_rank": 0, "distillation": "plain"},
+    "lora": {},
+    "post": {},
+    "uniform": {"uniform": True},
+    "lm loss": {"distillation": "none"},
+    "plain": {"distillation": "plain"},
+    "progressive": {"distillation": "progressive"},
+}
+"""Rows, and what makes them: options of the pass `l0` but for the first two."""
+LABELS = {
+    "channel": "one-shot (`channel`)",
+    "masks": "learned, masks only",
+    "lora": "learned, masks + LoRA",
+    "post": "learned, masks + LoRA + post fine-tuning",
+    "uniform": "learned, masks + LoRA, uniform widths",
+    "lm loss": "ablation: language-model loss",
+    "plain": "ablation: plain distillation",
+    "progressive": "ablation: progressive distillation",
+}
+STEPS = ("LoRA alone (peft, transformers' model)", "distillation without gates", "learned pruning")
+
+
+def options_of(arguments: argparse.Namespace, method: str, seed: int, ratio: float) -> tuple[str, dict[str, Any]]:
+    """The pass and the options of a cell."""
+    text = str(arguments.data / "calibration" / "sample_c4-rp1.jsonl")
+    common = {"ratio": ratio, "calibration": text, "seed": seed}
+    if method == "channel":
+        return "channel", {**common, "samples": arguments.samples, "seq_len": 512}
+    ablation = method in {"lm loss", "plain", "progressive"}
+    steps = arguments.ablation_steps if ablation else arguments.steps
+    further = {**METHODS[method], **json.loads(arguments.options)}
+    own = {"samples": arguments.sequences, "seq_len": arguments.length, "batch": arguments.batch, "steps": steps}
+    trained = "lora" if method == "post" else method
+    # A training of other settings has another place: what is there would be refused.
+    which = hashlib.sha256(json.dumps([own, further], sort_keys=True).encode()).hexdigest()[:8]
+    state = arguments.out.with_suffix(".states") / f"{trained.replace(' ', '-')}-{ratio}-{seed}-{which}"
+    if method == "post":
+        own |= {"post_steps": arguments.post_steps}
+        if arguments.instructions:
+            own |= {"post_data": str(arguments.instructions)}
+    return "l0", {**common, **own, "state": str(state), **further}
+
+
+def measure(arguments: argparse.Namespace, method: str, seed: int, ratio: float) -> None:
+    """One cell: a line of JSON on standard output."""
+    torch.set_num_threads(arguments.threads)
+    entry: dict[str, Any] = {"method": method, "seed": seed, "ratio": ratio, "conditions": facts(arguments, method)}
+    if method == "dense":
+        figures = quality(arguments, arguments.model or str(default_model_path()))
+        print(json.dumps({**entry, **figures, "threads": arguments.threads}), flush=True)
+        return
+    program = front_end(load_model(arguments.model or str(default_model_path())), Stopwatch())
+    start = time.perf_counter()
+    name, options = options_of(arguments, method, seed, ratio)
+    entry["continued"] = "state" in options and Path(options["state"], "state.json").is_file()
+    pruned = build_pass(name, options)(program).program
+    assert pruned.plan is not None
+    section = pruned.results["structured"]
+    learned = section.get("learning", {})
+    entry |= {
+        "removed_share": section["removed_share"],
+        "seconds": time.perf_counter() - start,
+        "parts": section["seconds"],
+        "kept": {group.name: len(pruned.plan.kept_units(group)) for group in program.groups},
+        "calibration_sha256": pruned.results.get("calibration", {}).get("sha256"),
+        "held_out_kl": learned.get("held_out_kl"),
+        "choice": learned.get("choice"),
+        "tokens_seen": learned.get("tokens_seen"),
+    }
+    with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
+        out = Path(scratch) / "slim"
+        passes = [build_pass(step, {}) for step in ("insert_masks", "slim", "verify")]
+        Pipeline([*passes, build_pass("save", {"out": str(out)})])(pruned)
+        del pruned, program
+        gc.collect()
+        entry |= quality(arguments, str(out))
+    print(json.dumps({**entry, "threads": arguments.threads}), flush=True)
+
+
+def facts(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """What must be the same for a cell that was measured earlier to count."""
+    found = conditions(arguments)
+    if method in {"dense", "channel"}:
+        return found
+    steps = arguments.ablation_steps if method in {"lm loss", "plain", "progressive"} else arguments.steps
+    found |= {"sequences": arguments.sequences, "length": arguments.length, "batch": arguments.batch, "steps": steps}
+    found["method_options"] = METHODS[method]
+    if method == "post":
+        found |= {"post_steps": arguments.post_steps, "instructions": str(arguments.instructions or "")}
+    return found
+
+
+# ---- what a step costs ---------------------------------------------------------------------------------------------
+
+
+def overhead(arguments: argparse.Namespace, kind: str) -> None:
+    """Seconds and memory of a step of one kind: a line of JSON on standard output."""
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model or str(default_model_path()))
+    tokens = torch.randint(0, 1000, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
+    plain = kind == STEPS[0]
+    steps = _plain(loaded.model, tokens) if plain else _stepper(kind, front_end(loaded, Stopwatch()), tokens)
+    before = _resident()
+    _forget_peak()
+    took, busy = [], []
+    for index in range(arguments.repeats + 1):  # the first one warms up
+        start, work = time.perf_counter(), time.process_time()
+        steps(index)
+        took.append(time.perf_counter() - start)
+        busy.append(time.process_time() - work)
+    after = _resident("VmHWM")
+    row = {"kind": kind, "seconds": median(took[1:]), "all_seconds": took[1:], "peak_bytes": after}
+    row["cpu_seconds"] = median(busy[1:])  # of all threads: what other processes take does not count
+    print(json.dumps({**row, "held_bytes": before, "threads": arguments.threads}), flush=True)
+
+
+def _plain(model: Any, tokens: torch.Tensor) -> Callable[[int], None]:
+    """A step of LoRA training as peft's users do it: on the model of transformers itself."""
+    from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - one of three kinds
+
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in names if name != "lm_head"]
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), model)
+    precision = forward_precision("auto", next(model.parameters()).dtype, tokens.device)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=1e-3)
+
+    def train(index: int) -> None:
+        del index
+        with fast_products(), torch.autocast("cpu", precision, enabled=precision is not None):
+            loss = next_token_loss(model(input_ids=tokens, use_cache=False).logits, tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def _stepper(kind: str, program: Program, tokens: torch.Tensor) -> Callable[[int], None]:
+    """A step of distillation, with gates and without."""
+    precision = forward_precision("auto", dtype_of(program), tokens.device)
+    options = {"ratio": 0.3, "samples": len(tokens) + 1, "held_out": 1, "steps": 10_000, "warm_start": False}
+    if kind == STEPS[2]:
+        step = L0Prune(**options, batch=len(tokens), seq_len=tokens.shape[1])
+        learner = _learner(step, program, tokens)
+
+        def learn(index: int) -> None:
+            # In the middle of the first stage, where gates are drawn and the teacher is an earlier state.
+            with learner.model.frozen():
+                learner._one(2000 + index)
+
+        return learn
+    model = GatedModel(program, _groups(program), rank=8, forward_dtype=precision)
+    for name, module in list(model._graph.named_modules()):
+        if isinstance(module, UnitMask):
+            model._graph.set_submodule(name, torch.nn.Identity())
+    optimizer = torch.optim.AdamW(list(model.adapters.values()), lr=1e-3)
+
+    def train(index: int) -> None:
+        del index
+        with model.frozen():
+            _distil(model, tokens).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def _groups(program: Program) -> list[Any]:
+    return [group for group in program.groups if group.kind in {"attention", "mlp"}]
+
+
+def _distil(model: GatedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss against the intact model, all gates open."""
+    from fxprune.distillation import distillation_loss  # noqa: PLC0415 - one of three kinds
+    from fxprune.teachers import Snapshot, worn  # noqa: PLC0415 - as above
+
+    intact = Snapshot(0.0, model.gates.ones(), {name: torch.zeros_like(p) for name, p in model.adapters.items()})
+    with torch.no_grad(), worn(intact, model.adapters):
+        wanted = model(tokens)
+    return distillation_loss(model(tokens), wanted).total
+
+
+def _learner(step: L0Prune, program: Program, tokens: torch.Tensor) -> Learner:
+    from fxprune.passes.l0 import _Run  # noqa: PLC0415 - one of three kinds
+
+    run = _Run(step, program, torch.cat([tokens, tokens[:1]]), {})
+    return run.learner
+
+
+def _forget_peak() -> None:
+    """Let the kernel count the peak anew, where it can."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.is_file():
+        gc.collect()
+        clear.write_text("5")
+
+
+def _resident(what: str = "VmRSS") -> int:
+    """The resident size in bytes, or with `VmHWM` the largest since; 0 where it is not told."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(what)), 0)
+
+
+# ---- tables and the runs -------------------------------------------------------------------------------------------
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table: a row for each method and ratio, seeds together."""
+    lines = ["| row | removed | perplexity | LAMBADA | ARC-easy | minutes | seeds |", "|---|---|---|---|---|---|---|"]
+    for method in METHODS:
+        mine = [cell for cell in cells if cell["method"] == method]
+        for ratio in sorted({cell["ratio"] for cell in mine}):
+            rows = [cell for cell in mine if cell["ratio"] == ratio]
+            minutes = spread([row["seconds"] / 60 for row in rows if "seconds" in row], ".0f")
+            minutes = ("+" if any(row.get("continued") for row in rows) else "") + minutes
+            figures = [figure(rows, "perplexity", ".1f"), *(figure(rows, task, ".3f") for task in TASKS), minutes]
+            removed = f"{ratio:.0%}" if ratio else "-"
+            lines.append(f"| {LABELS.get(method, method)} | {removed} | {' | '.join(figures)} | {len(rows)} |")
+    return "\n".join(lines)
+
+
+def overhead_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of steps, each against the first."""
+    if not rows:
+        return ""
+    lines = ["| step | seconds | times | CPU seconds | peak memory, GB | times |", "|---|---|---|---|---|---|"]
+    first = rows[0]
+    for row in rows:
+        times = row["seconds"] / first["seconds"], row["peak_bytes"] / max(1, first["peak_bytes"])
+        memory = f"{row['peak_bytes'] / 1e9:.2f} | {times[1]:.2f}"
+        lines.append(f"| {row['kind']} | {row['seconds']:.2f} | {times[0]:.2f} | {row['cpu_seconds']:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
+def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What a cell is found by."""
+    return cell["method"], cell["seed"], cell["ratio"], json.dumps(cell["conditions"], sort_keys=True)
+
+
+def worker(arguments: list[Any]) -> list[dict[str, Any]]:
+    """Run a cell in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.learned_pruning", *sys.argv[1:], "--cell", json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arguments}: the measuring process ended with {done.returncode}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what is missing."""
+    data = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"cells": [], "overhead": []}
+    if arguments.plain:
+        return dict(data)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.overhead:
+        data["overhead"] = [row for kind in STEPS for row in worker(["overhead", kind])]
+        data["overhead_shape"] = [arguments.batch, arguments.length]
+        write_json(arguments.out, {**data, "machine": machine()})
+        return dict(data)
+    for method in arguments.method:
+        for seed in arguments.seed if method != "dense" else [0]:
+            for ratio in arguments.ratio if method != "dense" else [0.0]:
+                wanted = {"method": method, "seed": seed, "ratio": ratio, "conditions": facts(arguments, method)}
+                if any(key(cell) == key(wanted) for cell in data["cells"]):
+                    continue
+                for cell in worker([method, seed, ratio]):
+                    data["cells"].append(cell)
+                    told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "held_out_kl", "seconds")
+                    print({name: cell.get(name) for name in told}, flush=True)
+                    write_json(arguments.out, {**data, "machine": machine()})
+    return dict(data)
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_leaderboard_options(parser, list(METHODS), RESULT, "rows of each task")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--sequences", type=int, default=1024, help="to train on")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--ablation-steps", type=int, default=200)
+    parser.add_argument("--post-steps", type=int, default=150)
+    parser.add_argument("--instructions", type=Path, help="instruction set of post; the calibration text by default")
+    parser.add_argument("--overhead", action="store_true", help="time steps instead")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each kind")
+    arguments = parser.parse_args()
+    if arguments.cell:
+        cell = json.loads(arguments.cell)
+        if cell[0] == "overhead":
+            overhead(arguments, cell[1])
+        else:
+            measure(arguments, *cell)
+        return
+    data = run(arguments)
+    print(table(data["cells"]))
+    print(overhead_table(data.get("overhead", [])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The model that learned pruning trains: gates in the masks, LoRA on frozen weights, logits and hidden states out.
+
+    ProgramGates ─ LoRA (peft) into its graph ─ logits and what every layer hands on ─ one checkpoint a block
+
+Student and teachers are this one module with other gates and other adapters: the weights are held once, and are those
+of the program it was made from. They are frozen while it is in use.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.passes.split_module import split_module
+from torch.utils.checkpoint import checkpoint
+
+from fxprune.accounting import lm_heads
+from fxprune.channels import get_attribute
+from fxprune.distillation import with_hidden_states
+from fxprune.engine import text_samples
+from fxprune.errors import PreconditionError, UsageError
+from fxprune.gates import ProgramGates
+from fxprune.graphs import erase_dead, linear_calls
+from fxprune.groups import LayerGroup
+from fxprune.matmul import fast_products
+from fxprune.sparse_pass import own_projections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch.fx import GraphModule, Node
+
+    from fxprune.groups import Group
+    from fxprune.program import Program
+    from fxprune.unit_gates import HeadScheme
+
+__all__ = ["GatedModel", "lora_targets", "merge_adapters"]
+
+_ADAPTER = "default"
+
+
+def lora_targets(program: Program, patterns: Sequence[str]) -> list[str]:
+    """Qualified names of the Linears that get LoRA.
+
+    Args:
+        program: a lifted program.
+        patterns: each the end of a qualified name (`q_proj`, `mlp.down_proj`) or a shell-style pattern; `all` is every
+            Linear but the output projection and those that share their weight.
+
+    Raises:
+        UsageError: a pattern matches no Linear (the message says what there is), or one whose weight something else
+            reads too, such as a tied embedding: merged LoRA would change that as well, or untie the two.
+    """
+    module = program.graph_module
+    heads = lm_heads(module, outputs=program.interface.outputs)
+    linears = list(linear_calls(module))
+    tied = _tied(module, linears)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matched = [
+            name
+            for name in linears
+            if (pattern == "all" and name not in heads and name not in tied)
+            or name == pattern
+            or name.endswith(f".{pattern}")
+            or fnmatchcase(name, pattern)
+        ]
+        if not matched:
+            ends = sorted({name.rpartition(".")[2] for name in linears})
+            raise UsageError(
+                f"LoRA target {pattern!r} matches no Linear; there are {', '.join(ends) or 'none'}, or all"
+            )
+        if shared := [name for name in matched if name in tied]:
+            raise UsageError(
+                f"LoRA target {pattern!r} matches {shared[0]}, whose weight {tied[shared[0]]} reads too and merging "
+                "would change or untie: name other Linears, or all"
+            )
+        found |= dict.fromkeys(matched)
+    return list(found)
+
+
+def _tied(module: GraphModule, linears: Sequence[str]) -> dict[str, str]:
+    """Linears whose weight is read elsewhere too, and where."""
+    readers: dict[int, list[str]] = {}
+    for name in linears:
+        readers.setdefault(id(get_attribute(module, name).weight), []).append(name)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            users = [str(user) for user in node.users]
+            readers.setdefault(id(get_attribute(module, str(node.target))), []).extend(users)
+    return {
+        name: next(other for other in sharing if other != name)
+        for sharing in readers.values()
+        if len(sharing) > 1
+        for name in sharing
+        if name in linears
+    }
+
+
+class GatedModel:
+    """A program with gates and adapters, and how to run it on text.
+
+    Args:
+        program: the dense, lifted, located program; its weights are shared, and frozen inside `frozen`.
+        groups: those that get gates.
+        heads: see `fxprune.unit_gates.HeadGates`.
+        drop_rate: probability of each unit to be closed at the start.
+        rank: of LoRA; 0 for none.
+        alpha: scale of LoRA; twice the rank by default.
+        targets: of LoRA, see `lora_targets`.
+        checkpointing: whether activations inside a block are computed again in the backward pass instead of kept.
+        hidden: whether hidden states are returned.
+        forward_dtype: precision of the products; None for the graph's own.
+        seed: of LoRA's first values.
+
+    Attributes:
+        gates: the gates.
+        adapters: parameters of LoRA by name; empty with rank 0.
+        layers: how many hidden states are returned.
+
+    Raises:
+        PreconditionError: hidden states or checkpoints are wanted, and no stack of layers was located.
+        UsageError: a LoRA target matches nothing.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        groups: Sequence[Group],
+        *,
+        heads: HeadScheme = "both",
+        drop_rate: float = 0.01,
+        rank: int = 0,
+        alpha: float | None = None,
+        targets: Sequence[str] = ("all",),
+        checkpointing: bool = False,
+        hidden: bool = True,
+        forward_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.program = program
+        self._flags = [(parameter, parameter.requires_grad) for parameter in program.graph_module.parameters()]
+        kinds = tuple(dict.fromkeys(group.kind for group in groups))
+        self.gates = ProgramGates(program.replace(groups=tuple(groups)), kinds=kinds, heads=heads, drop_rate=drop_rate)
+        self.scale = 0.0
+        self.linears: list[str] = []
+        if rank:
+            self.scale = (2.0 * rank if alpha is None else alpha) / rank
+            self.linears = lora_targets(program, targets)
+            _inject(self.gates.graph_module, self.linears, rank=rank, alpha=self.scale * rank, seed=seed)
+        self._restore()
+        named = self.gates.graph_module.named_parameters()
+        self.adapters: dict[str, nn.Parameter] = {name: p for name, p in named if ".lora_" in name}
+        exits = [node for group in program.groups if isinstance(group, LayerGroup) for node in group.exits]
+        if (hidden or checkpointing) and not exits:
+            raise PreconditionError(
+                "no stack of layers was located, so there are no hidden states to distil and no blocks to checkpoint: "
+                "run locate_layers, or use layer_weight=0 and checkpointing=False"
+            )
+        self.layers = len(exits) if hidden else 0
+        self._graph: nn.Module = _flat(self.gates.graph_module, program.interface.outputs, exits if hidden else [])
+        if checkpointing:
+            self._graph = _checkpointed(self._graph, exits)
+        self.forward_dtype = forward_dtype
+        self._fixed: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.gates.parameters()).device
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The program's weights require no gradients as long as the context lasts; adapters and gates do."""
+        try:
+            for parameter, _ in self._flags:
+                parameter.requires_grad_(False)  # noqa: FBT003 - torch's own name for it is not annotated
+            with fast_products():
+                yield
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (batch, length, vocabulary) and hidden states (batch, length, hidden), with the gates as applied.
+
+        Args:
+            tokens: (batch, length) int64, on the model's device; no padding.
+        """
+        interface = self.program.interface
+        shape = (tokens.shape[0], tokens.shape[1])
+        if shape not in self._fixed:
+            self._fixed[shape] = dict(text_samples(interface, tokens).fixed(shape[0]))
+        given = {**self._fixed[shape], "input_ids": tokens}
+        with torch.autocast(tokens.device.type, self.forward_dtype, enabled=self.forward_dtype is not None):
+            logits, *states = self._graph(*(given.get(name, tokens) for name in interface.inputs))
+        return logits, tuple(states)
+
+    def zeroed(self) -> dict[str, Tensor]:
+        """What the adapters' tensors were made as, for the intact model: copies of them as they are now."""
+        return {name: parameter.detach().clone() for name, parameter in self.adapters.items()}
+
+    def load_adapters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the adapters."""
+        with torch.no_grad():
+            for name, parameter in self.adapters.items():
+                parameter.copy_(tensors[name])
+
+    def merged(self) -> Program:
+        """The program with LoRA added to its weights; without LoRA the program itself."""
+        return merge_adapters(self.program, self.gates.graph_module, self.linears)
+
+
+def merge_adapters(program: Program, graph_module: GraphModule, linears: Sequence[str]) -> Program:
+    """Add LoRA's products to the weights.
+
+    Args:
+        program: the program without adapters; it is left as it is.
+        graph_module: a graph whose Linears of these names are peft's.
+        linears: qualified names.
+    """
+    if not linears:
+        return program
+    root = own_projections(program.graph_module, linears)
+    for name in linears:
+        layer: Any = get_attribute(graph_module, name)
+        old = get_attribute(root, name)
+        with torch.no_grad():
+            # W + s B A, the product and the sum in float32 whatever the weight's precision is.
+            product = layer.lora_B[_ADAPTER].weight.float() @ layer.lora_A[_ADAPTER].weight.float()
+            weight = old.weight.float() + layer.scaling[_ADAPTER] * product
+        old.weight = nn.Parameter(weight.to(old.weight.dtype), old.weight.requires_grad)
+    return program.replace(graph_module=root, channels=None)
+
+
+def _inject(graph_module: GraphModule, linears: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - optional, and slow to import
+    except ImportError as error:
+        raise PreconditionError(
+            'LoRA needs the package peft: pip install "fxprune[train]"; or train masks alone with lora_rank=0'
+        ) from error
+    pattern = "|".join(map(re.escape, linears))
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=rf"({pattern})")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, graph_module, adapter_name=_ADAPTER)
+    for name, parameter in graph_module.named_parameters():
+        if ".lora_" in name:  # peft makes them in the weights' precision, in which bfloat16 has no steps small enough
+            parameter.data = parameter.data.float()
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+def _flat(graph_module: GraphModule, outputs: Sequence[str], exits: Sequence[str]) -> GraphModule:
+    """A graph that returns logits and hidden states and nothing else."""
+    graph = with_hidden_states(graph_module, exits)
+    end = next(node for node in graph.graph.nodes if node.op == "output")
+    values = end.args[0]
+    end.args = ((values[list(outputs).index("logits")], *values[len(outputs) :]),)
+    erase_dead(graph.graph)
+    graph.recompile()
+    return graph
+
+
+class _Checkpointed(nn.Module):
+    """Runs a piece of a graph and keeps what goes in, not what is computed inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *values: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.inner(*values)
+        return checkpoint(self.inner, *values, use_reentrant=False, preserve_rng_state=False)
+
+
+def _checkpointed(graph_module: Any, exits: Sequence[str]) -> nn.Module:
+    """The graph cut behind every layer, each piece with a checkpoint; what follows the last layer runs as it is."""
+    ends = set(exits)
+    part: dict[Node, int] = {}
+    index = 0
+    for node in graph_module.graph.nodes:
+        part[node] = index
+        index += node.name in ends
+    split = split_module(graph_module, graph_module, part.__getitem__, keep_original_order=True)
+    for number in range(index):
+        name = f"submod_{number}"
+        split.set_submodule(name, _Checkpointed(split.get_submodule(name)))
+    found: nn.Module = split
+    return found

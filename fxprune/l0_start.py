@@ -1,0 +1,96 @@
+"""Where learned pruning starts from: the plan and the scores of the one-shot method `channel`.
+
+One backward pass over some of the text gives the Fisher information of every unit (see `fxprune.loss_signals`); the
+knapsack gives the plan of that budget. Gates then start in the order of the scores, with each group's boundary where
+the plan has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fxprune.curves import scaled, score_curve
+from fxprune.groups import AttentionGroup
+from fxprune.loss_signals import collect_loss_signals
+from fxprune.progress import track
+from fxprune.targets import plans_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from fxprune.curves import Limits
+    from fxprune.groups import Group
+    from fxprune.plan import Plan
+    from fxprune.program import Program
+    from fxprune.targets import CostModel
+
+__all__ = ["OneShot", "one_shot"]
+
+ATTENTION = 10.0
+"""Factor on the loss of heads, as in the method `channel`."""
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """The start.
+
+    Attributes:
+        plan: within the budget; None where none was asked for.
+        scores: (units,) float64 by group, the Fisher information.
+    """
+
+    plan: Plan | None
+    scores: Mapping[str, Tensor]
+
+
+def one_shot(
+    program: Program,
+    groups: Sequence[Group],
+    tokens: Tensor,
+    costs: CostModel,
+    value: float | None,
+    *,
+    limits: Mapping[str, Limits],
+    uniform: bool = False,
+    forward_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> OneShot:
+    """Score the units and plan.
+
+    Args:
+        program: the dense program.
+        groups: heads and MLP channels.
+        tokens: (samples, length) int64.
+        costs: what levels cost.
+        value: of the target; None for scores alone.
+        limits: what must stay, by group.
+        uniform: whether widths of a kind are the same everywhere.
+        forward_dtype: precision of the products.
+        seed: of the tokens that the model draws.
+
+    Raises:
+        PlanError: no plan reaches the target.
+        CalibrationError: values are not finite.
+    """
+    with track("one-shot scores", len(tokens)) as advance:
+        signals = collect_loss_signals(
+            program,
+            groups,
+            tokens,
+            grams=False,
+            labels="mixed",
+            forward_dtype=forward_dtype,
+            seed=seed,
+            on_batch=advance,
+        )
+    scores = {name: one.fisher for name, one in signals.items()}
+    if value is None:
+        return OneShot(None, scores)
+    curves = {g.name: score_curve(g, scores[g.name].cpu().numpy(), limits[g.name]) for g in groups}
+    factor = {g.name: ATTENTION if isinstance(g, AttentionGroup) else 1.0 for g in groups}
+    (plan,) = plans_for(groups, scaled(curves, factor), costs, [value], uniform=uniform)
+    return OneShot(plan, scores)
