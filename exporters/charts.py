@@ -1,161 +1,53 @@
-"""Charts of the report: matplotlib figures turned into SVG that lives inside an HTML page.
-
-The SVG takes its colours and its font from the page's CSS variables, so it follows the light or dark scheme, and it is
-drawn once for wide screens and once for phones, so that its text has the size of the page's text on both.
-"""
+"""Charts of the report: what each shows and how it is drawn, see `fxprune.exporters.chart_kit` for the common parts."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
-from xml.etree import ElementTree as ET
 
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from fxprune.exporters.chart_kit import (
+    BOUND,
+    DENSE,
+    INK,
+    MUTED,
+    SERIES,
+    SLIM,
+    TIMES,
+    WIDE,
+    Chart,
+    bare,
+    empty_figure,
+    finite,
+    label_right,
+    make_chart,
+    set_title,
+    short,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "TIMES",
     "Chart",
     "CurvePanel",
     "curve_chart",
+    "difference_chart",
     "error_chart",
     "error_series",
     "quality_chart",
     "speed_chart",
     "widths_chart",
 ]
-
-TIMES = "\N{MULTIPLICATION SIGN}"
-"""How a ratio ends, as in 1.25 times."""
-
-WIDE, NARROW = 720, 340
-"""Widths of the two drawings in CSS pixels."""
-
-_INK, _MUTED, _LINE, _SLIM, _DENSE, _BOUND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
-_SERIES = tuple(f"#01030{index}" for index in range(8))
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    _SLIM: "var(--accent)",
-    _DENSE: "var(--dense)",
-    _BOUND: "var(--bound)",
-    **{sentinel: f"var(--s{index})" for index, sentinel in enumerate(_SERIES)},
-}
-_SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fxprune",
-    "font.family": "sans-serif",
-    "font.size": 12,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "grid.color": _LINE,
-    "grid.linewidth": 1,
-    "patch.linewidth": 1,
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure of the page.
-
-    Attributes:
-        wide: SVG for wide screens; trusted markup.
-        narrow: SVG for phones; trusted markup.
-        alt: what it shows, in words.
-    """
-
-    wide: str
-    narrow: str
-    alt: str
-
-
-def _chart(name: str, alt: str, draw: Callable[[int], Figure]) -> Chart:
-    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
-        # Names may have glyphs that the measuring font lacks; the reader's browser draws the text with its own.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        wide, narrow = (_svg(draw(width), f"{name}-{width}", alt) for width in (WIDE, NARROW))
-    return Chart(wide, narrow, alt)
-
-
-def _figure(width: int, height: float) -> Figure:
-    """An empty figure measured in CSS pixels: the SVG backend writes one unit per 1/72 inch."""
-    figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
-    figure.set_layout_engine("constrained", w_pad=2 / 72, h_pad=7 / 72)
-    FigureCanvasSVG(figure)
-    return figure
-
-
-def _svg(figure: Figure, prefix: str, alt: str) -> str:
-    """Render a figure as one `<svg>` element: no document parts, no namespaces, page colours, ids of its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    root = ET.fromstring(buffer.getvalue())  # noqa: S314 - it was written two lines above
-    drawn = ET.Element("svg", {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": alt})
-    for element in list(root.iter()):
-        element.tag = element.tag.rpartition("}")[2]
-        for key, value in list(element.attrib.items()):
-            del element.attrib[key]
-            element.set(key.rpartition("}")[2], _attribute(key.rpartition("}")[2], value, prefix))
-    # A style sheet in the drawing would hold for the whole page; the page's own sets the line joins of charts.
-    drawn.extend(child for child in root if child.tag != "metadata" and child.find("style") is None)
-    return ET.tostring(drawn, encoding="unicode")
-
-
-def _attribute(name: str, value: str, prefix: str) -> str:
-    if name == "id":
-        return f"{prefix}-{value}"
-    if name == "href":
-        return value.replace("#", f"#{prefix}-", 1)
-    value = value.replace("url(#", f"url(#{prefix}-")
-    value = re.sub(r"font: ((?:\w+ )*)([\d.]+px) [^;]*", r"font: \1\2 var(--font)", value)
-    for sentinel, variable in _VARIABLES.items():
-        value = value.replace(sentinel, variable)
-    return value
-
-
-def _bare(axes: Axes, *, grid: Literal["x", "y"]) -> None:
-    axes.set_facecolor("none")
-    axes.grid(visible=True, axis=grid)
-    axes.spines["left"].set_visible(False)
-    if grid == "x":
-        axes.spines["bottom"].set_visible(False)
-
-
-def _title(axes: Axes, text: str, width: int) -> None:
-    axes.set_title(_short(text, width // 8), loc="left", fontsize=12, color=_INK, parse_math=False)
-
-
-def _label_right(axes: Axes, text: str, x: float, y: float, *, gap: int = 7, weight: str = "normal") -> None:
-    """Write a figure `gap` pixels to the right of a point."""
-    axes.annotate(text, (x, y), (gap, 0), textcoords="offset points", va="center", weight=weight, parse_math=False)
-
-
-def _short(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: max(1, length - 1)] + "…"
-
 
 # ---- layer widths --------------------------------------------------------------------------------------------------
 
@@ -178,21 +70,21 @@ def widths_chart(groups: Sequence[Mapping[str, Any]]) -> Chart:
     )
 
     def draw(width: int) -> Figure:
-        figure = _figure(width, 165 * len(panels) + 10)
+        figure = empty_figure(width, 165 * len(panels) + 10)
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-            axes.bar(panel.layers, panel.kept, width=0.8, color=_SLIM, linewidth=0)
-            axes.bar(panel.layers, panel.dense, width=0.8, facecolor="none", edgecolor=_DENSE)
+            axes.bar(panel.layers, panel.kept, width=0.8, color=SLIM, linewidth=0)
+            axes.bar(panel.layers, panel.dense, width=0.8, facecolor="none", edgecolor=DENSE)
             axes.set_xlim(min(panel.layers) - 0.7, max(panel.layers) + 0.7)
             axes.set_ylim(0, max(1, *panel.dense) * 1.05)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 45, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=2))
             axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
-            _bare(axes, grid="y")
-            _title(axes, panel.title, width)
+            bare(axes, grid="y")
+            set_title(axes, panel.title, width)
         axes.set_xlabel("layer")
         return figure
 
-    return _chart("widths", f"Widths per layer before and after pruning. {alt}", draw)
+    return make_chart("widths", f"Widths per layer before and after pruning. {alt}", draw)
 
 
 def _panels(groups: Sequence[Mapping[str, Any]]) -> list[_Panel]:
@@ -232,7 +124,7 @@ def error_series(linears: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, fl
     those that stay alike, such as experts, are averaged). The depth is the first number in the name; stacks of layers
     follow each other.
     """
-    drawn = [entry for entry in linears if _finite(entry.get("error")) and entry["error"] > 0]
+    drawn = [entry for entry in linears if finite(entry.get("error")) and entry["error"] > 0]
     names = [entry["name"] for entry in drawn]
     depths = _depths(names)
     words = [[word for word in name.split(".") if not word.isdecimal()] or [name] for name in names]
@@ -278,23 +170,23 @@ def error_chart(linears: Sequence[Mapping[str, Any]]) -> Chart | None:
     low, high = min(errors), max(errors)
 
     def draw(width: int) -> Figure:
-        figure = _figure(width, 300)
+        figure = empty_figure(width, 300)
         axes = figure.subplots()
         axes.set_yscale("log")
         for index, line in enumerate(series.values()):
-            style = ("-", "--", ":")[index // len(_SERIES) % 3]
-            color = _SERIES[index % len(_SERIES)]
+            style = ("-", "--", ":")[index // len(SERIES) % 3]
+            color = SERIES[index % len(SERIES)]
             axes.plot(list(line), list(line.values()), style, color=color, linewidth=1.6, marker="o", markersize=3.5)
         axes.set_ylim(low / 1.25, high * 1.25)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 45, integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-        _bare(axes, grid="y")
+        bare(axes, grid="y")
         axes.set_xlabel("layer")
         return figure
 
-    return _chart("errors", f"Error of every pruned Linear by layer. {alt}", draw)
+    return make_chart("errors", f"Error of every pruned Linear by layer. {alt}", draw)
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------
@@ -304,54 +196,50 @@ def quality_chart(entries: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Dense and slim figures as bars with their standard errors, one panel per metric; None when none is finite."""
     metrics: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for entry in entries:
-        if any(_finite(entry.get(form)) for form in ("dense", "slim")):
+        if any(finite(entry.get(form)) for form in ("dense", "slim")):
             metrics[entry["metric"]].append(entry)
     if not metrics:
         return None
     alt = "; ".join(
         f"{entry['metric']} on {entry['text']}: "
-        + ", ".join(f"{form} {entry[form]:.4g}" for form in ("dense", "slim") if _finite(entry.get(form)))
+        + ", ".join(f"{form} {entry[form]:.4g}" for form in ("dense", "slim") if finite(entry.get(form)))
         for members in metrics.values()
         for entry in members
     )
 
     def draw(width: int) -> Figure:
         counts = [len(members) for members in metrics.values()]
-        figure = _figure(width, 62 * sum(counts) + 40 * len(counts))
+        figure = empty_figure(width, 62 * sum(counts) + 40 * len(counts))
         panels = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
         for axes, (metric, members) in zip(panels, metrics.items(), strict=True):
             _quality_panel(axes, members, width)
             direction = next((entry["better"] for entry in members if "better" in entry), None)
-            _title(axes, metric + (f" ({direction} is better)" if direction else ""), width)
+            set_title(axes, metric + (f" ({direction} is better)" if direction else ""), width)
         return figure
 
-    return _chart("quality", f"Quality of the dense and the slim model. {alt}", draw)
+    return make_chart("quality", f"Quality of the dense and the slim model. {alt}", draw)
 
 
 def _quality_panel(axes: Axes, members: Sequence[Mapping[str, Any]], width: int) -> None:
     reach = max(
-        entry[form] + _error(entry, form) for entry in members for form in ("dense", "slim") if _finite(entry.get(form))
+        entry[form] + _error(entry, form) for entry in members for form in ("dense", "slim") if finite(entry.get(form))
     )
     room = 0.15 if width == WIDE else 0.3
     axes.set_xlim(0, max(reach, 1e-9) * (1 + room))
     for row, entry in enumerate(members):
-        axes.text(0, row - 0.36, _short(entry["text"], width // 8), color=_MUTED, va="center", parse_math=False)
-        for place, form, face, edge in ((-0.08, "dense", "none", _DENSE), (0.22, "slim", _SLIM, _SLIM)):
-            if not _finite(entry.get(form)):
+        axes.text(0, row - 0.36, short(entry["text"], width // 8), color=MUTED, va="center", parse_math=False)
+        for place, form, face, edge in ((-0.08, "dense", "none", DENSE), (0.22, "slim", SLIM, SLIM)):
+            if not finite(entry.get(form)):
                 continue
             value, error = float(entry[form]), _error(entry, form)
             axes.barh(row + place, value, height=0.24, facecolor=face, edgecolor=edge)
             if error:
-                axes.errorbar(value, row + place, xerr=error, color=_INK, elinewidth=1.2, capsize=3)
-            _label_right(axes, f"{value:.4g}", value + error, row + place)
+                axes.errorbar(value, row + place, xerr=error, color=INK, elinewidth=1.2, capsize=3)
+            label_right(axes, f"{value:.4g}", value + error, row + place)
     axes.set_ylim(len(members) - 0.55, -0.55)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
-    _bare(axes, grid="x")
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    bare(axes, grid="x")
 
 
 def _error(entry: Mapping[str, Any], form: str) -> float:
@@ -372,33 +260,33 @@ def speed_chart(entries: Sequence[Mapping[str, Any]]) -> Chart:
     )
 
     def draw(width: int) -> Figure:
-        figure = _figure(width, 48 * len(entries) + 46)
+        figure = empty_figure(width, 48 * len(entries) + 46)
         axes = figure.subplots()
         marks = [1.0, *(mark for entry in entries for mark in _marks(entry))]
         low, high = min(marks), max(marks)
         margin = max(high - low, 0.1) * 0.08
         axes.set_xlim(low - margin, high + margin * (2 if width == WIDE else 3.5))
-        axes.axvline(1.0, color=_MUTED, linewidth=1.2)
+        axes.axvline(1.0, color=MUTED, linewidth=1.2)
         for row, entry in enumerate(entries):
             name = f"{entry['case']}  ·  {entry['runtime']}"
             if "threads" in entry:
                 name += f"  ·  {entry['threads']} thread" + "s" * (entry["threads"] != 1)
-            axes.text(low - margin, row - 0.3, _short(name, width // 8), color=_MUTED, va="center", parse_math=False)
+            axes.text(low - margin, row - 0.3, short(name, width // 8), color=MUTED, va="center", parse_math=False)
             value = entry["speedup"]
             if "ci" in entry:
-                axes.plot(entry["ci"], [row + 0.1] * 2, color=_SLIM, linewidth=3, alpha=0.45, solid_capstyle="butt")
-            axes.plot([value], [row + 0.1], marker="o", markersize=8, color=_SLIM, linewidth=0)
+                axes.plot(entry["ci"], [row + 0.1] * 2, color=SLIM, linewidth=3, alpha=0.45, solid_capstyle="butt")
+            axes.plot([value], [row + 0.1], marker="o", markersize=8, color=SLIM, linewidth=0)
             if "bound" in entry:
-                axes.plot([entry["bound"]], [row + 0.1], marker="D", markersize=7, color=_BOUND, mfc="none", mew=1.6)
-            _label_right(axes, f"{value:.2f}{TIMES}", max(_marks(entry)), row + 0.1, gap=9, weight="bold")
+                axes.plot([entry["bound"]], [row + 0.1], marker="D", markersize=7, color=BOUND, mfc="none", mew=1.6)
+            label_right(axes, f"{value:.2f}{TIMES}", max(_marks(entry)), row + 0.1, gap=9, weight="bold")
         axes.set_ylim(len(entries) - 0.5, -0.6)
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 80))
         axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.2f}{TIMES}")
-        _bare(axes, grid="x")
+        bare(axes, grid="x")
         return figure
 
-    return _chart("speed", f"Speed-up, dense time over slim time. {alt}", draw)
+    return make_chart("speed", f"Speed-up, dense time over slim time. {alt}", draw)
 
 
 def _marks(entry: Mapping[str, Any]) -> list[float]:
@@ -434,25 +322,75 @@ def curve_chart(panels: Sequence[CurvePanel]) -> Chart:
     )
 
     def draw(width: int) -> Figure:
-        figure = _figure(width, 260 * len(panels))
+        figure = empty_figure(width, 260 * len(panels))
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             axes.set_yscale("log")
             for index, line in enumerate(panel.lines.values()):
-                drawn = [(x, y) for x, y in line if _finite(x) and _finite(y) and y > 0]
-                color, style = _SERIES[index % len(_SERIES)], ("-", "--", ":")[index // len(_SERIES) % 3]
+                drawn = [(x, y) for x, y in line if finite(x) and finite(y) and y > 0]
+                color, style = SERIES[index % len(SERIES)], ("-", "--", ":")[index // len(SERIES) % 3]
                 axes.plot(*zip(*drawn, strict=True), style, color=color, linewidth=1.8, marker="o", markersize=5)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
             axes.xaxis.set_major_formatter(lambda value, _position, unit=panel.unit: _tick(unit, value))
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=8))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
-            _bare(axes, grid="y")
+            bare(axes, grid="y")
             axes.set_xlabel(panel.label)
-            _title(axes, panel.title, width)
+            set_title(axes, panel.title, width)
         return figure
 
-    return _chart("curve", f"Perplexity of every budget. {alt}", draw)
+    return make_chart("curve", f"Perplexity of every budget. {alt}", draw)
 
 
 def _tick(unit: str, value: float) -> str:
     return f"{value:.3g}{TIMES}" if unit == "times" else f"{100 * value:.3g}%"
+
+
+# ---- differences between forms -------------------------------------------------------------------------------------
+
+
+def difference_chart(entries: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Differences to the first form with their 95% intervals, one panel per metric; None when none is finite.
+
+    Differences of logarithms are drawn as ratios, around 1; the others around 0.
+    """
+    panels: dict[tuple[str, float], list[tuple[str, float, float, float]]] = defaultdict(list)
+    for entry in entries:
+        title = entry["metric"] + (f" ({entry['better']} is better)" if "better" in entry else "")
+        for each in entry["differences"]:
+            alike = 1.0 if "ratio" in each else 0.0
+            middle, ends = (each["ratio"], each["ratio_ci"]) if alike else (each["difference"], each["ci"])
+            if all(map(math.isfinite, (middle, *ends))):
+                panels[title, alike].append((f"{each['form']}  ·  {entry['text']}", middle, *ends))
+    if not panels:
+        return None
+    alt = "; ".join(
+        f"{title}, {name}: {middle:.4g}, 95% interval {low:.4g} to {high:.4g}"
+        for (title, _), rows in panels.items()
+        for name, middle, low, high in rows
+    )
+
+    def draw(width: int) -> Figure:
+        counts = [len(rows) for rows in panels.values()]
+        figure = empty_figure(width, 46 * sum(counts) + 62 * len(counts))
+        parts = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)[:, 0]
+        for axes, ((title, alike), rows) in zip(parts, panels.items(), strict=True):
+            ends = [alike, *(end for row in rows for end in row[1:])]
+            margin = max(max(ends) - min(ends), 1e-9) * 0.08
+            left = min(ends) - margin
+            axes.set_xlim(left, max(ends) + margin * (2.5 if width == WIDE else 5))
+            axes.axvline(alike, color=MUTED, linewidth=1.2)
+            for row, (name, middle, low, high) in enumerate(rows):
+                axes.text(left, row - 0.3, short(name, width // 8), color=MUTED, va="center", parse_math=False)
+                axes.plot((low, high), [row + 0.1] * 2, color=SLIM, linewidth=3, alpha=0.45, solid_capstyle="butt")
+                axes.plot([middle], [row + 0.1], marker="o", markersize=8, color=SLIM, linewidth=0)
+                shown = f"{middle:.3g}{TIMES}" if alike else f"{middle:+.3g}"
+                label_right(axes, shown, high, row + 0.1, gap=9, weight="bold")
+            axes.set_ylim(len(rows) - 0.5, -0.6)
+            axes.set_yticks([])
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=width // 90))
+            bare(axes, grid="x")
+            set_title(axes, title, width)
+        return figure
+
+    return make_chart("differences", f"Differences to the first form. {alt}", draw)

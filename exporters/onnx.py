@@ -15,18 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import onnx_ir as ir
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxprune.errors import ExportError
 from fxprune.exporters import onnx_passes
+from fxprune.exporters.onnx_files import write_graph
 from fxprune.exporters.onnx_graph import prepare_graph
 from fxprune.exporters.onnx_ops import translation_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import onnx_ir as ir
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
@@ -39,9 +40,6 @@ Fusions = Literal["auto", "none", "cpu"]
 _DEFAULT_OPSET = 20
 _OPSETS = range(18, 23)
 """torchlib starts at 18; from 23 on, ONNX Runtime's CPU provider fails for batches of more than one."""
-
-_PROTOBUF_LIMIT = 2**31 - 2**24
-"""A protobuf file ends at 2 GiB; 16 MiB are left for the graph itself."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def export_onnx(
     timer.mark("passes")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.onnx"
-    data = _save(model, path, external_data)
+    data = write_graph(model, path, external_data)
     timer.mark("save")
     size = path.stat().st_size + (path.with_name(data).stat().st_size if data else 0)
     return OnnxExport(path, opset, timer.seconds, size, fusions_used, rewrites, data)
@@ -327,20 +325,3 @@ def _axis_names(interface: Interface) -> dict[str, dict[int, str]]:
                 chosen = lengths.setdefault(symbol, f"{name}_length" if lengths else "sequence_length")
             names[name][axis] = chosen
     return names
-
-
-def _save(model: ir.Model, path: Path, external_data: bool | None) -> str | None:
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    too_large = size > _PROTOBUF_LIMIT
-    if external_data is False and too_large:
-        raise ExportError(
-            f"the weights ({size / 2**30:.1f} GiB) do not fit into {path}, which ends at 2 GiB; "
-            "leave external_data unset"
-        )
-    if not (too_large if external_data is None else external_data):
-        ir.save(model, path)
-        return None
-    data = f"{path.name}.data"
-    ir.save(model, path, external_data=data)
-    return data

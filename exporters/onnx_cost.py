@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxCost", "cost_of_onnx"]
 
-_PRODUCTS = {"MatMul", "Gemm"}
+_PRODUCTS = {"MatMul", "Gemm", "MatMulNBits"}
 _CARRIERS = {"Transpose", "Cast", "CastLike", "Identity"}
 
 
@@ -69,6 +69,10 @@ def _weights(node: ir.Node) -> Iterator[tuple[str, list[int]]]:
     """Name and shape, (..., in, out), of the initializers that a product multiplies with."""
     if node.op_type not in _PRODUCTS:
         return
+    if node.op_type == "MatMulNBits":  # packed: its shape stands in attributes
+        sizes = [node.attributes.get_int(name, 0) for name in ("K", "N")]
+        yield str(node.inputs[1].name if node.inputs[1] else node.name), [int(size or 0) for size in sizes]
+        return
     for position, value in enumerate(node.inputs[:2]):
         transposed = node.op_type == "Gemm" and position == 1 and bool(node.attributes.get_int("transB", 0))
         source = value
@@ -94,7 +98,8 @@ def _weight_bytes(graph: ir.Graph) -> int:
     read: dict[str, int] = {}
     for node in graph:
         for position, value in enumerate(node.inputs):
-            looked_up = node.op_type == "Gather" and position == 0
+            # A packed table is looked up together with its scales and zero points.
+            looked_up = node.op_type == "GatherBlockQuantized" or (node.op_type == "Gather" and position == 0)
             if value is not None and value.is_initializer() and value.const_value is not None and not looked_up:
                 read[str(value.name)] = value.const_value.nbytes
     return sum(read.values())

@@ -1,4 +1,4 @@
-"""The report: `report.json` for machines, `report.html` for people, a Markdown summary for terminals and reviews.
+"""The report: `report.json` for machines, `report.html` for people, `report.md` for terminals and pull requests.
 
 The JSON has the fields of `Report`. Whatever was not run is absent: never zero, never null.
 """
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fxprune.errors import ExportError, OutputError
+from fxprune.errors import ExportError
+from fxprune.exporters.model_card import refresh_model_card
+from fxprune.exporters.report_files import write_files
+from fxprune.exporters.report_markdown import cell, table_lines
 from fxprune.exporters.report_page import headline, page, percent, si, sparsity_facts, spread, times
 from fxprune.exporters.report_structured import budget_rows, structured_facts
-from fxprune.output import write_json
 
 if TYPE_CHECKING:
     from fxprune.evaluate import PerplexityResult
@@ -322,10 +324,10 @@ def perplexity_entry(dense: PerplexityResult | None, slim: PerplexityResult | No
 
 
 def write_report(report: Mapping[str, Any], directory: Path | str) -> tuple[Path, Path]:
-    """Write `report.json` and `report.html`.
+    """Write `report.json`, `report.html` and, for pull requests, `report.md`.
 
-    Both are made before either is written, and each replaces its predecessor in one step. The page is one
-    self-contained file: no script, nothing loaded from anywhere.
+    All are made before any is written, and each replaces its predecessor in one step. The page is one
+    self-contained file: no script, nothing loaded from anywhere. Beside a checkpoint, its model card gets the figures.
 
     Args:
         report: the sections of `Report`; a section that is None or missing was not run.
@@ -340,20 +342,9 @@ def write_report(report: Mapping[str, Any], directory: Path | str) -> tuple[Path
     """
     data = validate_report(report)
     html = page(Report.model_validate(data).model_dump(exclude_unset=True))
-    directory = Path(directory)
-    json_path, html_path = directory / "report.json", directory / "report.html"
-    staged = directory / ".report.html.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            staged.write_text(html, encoding="utf-8")
-            write_json(json_path, data)
-            staged.replace(html_path)
-        finally:
-            staged.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write the report to {directory}: {error}") from error
-    return json_path, html_path
+    paths = write_files(directory, data, html, markdown_summary(report))[:2]
+    refresh_model_card(directory)
+    return paths
 
 
 def read_report(path: Path | str) -> dict[str, Any]:
@@ -379,13 +370,13 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         ExportError: the report does not follow the schema.
     """
     data = Report.model_validate(validate_report(report)).model_dump(exclude_unset=True)
-    title = _cell(data.get("model", "fxprune report"))
-    lines = [f"### {title}" + (f", {_cell(data['method'])}" if "method" in data else "")]
+    title = cell(data.get("model", "fxprune report"))
+    lines = [f"### {title}" + (f", {cell(data['method'])}" if "method" in data else "")]
     facts = headline(data)
     for clauses in (facts, sparsity_facts(data), structured_facts(data.get("structured", {}))):
         if clauses:
-            lines += ["", "; ".join(_cell(fact.text) for fact in clauses) + "."]
-    lines += _table(
+            lines += ["", "; ".join(cell(fact.text) for fact in clauses) + "."]
+    lines += table_lines(
         ("figure", "dense", "slim", "removed"),
         [
             (label, si(section["dense"]), si(section["slim"]), percent(section.get(share)))
@@ -397,15 +388,15 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         ],
     )
     if "budgets" in data:
-        lines += _table(*budget_rows(data["budgets"]))
-    lines += _table(
+        lines += table_lines(*budget_rows(data["budgets"]))
+    lines += table_lines(
         ("quality", "metric", "dense", "slim"),
         [
             (entry["text"], entry["metric"], spread(entry, "dense"), spread(entry, "slim"))
             for entry in data.get("quality", [])
         ],
     )
-    lines += _table(
+    lines += table_lines(
         ("speed", "runtime", "threads", "dense ms", "slim ms", "speed-up", "95% interval", "bound"),
         [
             (
@@ -421,7 +412,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
             for entry in data.get("speed", [])
         ],
     )
-    lines += _table(
+    lines += table_lines(
         ("verification", "max abs error", "tolerance", "result"),
         [
             (
@@ -435,23 +426,3 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
         keep_last=True,
     )
     return "\n".join(lines) + "\n"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, keep_last: bool = False) -> list[str]:
-    """Lines of a table; a column that is empty in every row is left out, and so is a table without rows."""
-    columns = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    if not columns:
-        return []
-    cells = [
-        [row[i] if keep_last and i == len(header) - 1 else _cell(row[i]) for i in columns] for row in [header, *rows]
-    ]
-    cells.insert(1, ["---"] * len(columns))
-    return ["", *(f"| {' | '.join(row)} |" for row in cells)]
-
-
-def _cell(text: str) -> str:
-    """Text that no Markdown or HTML reader takes for markup."""
-    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for character in "\\`*_[]|":
-        text = text.replace(character, f"\\{character}")
-    return text

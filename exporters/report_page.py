@@ -41,6 +41,7 @@ __all__ = [
     "Fact",
     "binary",
     "duration",
+    "environment",
     "headline",
     "page",
     "percent",
@@ -315,6 +316,17 @@ def _rungs(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def environment() -> Environment:
+    """The templates of the pages; whatever is put into one is escaped unless it is trusted."""
+    return Environment(
+        loader=PackageLoader("fxprune.exporters"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def page(report: Mapping[str, Any]) -> str:
     """Render a validated report as one self-contained HTML document.
 
@@ -330,45 +342,42 @@ def page(report: Mapping[str, Any]) -> str:
         subtitle.append(f"seed {report['seed']}")
     if version := report.get("versions", {}).get("fxprune"):
         subtitle.append(f"fxprune {version}")
-    environment = Environment(
-        loader=PackageLoader("fxprune.exporters"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        title=report.get("model", "Model"),
-        subtitle=subtitle,
-        facts=facts,
-        sentence="; ".join(fact.text for fact in facts),
-        size=_size_table(report),
-        widths=trusted(widths_chart(groups)) if groups else None,
-        groups=_groups_table(groups),
-        group_count=len(groups),
-        sparsity=make_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
-        error_chart=trusted(error_chart(linears)),
-        error_kinds=list(error_series(linears)),
-        linears=_linears_table(linears),
-        linear_count=len(linears),
-        sparsity_stages=stages(sparsity.get("seconds", {})),
-        **structured_sections(report),
-        **budget_sections(report),
-        quality_chart=trusted(quality_chart(quality)) if quality else None,
-        quality=_quality_table(quality),
-        definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),
-        speed_chart=trusted(speed_chart(speed)) if speed else None,
-        repeats=sorted({entry["repeats"] for entry in speed if "repeats" in entry}),
-        has_bound=any("bound" in entry for entry in speed),
-        speed=_speed_table(speed),
-        rungs=_rungs(report.get("verify", [])),
-        has_detail=any("detail" in entry for entry in report.get("verify", [])),
-        calibration=_facts_table(report.get("calibration", {})),
-        history=_history_table(report.get("history", [])),
-        stages=stages(report.get("seconds", {})),
-        total=duration(sum(report["seconds"].values())) if report.get("seconds") else "",
-        peak=binary(report["peak_rss_bytes"]) if "peak_rss_bytes" in report else "",
-        machine=_facts_table(report.get("machine", {})),
-        versions=_facts_table(report.get("versions", {})),
-        details=json.dumps(report["details"], indent=2, ensure_ascii=False) if report.get("details") else "",
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=report.get("model", "Model"),
+            subtitle=subtitle,
+            facts=facts,
+            sentence="; ".join(fact.text for fact in facts),
+            size=_size_table(report),
+            widths=trusted(widths_chart(groups)) if groups else None,
+            groups=_groups_table(groups),
+            group_count=len(groups),
+            sparsity=make_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
+            error_chart=trusted(error_chart(linears)),
+            error_kinds=list(error_series(linears)),
+            linears=_linears_table(linears),
+            linear_count=len(linears),
+            sparsity_stages=stages(sparsity.get("seconds", {})),
+            **structured_sections(report),
+            **budget_sections(report),
+            quality_chart=trusted(quality_chart(quality)) if quality else None,
+            quality=_quality_table(quality),
+            definitions=list(dict.fromkeys(entry["definition"] for entry in quality if entry.get("definition"))),
+            speed_chart=trusted(speed_chart(speed)) if speed else None,
+            repeats=sorted({entry["repeats"] for entry in speed if "repeats" in entry}),
+            has_bound=any("bound" in entry for entry in speed),
+            speed=_speed_table(speed),
+            rungs=_rungs(report.get("verify", [])),
+            has_detail=any("detail" in entry for entry in report.get("verify", [])),
+            calibration=_facts_table(report.get("calibration", {})),
+            history=_history_table(report.get("history", [])),
+            stages=stages(report.get("seconds", {})),
+            total=duration(sum(report["seconds"].values())) if report.get("seconds") else "",
+            peak=binary(report["peak_rss_bytes"]) if "peak_rss_bytes" in report else "",
+            machine=_facts_table(report.get("machine", {})),
+            versions=_facts_table(report.get("versions", {})),
+            details=json.dumps(report["details"], indent=2, ensure_ascii=False) if report.get("details") else "",
+        )
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from fxprune.exporters.charts import CurvePanel, curve_chart, error_chart, error_series
+from fxprune.exporters.report_learning import learning_chart, learning_facts, learning_panels
 from fxprune.exporters.report_text import Fact, duration, make_table, number, percent, si, stages, times
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact(value, "Removed", f"{value} of the block Linears' parameters removed"))
     if "reconstruct" in section:
         facts.append(Fact(section["reconstruct"], "Reconstruction", f"reconstruction: {section['reconstruct']}"))
+    facts += learning_facts(section.get("learning", {}))
     if choices := Counter(str(entry["choice"]) for entry in consumers if "choice" in entry):
         value = ", ".join(f"{count} {choice}" for choice, count in choices.most_common())
         facts.append(Fact(value, "Chosen", f"chosen: {value}"))
@@ -99,6 +101,9 @@ def structured_sections(report: Mapping[str, Any]) -> dict[str, Any]:
         "structured": make_table(("", ""), [(fact.label, fact.value) for fact in structured_facts(section)]),
         "structured_chart": trusted(error_chart(consumers)),
         "structured_kinds": list(error_series(consumers)),
+        "learning_chart": trusted(
+            learning_chart(learning_panels(section.get("learning", {}), report.get("groups", [])))
+        ),
         "structured_stages": stages(section.get("seconds", {})),
         "consumers": make_table(("Consumer", "Choice", "New bias", "Error", "Without"), rows, (3, 4)),
         "consumer_count": len(consumers),

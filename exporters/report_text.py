@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxprune.exporters.charts import TIMES
+from fxprune.exporters.chart_kit import TIMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

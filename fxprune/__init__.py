@@ -36,20 +36,22 @@ _WHERE = {
 }
 
 
-def save(program: Program, out: Path | str, *, overwrite: bool = False) -> Program:
+def save(program: Program, out: Path | str, *, overwrite: bool = False, max_shard_size: int | str = "5GB") -> Program:
     """Write a program as a checkpoint directory; see `fxprune.passes.save`.
 
     Args:
         program: a program of a Hugging Face model, without masks.
         out: directory to write.
         overwrite: whether an earlier output may be replaced.
+        max_shard_size: largest weight file, in bytes or such as `"5GB"`.
 
     Returns:
         The program with the save in its history.
     """
     from fxprune.pipeline import build_pass  # noqa: PLC0415 - importing fxprune stays quick
 
-    return build_pass("save", {"out": str(out), "overwrite": overwrite})(program).program
+    options = {"out": str(out), "overwrite": overwrite, "max_shard_size": max_shard_size}
+    return build_pass("save", options)(program).program
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fxprune.measure import Cost, SpeedResult
 
-__all__ = ["GatedCase", "Verdict", "check_target", "gate", "linear_shapes", "narrowed_widths"]
+__all__ = ["GatedCase", "Verdict", "check_target", "gate", "linear_shapes", "merged", "narrowed_widths"]
 
 TOLERANCE = 0.05
 _RESAMPLES = 2000
@@ -84,6 +84,7 @@ def gate(
     mix: Mapping[str, float] | None = None,
     costs: tuple[Cost | None, Cost | None] = (None, None),
     widths: Mapping[str, int] | None = None,
+    prefix: str = "",
 ) -> Verdict:
     """Judge measured speed-ups.
 
@@ -94,6 +95,7 @@ def gate(
             Without it every case must pass.
         costs: of the dense and the slim form, where known, for the share of the output projection.
         widths: widths that pruning changed, by name of the weight (see `narrowed_widths`).
+        prefix: what the names of the judged cases begin with, where several verdicts are merged.
 
     Raises:
         UsageError: there is no result, or the target or the mix is wrong.
@@ -103,7 +105,7 @@ def gate(
         raise UsageError("the speed gate needs at least one measured case")
     threshold = 1.0 if target is None else max(1.0, target * (1 - TOLERANCE))
     if mix is None:
-        judged = [(r.case.name, r.speedup, r.ci, [r]) for r in results]
+        judged = [(prefix + _label(r), r.speedup, r.ci, [r]) for r in results]
     else:
         shares = case_weights([r.case for r in results], mix)
         used = [r for r in results if shares[r.case.name] > 0]
@@ -124,6 +126,25 @@ def gate(
     if reasons:
         reasons += _misaligned(widths or {})
     return Verdict(not reasons, target, threshold, tuple(cases), tuple(dict.fromkeys(reasons)))
+
+
+def merged(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict of several with the same target: passed when all are.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not verdicts:
+        raise UsageError("the speed gate needs at least one measured case")
+    reasons = dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons)
+    cases = tuple(case for verdict in verdicts for case in verdict.cases)
+    first = verdicts[0]
+    return Verdict(all(verdict.passed for verdict in verdicts), first.target, first.threshold, cases, tuple(reasons))
+
+
+def _label(result: SpeedResult) -> str:
+    """The case, with the form where it has a name."""
+    return result.case.name if result.form is None else f"{result.form}, {result.case.name}"
 
 
 def _mixed(results: Sequence[SpeedResult], shares: Mapping[str, float]) -> tuple[float, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""What `fxprune bench` does: time two forms against each other, judge the speed-up, or build a latency table."""
+"""What `fxprune bench` does: time forms against each other, judge the speed-ups, or build a latency table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fxprune.bench_gate import check_target, gate, linear_shapes, narrowed_widths
+from fxprune.bench_gate import check_target, gate, linear_shapes, merged, narrowed_widths
 from fxprune.errors import UsageError
+from fxprune.footprint import form_bytes, measure_footprint
+from fxprune.form_names import form_names
 from fxprune.latency_build import build_table
 from fxprune.loading import load_model
-from fxprune.measure import machine
+from fxprune.machine import machine
+from fxprune.measure import SpeedResult, bound_of, interleaved_times, ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
-from fxprune.workflow import Stopwatch, cases_of, front_end, measure_speed, open_form
+from fxprune.runtimes import check_runtime, open_in, runtime_of
+from fxprune.workflow import Stopwatch, cases_of, front_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +28,14 @@ if TYPE_CHECKING:
 
     from fxprune.bench_gate import Verdict
     from fxprune.latency_table import LatencyTable
+    from fxprune.measure import Case, Cost
     from fxprune.workflow import OpenForm
 
-__all__ = ["Workload", "run_bench", "run_table"]
+__all__ = ["Workload", "measure_speeds", "run_bench", "run_table"]
 
 _TABLE_REPEATS = 6
 _BENCH_REPEATS = 10
+_WARMUP = 2
 
 
 @dataclass(frozen=True)
@@ -41,74 +47,199 @@ class Workload:
         decode: tokens to decode; 0 for none.
         past: length of the cache before decoding.
         repeats: timed repeats a case; 10 (6 for each variant of a table) when None.
-        threads: of torch and ONNX Runtime.
+        threads: of torch and ONNX Runtime; a table is measured with the first.
         dtype: precision of a torch model; as saved when None.
+        batches: numbers of sequences at once.
+        runtimes: names in `fxprune.runtimes.RUNTIMES`; what the first form is made for when empty.
+        footprint: whether load time and peak memory are measured, in processes of their own.
     """
 
     prefill: Sequence[int] = ()
     decode: int = 32
     past: int = 128
     repeats: int | None = None
-    threads: int = 1
+    threads: Sequence[int] = (1,)
     dtype: str | None = None
+    batches: Sequence[int] = (1,)
+    runtimes: Sequence[str] = ()
+    footprint: bool = True
 
 
 def run_bench(
-    dense: str, slim: str, work: Workload, out: Console, *, gated: bool = False, target: float | None = None
+    forms: Sequence[str],
+    work: Workload,
+    out: Console,
+    say: Callable[[str], None],
+    *,
+    gated: bool = False,
+    target: float | None = None,
 ) -> tuple[dict[str, Any], Verdict | None]:
-    """Time two forms of a model, interleaved.
+    """Time forms of a model against the first, interleaved, in each runtime with each number of threads.
 
     Args:
-        dense: the form to compare with: ONNX directory, checkpoint or hub id.
-        slim: the smaller form, for the same runtime.
+        forms: at least two: ONNX directories, checkpoints or hub ids; a checkpoint is exported for the runtimes that
+            need a graph.
         work: what to time.
         out: gets the figures and the verdict.
+        say: gets progress messages.
         gated: judge the speed-ups.
         target: the speed-up to judge them by; any above 1 when None.
 
     Returns:
-        For JSON, and the verdict when one was asked for.
+        For JSON (`speed`, `forms`, `machine`, and `gate` when asked for), and the verdict when one was asked for.
 
     Raises:
-        UsageError: the forms run in different runtimes, or an option is out of range.
-        FxpruneError: a form cannot be opened.
+        UsageError: a form does not run in a runtime, or an option is out of range.
+        FxpruneError: a form cannot be opened, exported or run.
     """
     check_target(target)
-    forms = [open_form(where, threads=work.threads, dtype=work.dtype) for where in (dense, slim)]
-    shapes = [_count(form) for form in forms]
-    repeats = work.repeats or _BENCH_REPEATS
-    cases = cases_of(work.prefill or (128, 512), work.decode, work.past)
-    results = measure_speed(forms[0], forms[1], cases, threads=work.threads, repeats=repeats)
-    data: dict[str, Any] = {"speed": [result.to_json() for result in results], "machine": machine()}
-    out.print(_speed_table(data["speed"], f"Speed, {work.threads} threads, medians of {repeats} interleaved runs"))
+    names = form_names(forms)
+    cases = cases_of(work.prefill or (128, 512), work.decode, work.past, work.batches)
+    if not cases:
+        raise UsageError("a benchmark needs a case; give --prefill or --decode")
+    runtimes = [check_runtime(name) for name in work.runtimes or dict.fromkeys(map(runtime_of, forms))]
+    if not work.runtimes and len(runtimes) > 1:
+        raise UsageError(f"cannot compare {' with '.join(runtimes)}; name the runtime for all forms with --runtime")
+    if "genai" in runtimes and max(work.batches) > 1:
+        raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
+    rounds = [
+        _run_round(dict(zip(names, forms, strict=True)), cases, work, runtime, threads, out=out, say=say)
+        for runtime in runtimes
+        for threads in work.threads
+    ]
+    data: dict[str, Any] = {
+        "speed": [result.to_json() for each in rounds for of_case in each.results for result in of_case],
+        "forms": [entry for each in rounds for entry in each.forms],
+        "machine": machine(),
+    }
     if not gated:
         return data, None
-    costs = (forms[0].cost, forms[1].cost)
-    verdict = gate(results, target, costs=costs, widths=narrowed_widths(shapes[0], shapes[1]))
+    verdict = merged([v for each in rounds for v in each.judge(target, f"{each.title}, " if len(rounds) > 1 else "")])
     _show_verdict(verdict, out)
     return data | {"gate": verdict.to_json()}, verdict
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One runtime with one number of threads: results by case, JSON entries of the forms, costs, shapes of weights."""
+
+    title: str
+    results: list[list[SpeedResult]]
+    forms: list[dict[str, Any]]
+    costs: list[Cost | None]
+    shapes: list[Mapping[str, tuple[int, int]]]
+
+    def judge(self, target: float | None, prefix: str) -> list[Verdict]:
+        """A verdict for each form but the first."""
+        return [
+            gate(
+                [of_case[index - 1] for of_case in self.results],
+                target,
+                costs=(self.costs[0], self.costs[index]),
+                widths=narrowed_widths(self.shapes[0], self.shapes[index]),
+                prefix=prefix,
+            )
+            for index in range(1, len(self.forms))
+        ]
+
+
+def _run_round(
+    forms: Mapping[str, str],
+    cases: Sequence[Case],
+    work: Workload,
+    runtime: str,
+    threads: int,
+    *,
+    out: Console,
+    say: Callable[[str], None],
+) -> _Round:
+    """Open the forms in a runtime, time them, and close them again."""
+    opened = []
+    for where in forms.values():
+        say(f"opening {where} in {runtime}")
+        opened.append(open_in(where, runtime, threads=threads, dtype=work.dtype, say=say))
+    shapes = [_count(form) for form in opened]
+    repeats = work.repeats or _BENCH_REPEATS
+    results = measure_speeds(opened, cases, names=list(forms), threads=threads, repeats=repeats)
+    speed = [result.to_json() for of_case in results for result in of_case]
+    out.print(_speed_table(speed, f"Speed in {runtime}, {threads} threads, medians of {repeats} interleaved runs"))
+    entries = []
+    for name, form in zip(forms, opened, strict=True):
+        assert form.path is not None
+        entry: dict[str, Any] = {"name": name, "where": forms[name]}
+        if work.footprint:
+            say(f"loading {forms[name]} once more, alone, for its memory")
+            found = measure_footprint(form.path, runtime, cases, threads=threads, dtype=work.dtype)
+            entry |= found.to_json()
+        else:
+            entry |= {"runtime": runtime, "threads": threads, "file_bytes": form_bytes(form.path)}
+        entries.append(entry)
+    out.print(_forms_table(entries, "Files, loading and memory" if work.footprint else "Files"))
+    return _Round(f"{runtime}, {threads} threads", results, entries, [form.cost for form in opened], shapes)
+
+
+def measure_speeds(
+    forms: Sequence[OpenForm], cases: Sequence[Case], *, names: Sequence[str], threads: int, repeats: int
+) -> list[list[SpeedResult]]:
+    """Time open forms of one runtime against the first, interleaved.
+
+    Args:
+        forms: at least two, in the same runtime.
+        cases: the workloads.
+        names: of the forms; results carry them where there are more than two.
+        threads: of the runtime.
+        repeats: timed repeats of each form.
+
+    Returns:
+        By case, a result for each form but the first.
+    """
+    runners = [form.runner for form in forms]
+    timed = interleaved_times(runners, cases, threads=threads, repeats=repeats, warmup=_WARMUP)
+    results = []
+    for case, (first, *others) in zip(cases, timed, strict=True):
+        of_case = []
+        for index, times in enumerate(others, start=1):
+            dense, slim = forms[0].cost, forms[index].cost
+            bound = None if dense is None or slim is None else bound_of(case, dense, slim)
+            form = names[index] if len(forms) > 2 else None
+            interval = ratio_interval(first, times)
+            of_case.append(SpeedResult(forms[0].kind, case, threads, first, times, interval, bound, form))
+        results.append(of_case)
+    return results
 
 
 def _count(form: OpenForm) -> Mapping[str, tuple[int, int]]:
     """Shapes of the form's projections; an ONNX form gets its cost on the way."""
     runner: Any = form.runner
     if isinstance(runner, EagerRunner):
-        return linear_shapes(runner.model)  # type: ignore[arg-type]  # `open_form` gives it a module
+        return linear_shapes(runner.model)  # type: ignore[arg-type]  # it was opened with a module
     counted = resolve("fxprune.exporters.onnx_cost:cost_of_onnx")(runner.path)
     form.cost = counted.cost
     shapes: Mapping[str, tuple[int, int]] = counted.shapes
     return shapes
 
 
+def _forms_table(entries: Sequence[Mapping[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("form", "weights MB", "load s", "peak MB", "of it before loading MB"):
+        table.add_column(column)
+    for entry in entries:
+        megabytes = [f"{entry[key] / 1e6:.1f}" if key in entry else "-" for key in ("peak_rss_bytes", "base_rss_bytes")]
+        load = f"{entry['load_seconds']:.2f}" if "load_seconds" in entry else "-"
+        table.add_row(entry["name"], f"{entry['file_bytes'] / 1e6:.1f}", load, *megabytes)
+    return table
+
+
 def _speed_table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("runtime", "case", "dense ms", "slim ms", "speed-up", "95% interval", "bound"):
+    named = any("form" in r for r in results)
+    for column in (*(["form"] if named else []), "case", "dense ms", "slim ms", "speed-up", "95% interval", "bound"):
         table.add_column(column)
     for r in results:
         bound = f"{r['bound']:.2f}x ({r['bound_kind']})" if "bound" in r else "-"
         low, high = r["ci"]
         figures = (f"{r['dense_ms']:.1f}", f"{r['slim_ms']:.1f}", f"{r['speedup']:.2f}x", f"{low:.2f}-{high:.2f}")
-        table.add_row(r["runtime"], r["case"], *figures, bound)
+        table.add_row(*([r["form"]] if named else []), r["case"], *figures, bound)
     return table
 
 
@@ -143,7 +274,7 @@ def run_table(model: str, path: Path, work: Workload, out: Console, say: Callabl
     say("tracing and locating")
     program = front_end(loaded, Stopwatch())
     repeats = work.repeats or _TABLE_REPEATS
-    table = build_table(program, path, cases, threads=work.threads, repeats=repeats, say=say)
+    table = build_table(program, path, cases, threads=work.threads[0], repeats=repeats, say=say)
     out.print(_cost_table(table))
     return table.to_json()
 

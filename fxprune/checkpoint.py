@@ -22,13 +22,24 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from fxprune.build_limits import bounded_build
 from fxprune.constants import apply_constants, float_changes
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
 from fxprune.layout import Layout, classify, mark_config, runs_grouped, same_bits
-from fxprune.manifest import Manifest, ShapeChange, SourceRecord, read_manifest, versions, write_manifest
+from fxprune.manifest import (
+    CONFIG_NAME,
+    Manifest,
+    ShapeChange,
+    SourceRecord,
+    read_manifest,
+    verify_companions,
+    versions,
+    write_manifest,
+)
 from fxprune.output import staged_directory
-from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, write_shards
+from fxprune.registry import resolve
+from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, verify_headers, write_shards
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
@@ -57,8 +68,9 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "load_skeleton", "save"]
 
 _LOGGER = logging.getLogger(__name__)
-_CONFIG_NAME = "config.json"
 _GENERATION_NAME = "generation_config.json"
+_MOST_TENSORS = 10_000
+"""Where the weight files may be missing: what a model of 1000 layers has."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +152,12 @@ def save(
         # shapes are those of config.json, it must not find the weights.
         overlooked = layout.kind == "mixed" and not layout.changed
         files = write_shards(layout.tensors, staging, max_shard_size, "fxprune" if overlooked else "model")
-        _write_config(layout, staging / _CONFIG_NAME)
+        _write_config(layout, staging / CONFIG_NAME)
         _write_companions(source, staging)
         named = {renumbered(name, layout.kept_layers): mask for name, mask in (weight_masks or {}).items()}
         write_masks(staging, {name: mask for name, mask in named.items() if name is not None})
         write_manifest(staging, _manifest(layout, source, plan, history, files))
+        resolve("fxprune.exporters.model_card:write_model_card")(staging, source=source.path)
         _prove(staging, layout, source, expected)
     return CheckpointInfo(
         directory=Path(directory).expanduser().resolve(),
@@ -221,7 +234,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    verify_hash: bool = True,
+    verify_hash: bool | Literal["headers"] = True,
 ) -> PreTrainedModel:
     """Load a checkpoint that `save` wrote, uniform or mixed, from its directory alone.
 
@@ -229,7 +242,9 @@ def load(
         directory: the checkpoint.
         dtype: floating dtype to convert to; by default every tensor keeps the one it was saved with.
         device: where the model shall be. On the CPU, tensors are views of the mapped files.
-        verify_hash: whether to read the weight files once more to compare their SHA-256.
+        verify_hash: True compares `config.json` and the weight files with their SHA-256, for which the weights are read
+            once more; `"headers"` leaves out the weights themselves and looks at the sizes and headers of their files;
+            False takes all files as they are, for changes that were meant. `fxprune.json` must be as it was written.
 
     Returns:
         The model in evaluation mode. The configuration of a mixed one is heterogeneous: `config.per_layer_config[i]`
@@ -239,12 +254,15 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged, changed, or does not fit the others; the message says which.
     """
-    path, manifest, model = _open(directory, dtype)
+    path, manifest = _described(directory, verify=bool(verify_hash))
     target = torch.device(device)
     shapes = read_shapes(path, manifest.files)
     if verify_hash:
+        verify_headers(path, manifest.headers)
+    if verify_hash is True or (verify_hash and not manifest.headers):  # version 1 has no headers to compare
         verify_hashes(path, manifest.files)
-    model = _fit(model, manifest, shapes, dtype, path)
+    with bounded_build(len(shapes), path):
+        model = _fit(_plain(path, dtype), manifest, shapes, dtype, path)
     fp32 = _kept_in_float32(model, dtype)
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
@@ -252,7 +270,11 @@ def load(
             return tensor.dtype
         return torch.float32 if any(f".{part}." in f".{name}." for part in fp32) else dtype
 
-    fill_skeleton(model, read_tensors(path, manifest.files, target, dtype_of), target)
+    tensors = read_tensors(path, manifest.files, target, dtype_of)
+    try:
+        fill_skeleton(model, tensors, target)
+    except (MemoryError, *BUILD_ERRORS) as error:
+        raise CheckpointError(f"{path}: {type(model).__name__} cannot be filled with its tensors: {error}") from error
     apply_constants(model, manifest.constants)
     _configure(model, manifest, path)
     if (path / _GENERATION_NAME).exists() and model.can_generate():
@@ -276,7 +298,17 @@ def load_skeleton(directory: str | Path, *, dtype: torch.dtype | None = None) ->
     Raises:
         CheckpointError: one of the two files is missing, damaged, or does not fit the other.
     """
-    path, manifest, plain = _open(directory, dtype)
+    path, manifest = _described(directory)
+    whole = all((path / name).is_file() for name in manifest.files)
+    with bounded_build(len(read_shapes(path, manifest.files)) if whole else _MOST_TENSORS, path):
+        plain = _plain(path, dtype)
+        model = _fit(plain, manifest, _recorded_shapes(plain, manifest, path), dtype, path)
+    _configure(model, manifest, path)
+    return model
+
+
+def _recorded_shapes(plain: PreTrainedModel, manifest: Manifest, path: Path) -> dict[str, Shape]:
+    """The shapes that the weight files must have."""
     shapes = state_shapes(plain) | {name: change.slim for name, change in manifest.parameters.items()}
     for name in manifest.added_biases:
         if name not in shapes:
@@ -285,26 +317,31 @@ def load_skeleton(directory: str | Path, *, dtype: torch.dtype | None = None) ->
             if weight is None:
                 raise CheckpointError(f"{path}: fxprune.json adds {name} to no projection; write the checkpoint again")
             shapes[name] = (weight[-1] if isinstance(plain.get_submodule(owner), Conv1D) else weight[0],)
-    model = _fit(plain, manifest, shapes, dtype, path)
-    _configure(model, manifest, path)
-    return model
+    return shapes
 
 
-def _open(directory: str | Path, dtype: torch.dtype | None) -> tuple[Path, Manifest, PreTrainedModel]:
-    """Read what a checkpoint says about itself, and build the skeleton of its `config.json`."""
+def _described(directory: str | Path, *, verify: bool = True) -> tuple[Path, Manifest]:
+    """Read what a checkpoint says about itself, and check the files that say more."""
     path = Path(directory).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; name one that fxprune wrote")
     manifest = read_manifest(path)
-    config = read_config(path / _CONFIG_NAME)
+    if verify:
+        verify_companions(path, manifest)
+    return path, manifest
+
+
+def _plain(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The skeleton of a checkpoint's `config.json`."""
+    config = read_config(path / CONFIG_NAME)
     architecture = (config.architectures or [None])[0]
     if not isinstance(architecture, str):
-        raise CheckpointError(f"{path / _CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
+        raise CheckpointError(f"{path / CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
     model_class = resolve_model_class(config, architecture)
     try:
-        return path, manifest, build_skeleton(model_class, config, dtype)
+        return build_skeleton(model_class, config, dtype)
     except BUILD_ERRORS as error:
-        raise CheckpointError(f"{path / _CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
+        raise CheckpointError(f"{path / CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
 
 
 def _configure(model: PreTrainedModel, manifest: Manifest, path: Path) -> None:
@@ -400,7 +437,7 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[s
 
 def _prove(staging: Path, layout: Layout, source: Source, expected: ExpectedLogits | None) -> None:
     """Load a staged checkpoint back and compare it, and what it computes, with what was given."""
-    model = load(staging, verify_hash=False)
+    model = load(staging, verify_hash="headers")
     _compare(model, layout, source, "fxprune.load")
     _compute(model, layout, expected, "fxprune.load")
     if layout.kind == "uniform":

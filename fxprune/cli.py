@@ -1,4 +1,4 @@
-"""The command line: `fxprune demo | inspect | prune | export | verify | bench | eval | run`.
+"""The command line: `fxprune demo | inspect | prune | export | verify | bench | eval | compare | push | run`.
 
 Exit status: 0 when what was asked was done and verified, 2 for a usage error, 1 with the typed error's message
 otherwise, 130 when interrupted.
@@ -10,14 +10,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from typer.exceptions import TyperException
 
-from fxprune import cli_prune
+from fxprune import cli_export, cli_l0, cli_measure, cli_prune, cli_push
 from fxprune.errors import FxpruneError, UsageError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def prune(
         str,
         typer.Option(
             help="With --ratio or another target of size or speed: channel, fisher, osscar, flap, wanda-sp, taylor, "
-            "magnitude, depth, random. "
+            "magnitude, depth, random, or l0, which learns. "
             "With --sparsity or --pattern: magnitude, wanda, sparsegpt, alps."
         ),
     ] = "channel",
@@ -190,7 +190,23 @@ def prune(
     stream: Annotated[
         bool, typer.Option("--stream", help="Weights: block by block from the shards; goes on after an interruption.")
     ] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="With --stream: throw unfinished work away.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --stream or l0: throw unfinished work away.")
+    ] = False,
+    mode: cli_l0.Training = None,
+    steps: cli_l0.Steps = None,
+    epochs: cli_l0.Epochs = None,
+    batch: cli_l0.Batch = None,
+    budget: cli_l0.BudgetKind = None,
+    schedule: cli_l0.Schedule = None,
+    warm_up: cli_l0.WarmUp = None,
+    lora_rank: cli_l0.LoraRank = None,
+    lora_targets: cli_l0.LoraTargets = None,
+    distillation: cli_l0.Distil = None,
+    state: cli_l0.State = None,
+    post_steps: cli_l0.PostSteps = None,
+    post_data: cli_l0.PostData = None,
+    option: cli_l0.Further = None,
     measure_speed: Annotated[
         bool, typer.Option("--measure-speed", help="Time the dense and the pruned model in ONNX Runtime.")
     ] = False,
@@ -205,7 +221,7 @@ def prune(
     """Prune a model, verify it, and write a checkpoint that loads back: slim with --ratio, with zeros otherwise."""
     from fxprune.assessment import Wanted, failed_gate, warnings_of
     from fxprune.budget_run import prune_budgets
-    from fxprune.pruning import Destination, parse_per_module, prune_model, stream_model
+    from fxprune.pruning import Destination, parse_per_module, pass_of, prune_model, stream_model
 
     targets = {
         "ratio": ratio,
@@ -231,14 +247,20 @@ def prune(
         "allocation": allocation,
         "memory_bytes": memory_bytes,
     }
+    learned: dict[str, Any] = {"mode": mode, "steps": steps, "epochs": epochs, "batch": batch, "budget": budget}
+    learned |= {"schedule": schedule, "warm_up": warm_up, "lora_rank": lora_rank, "distillation": distillation}
+    learned |= {"state": state, "post_steps": post_steps, "post_data": post_data}
     units = cli_prune.structured_options(
         targets, table=table, mix=mix, threads=threads, keep=keep or [], kinds=kinds, reconstruct=reconstruct
     )
     options = {**units, **{name: value for name, value in given.items() if value is not None}}
+    options |= cli_l0.learned_options(learned, targets=lora_targets, further=option or [], others=options)
     place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
     wanted = Wanted(ppl=ppl or [], windows=windows, guard=guard, speed=measure_speed, threads=threads)
+    if not stream:
+        options = cli_l0.with_state(pass_of(method, options), options, out)
     if restart and not stream:
-        raise UsageError("--restart goes with --stream")
+        cli_l0.clear_state(pass_of(method, options), options)
     if stream:
         if ppl or measure_speed:
             raise UsageError("--ppl and --measure-speed run the whole model, which --stream never holds: do it later")
@@ -254,97 +276,11 @@ def prune(
         raise typer.Exit(1)
 
 
-@app.command()
-def export(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Directory for model.onnx.")],
-    to: Annotated[Literal["onnx"], typer.Option(help="Target format.")] = "onnx",
-    opset: Annotated[int | None, typer.Option(help="ONNX opset; the exporter's choice by default.")] = None,
-    fusions: Annotated[Literal["auto", "none", "cpu"], typer.Option(help="ONNX Runtime fusions.")] = "auto",
-    overwrite: Overwrite = False,
-    json: Json = None,
-) -> None:
-    """Export a checkpoint (slim, mixed, or any other) to one ONNX graph, and verify it in ONNX Runtime."""
-    from fxprune.cli_tables import show_rungs
-    from fxprune.loading import load_model
-    from fxprune.output import prepare_output
-    from fxprune.pipeline import Pipeline, build_pass
-    from fxprune.workflow import Stopwatch, front_end
-
-    del to
-    prepare_output(out, overwrite=overwrite)
-    loaded = load_model(model)
-    _say("tracing")
-    program = front_end(loaded, Stopwatch())
-    passes = [
-        build_pass("export_onnx", {"out": str(out), "opset": opset, "fusions": fusions, "overwrite": overwrite}),
-        build_pass("verify", {"onnx": str(out / "model.onnx"), "reexport": False}),
-    ]
-    program = Pipeline(passes, on_pass=lambda p: _say(p.name))(program).program
-    show_rungs(program.results["verify"], _out)
-    _write_json(json, {"onnx": program.results["onnx"], "verify": program.results["verify"]})
+app.command()(cli_export.export)
+app.command()(cli_export.verify)
 
 
-@app.command()
-def verify(
-    model: Model,
-    onnx: Annotated[Path | None, typer.Argument(help="Directory or file of its ONNX export.")] = None,
-    json: Json = None,
-) -> None:
-    """Check that a checkpoint's graph forms, and its ONNX export, all compute the same."""
-    from fxprune.cli_tables import show_rungs
-    from fxprune.errors import ExportError
-    from fxprune.loading import load_model
-    from fxprune.pipeline import build_pass
-    from fxprune.workflow import Stopwatch, front_end
-
-    graph = None
-    if onnx is not None:
-        graph = onnx if onnx.suffix == ".onnx" else onnx / "model.onnx"
-        if not graph.is_file():
-            raise ExportError(f"{graph} does not exist; name the directory that `fxprune export` wrote")
-    loaded = load_model(model)
-    _say("tracing")
-    program = front_end(loaded, Stopwatch())
-    result = build_pass("verify", {"onnx": str(graph) if graph else None})(program).program.results["verify"]
-    show_rungs(result, _out)
-    _write_json(json, {"verify": result})
-
-
-@app.command()
-def bench(
-    dense: Annotated[str, typer.Argument(help="The form to compare with: ONNX directory, checkpoint or hub id.")],
-    slim: Annotated[str | None, typer.Argument(help="The smaller form, for the same runtime.")] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="Measure the one model given at several widths; write its latency table here.")
-    ] = None,
-    gate: Annotated[bool, typer.Option("--gate", help="Exit with 1 unless surely faster, and say why not.")] = False,
-    target_speedup: Annotated[
-        float | None, typer.Option(help="Exit with 1 unless every case is surely this much faster, less 5%.")
-    ] = None,
-    prefill: Annotated[list[int] | None, typer.Option(help="Prompt lengths; repeat for several.")] = None,
-    decode: Annotated[int, typer.Option(help="Tokens to decode; 0 for none.", min=0)] = 32,
-    past: Annotated[int, typer.Option(help="Cache length before decoding.", min=1)] = 128,
-    repeats: Annotated[int | None, typer.Option(help="Timed repeats; 10, or 6 a width of a table.", min=2)] = None,
-    threads: Threads = _DEFAULT_THREADS,
-    dtype: Dtype = None,
-    json: Json = None,
-) -> None:
-    """Time two forms of a model against each other, interleaved; or build the latency table of one."""
-    from fxprune.benchmarking import Workload, run_bench, run_table
-
-    work = Workload(prefill or (), decode, past, repeats, threads, dtype)
-    gated = gate or target_speedup is not None
-    if (slim is None) == (table is None) or (gated and slim is None):
-        raise UsageError("give two forms to compare, with --gate or without; or one model and --table FILE")
-    if slim is None:
-        assert table is not None
-        _write_json(json, run_table(dense, table, work, _out, _say))
-        return
-    data, verdict = run_bench(dense, slim, work, _out, gated=gated, target=target_speedup)
-    _write_json(json, data)
-    if verdict is not None and not verdict.passed:
-        raise typer.Exit(1)
+app.command()(cli_measure.bench)
 
 
 @app.command(name="eval")
@@ -360,6 +296,7 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of a task's sequence; the model's by default.", min=2)
     ] = None,
+    tokenizer: cli_measure.Tokenizer = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     json: Json = None,
@@ -379,8 +316,13 @@ def evaluate(
         max_length=max_length,
         dtype=dtype,
         device=device,
+        tokenizer=tokenizer,
     )
     _write_json(json, run_evaluation(model, what, _out, _say))
+
+
+app.command()(cli_measure.compare)
+app.command()(cli_push.push)
 
 
 @app.command()
@@ -424,7 +366,10 @@ def main() -> None:
     except (KeyboardInterrupt, Exception) as error:
         # Native code may turn the interrupt into an error of its own; what fails after Ctrl-C is its consequence.
         if interrupted or isinstance(error, (KeyboardInterrupt, typer.Abort)):
-            _say("interrupted; earlier output is whole, and what --stream has finished is kept for the same command")
+            _say(
+                "interrupted; earlier output is whole, and what --stream has finished or l0 has learned is kept for "
+                "the same command"
+            )
             status = 130
         elif isinstance(error, (FxpruneError, TyperException)):
             status = _exit_status(error)

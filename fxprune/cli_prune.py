@@ -63,7 +63,10 @@ Mix = Annotated[
 Keep = Annotated[
     list[str] | None, typer.Option(help="Units: PATTERN=SHARE of groups like this stay at least; 1: all. Repeat.")
 ]
-Kinds = Annotated[str | None, typer.Option(help="Units: prune only these, of attention,mlp.")]
+Kinds = Annotated[
+    str | None,
+    typer.Option(help="Units: prune only these, of attention,mlp; with l0 and --budget lagrangian, hidden,layers too."),
+]
 Reconstruct = Annotated[
     str | None,
     typer.Option(help="Units: what consumers learn: none, bias, ridge, auto (the best of these), scale, dense."),

@@ -66,6 +66,7 @@ class PerplexityResult:
         runner: which form of the model it was.
         tokens_sha256: of the windows' tokens, as int64 little-endian.
         definition: how the figure is defined, as a sentence.
+        losses: mean negative log-likelihood of each window, in nats, for paired tests.
     """
 
     perplexity: float
@@ -79,10 +80,13 @@ class PerplexityResult:
     runner: str
     tokens_sha256: str
     definition: str
+    losses: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures for a report; what does not exist is absent."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        """The figures for a report; what does not exist is absent, and so are the single windows."""
+        figures = dataclasses.asdict(self)
+        del figures["losses"]
+        return {key: value for key, value in figures.items() if value is not None}
 
 
 def read_text(path: str | Path) -> str:
@@ -229,6 +233,7 @@ def perplexity(
             f"{text}: {source}; cut into windows of {window} without overlap, the first {len(losses)} windows; mean "
             f"over the {window - 1} next-token predictions of each, log-softmax in float32; perplexity is exp(mean)"
         ),
+        losses=tuple(losses),
     )
 
 

@@ -12,7 +12,7 @@ from fxprune.errors import CheckpointError, UsageError
 from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
 from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
 from fxprune.harness_tasks import HarnessTask, load_tasks
-from fxprune.loading import resolve_device
+from fxprune.loading import load_tokenizer, resolve_device
 from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["Evaluation", "run_evaluation", "tasks_table"]
+__all__ = [
+    "Evaluation",
+    "check_evaluation",
+    "measure_perplexity",
+    "measure_task",
+    "open_evaluated",
+    "run_evaluation",
+    "tasks_table",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Evaluation:
         max_length: the most tokens of a task's sequence; the model's own limit when None.
         dtype: precision of a torch model; as saved when None.
         device: where a torch model runs.
+        tokenizer: directory or hub id of the tokenizer for a form that has none beside it.
     """
 
     ppl: Sequence[Path] = ()
@@ -51,6 +60,7 @@ class Evaluation:
     max_length: int | None = None
     dtype: str | None = None
     device: str = "cpu"
+    tokenizer: str | None = None
 
 
 def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[str], None]) -> dict[str, Any]:
@@ -71,26 +81,17 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
         CheckpointError: the model cannot be loaded, or has no tokenizer.
         VerificationError: the model returned numbers that are not finite.
     """
-    if not what.ppl and not what.tasks:
-        raise UsageError("nothing to measure: give --ppl FILE, --tasks NAME,... or both")
-    if what.data is not None and not what.tasks:
-        raise UsageError("--data names the files of tasks; give --tasks NAME,... as well")
-    check_limits(what.limit, what.max_length)
-    resolve_device(what.device)
-    for path in what.ppl:
-        read_text(path)
+    check_evaluation(what)
     if what.tasks:
         say(f"loading {', '.join(what.tasks)}")
     tasks = load_tasks(what.tasks, what.data) if what.tasks else []
     say(f"loading {model}")
-    form = open_form(model, dtype=what.dtype, device=what.device)
-    if form.tokenizer is None:
-        raise CheckpointError(f"{model} has no tokenizer; a text needs one")
-    perplexities = [_perplexity(form, path, what) for path in what.ppl]
+    form = open_evaluated(model, what)
+    perplexities = [measure_perplexity(form, path, what) for path in what.ppl]
     for result in perplexities:
         error = f" (standard error of the log {result.standard_error:.3f})" if result.standard_error else ""
         out.print(f"{result.text}: perplexity {result.perplexity:.2f}{error}; {result.definition}", highlight=False)
-    results = [_task(form, task, what, say) for task in tasks]
+    results = [measure_task(form, task, what, say) for task in tasks]
     if results:
         out.print(tasks_table(results))
         shown = {metric.name for result in results for metric in result.metrics}
@@ -103,7 +104,41 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
     }
 
 
-def _perplexity(form: OpenForm, path: Path, what: Evaluation) -> PerplexityResult:
+def open_evaluated(model: str, what: Evaluation) -> OpenForm:
+    """Open a form together with a tokenizer, its own or else the one that was named.
+
+    Raises:
+        CheckpointError: the form or the tokenizer cannot be loaded, or there is no tokenizer.
+        ExportError: an ONNX graph cannot be loaded.
+    """
+    form = open_form(model, dtype=what.dtype, device=what.device)
+    if form.tokenizer is None and what.tokenizer is not None:
+        form.tokenizer = load_tokenizer(what.tokenizer)
+    if form.tokenizer is None:
+        raise CheckpointError(f"{model} has no tokenizer, which a text needs; name one with --tokenizer DIR")
+    return form
+
+
+def check_evaluation(what: Evaluation) -> None:
+    """Refuse what cannot be measured, before anything is loaded.
+
+    Raises:
+        UsageError: nothing to measure, an unknown device, or an option is out of range.
+        CalibrationError: a text cannot be used.
+    """
+    if not what.ppl and not what.tasks:
+        raise UsageError("nothing to measure: give --ppl FILE, --tasks NAME,... or both")
+    if what.data is not None and not what.tasks:
+        raise UsageError("--data names the files of tasks; give --tasks NAME,... as well")
+    check_limits(what.limit, what.max_length)
+    resolve_device(what.device)
+    for path in what.ppl:
+        read_text(path)
+
+
+def measure_perplexity(form: OpenForm, path: Path, what: Evaluation) -> PerplexityResult:
+    """Perplexity of an open form on a text file, see `fxprune.evaluate.file_perplexity`."""
+
     def measure(batch_size: int) -> PerplexityResult:
         return file_perplexity(
             form.runner,
@@ -120,7 +155,8 @@ def _perplexity(form: OpenForm, path: Path, what: Evaluation) -> PerplexityResul
     return halve_until_it_fits(measure, fitting_batch_size(what.window, len(form.tokenizer), what.device))
 
 
-def _task(form: OpenForm, task: HarnessTask, what: Evaluation, say: Callable[[str], None]) -> TaskResult:
+def measure_task(form: OpenForm, task: HarnessTask, what: Evaluation, say: Callable[[str], None]) -> TaskResult:
+    """Run a task on an open form, see `fxprune.harness.evaluate_tasks`."""
     say(f"running {task.name}")
     (result,) = evaluate_tasks(
         form.runner,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import random
 import statistics
@@ -60,6 +61,8 @@ class Metric:
             standard deviation over 500 bootstrap resamples; None for a single document.
         higher_is_better: None when lm-eval does not say.
         definition: how it is defined, as a sentence.
+        source: lm-eval's name of the metric, whose aggregation it has; None for our own, which are means.
+        items: what each document contributes, in order, for paired tests; empty where it is not JSON data.
     """
 
     name: str
@@ -67,6 +70,8 @@ class Metric:
     standard_error: float | None
     higher_is_better: bool | None
     definition: str
+    source: str | None = None
+    items: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,18 @@ class TaskResult:
         """
         return {metric.name: metric for metric in self.metrics}[name]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+    def as_dict(self, *, items: bool = False) -> dict[str, Any]:
+        """For JSON; what the single documents contribute only with `items`."""
+        data = dataclasses.asdict(self)
+        for metric in data["metrics"] if not items else ():
+            del metric["items"], metric["source"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TaskResult:
+        """A result again from `as_dict(items=True)`, or from its JSON."""
+        metrics = tuple(Metric(**{**metric, "items": tuple(metric["items"])}) for metric in data["metrics"])
+        return cls(**{**data, "metrics": metrics, "files": tuple(DataFile(**file) for file in data["files"])})
 
 
 def evaluate_tasks(
@@ -231,6 +245,8 @@ def _metrics(
             standard_error(items, aggregate),
             better.get(name),
             DEFINITIONS.get(shown, default),
+            name,
+            _plain_items(items),
         )
     if ready.task.OUTPUT_TYPE == "loglikelihood" and last_token:
         hits = [float(hit) for hit in last_token.values()]
@@ -240,7 +256,23 @@ def _metrics(
             standard_error=standard_error(hits, None),
             higher_is_better=True,
             definition=DEFINITIONS[_LAST_TOKEN],
+            items=tuple(hits),
         )
+
+
+def _plain_items(items: Sequence[Any]) -> tuple[Any, ...]:
+    """What documents contribute as JSON data; nothing where it cannot be."""
+    try:
+        return tuple(json.loads(json.dumps(list(items), default=_plain_number)))
+    except TypeError:  # some metrics pass objects of their own around
+        return ()
+
+
+def _plain_number(value: Any) -> float:
+    """Numbers of numpy and torch, which JSON does not know."""
+    if isinstance(value, Real) or getattr(value, "shape", None) == ():
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -10,10 +10,13 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import itertools
+import json
 import logging
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +26,9 @@ from fxprune.errors import CalibrationError, UsageError
 from fxprune.loading import expand_user
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["TASK_FILES", "DataFile", "HarnessTask", "load_tasks", "quiet"]
+__all__ = ["TASK_FILES", "DataFile", "HarnessTask", "load_tasks", "quiet", "task_key"]
 
 TASK_FILES: Mapping[str, Mapping[str, str]] = {
     "lambada_openai": {"test": "lambada/lambada_test.jsonl"},
@@ -101,6 +104,42 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Har
         raise CalibrationError(f"{folder} is not a directory; name the one that holds the tasks' files")
     table = {**TASK_FILES, **_read_table(folder / "tasks.yaml")}
     return [_from_files(name, folder, table) for name in names]
+
+
+def task_key(ready: HarnessTask, limit: int | None) -> dict[str, Any]:
+    """Everything of a task that its figures depend on, as JSON data: what tells cached results apart.
+
+    Args:
+        ready: a task that has not run yet: running it fills in defaults.
+        limit: the first so many documents are used; all when None.
+
+    Returns:
+        Versions of task and package, and hashes of its configuration (prompts, metrics, and the source of its
+        functions), of the documents as they were loaded, and of the examples in its prompts.
+    """
+    config = ready.task.dump_config()
+    # Where files lie says nothing: the documents themselves are hashed.
+    shots = config.pop("num_fewshot", None) or 0
+    config.pop("dataset_kwargs", None)
+    config["metadata"] = {k: v for k, v in (config.get("metadata") or {}).items() if k != "config_source"}
+    return {
+        "task": ready.name,
+        "version": str(ready.task.VERSION),
+        "lm_eval": version("lm_eval"),
+        "num_fewshot": shots,
+        "config": _documents_hash([config]),
+        "documents": _documents_hash(itertools.islice(ready.task.eval_docs, limit)),
+        "examples": _documents_hash(ready.task.fewshot_docs() if shots else ()),
+        "dataset": ready.dataset,
+        "limit": limit,
+    }
+
+
+def _documents_hash(documents: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
 
 
 def _find(name: str) -> Any:

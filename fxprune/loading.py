@@ -35,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "local_snapshot",
     "max_positions",
+    "model_directory",
     "quiet_transformers",
     "resolve_device",
     "resolve_dtype",
@@ -46,7 +47,14 @@ _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "tekken.json")
 _CONFIG_FILES = ("*.json",)
-_MODEL_FILES = ("*.json", "model.safetensors", "model-*.safetensors", "vocab.txt", "merges.txt", "*.model", "*.jinja")
+_MODEL_FILES = (
+    "*.json",
+    *(f"{stem}{rest}.safetensors" for stem in ("model", "fxprune", "weight_masks") for rest in ("", "-*")),
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +92,7 @@ def load_model(
             a model type that transformers cannot build without code from the repository.
     """
     dtype, device = resolve_dtype(dtype), resolve_device(device)
-    path = _local_path(name_or_path, _MODEL_FILES)
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; name the directory that holds config.json and the weights")
+    path = model_directory(name_or_path)
     if (path / "fxprune.json").is_file():
         # By name: the checkpoint format stands above this module, and does its own checks.
         model = importlib.import_module("fxprune.checkpoint").load(path, dtype=dtype, device=device)
@@ -242,10 +248,20 @@ def local_snapshot(name_or_path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such model, or its files are damaged or cannot be used.
     """
+    path = model_directory(name_or_path)
+    _check_plain_checkpoint(path)
+    return path
+
+
+def model_directory(name_or_path: str | Path) -> Path:
+    """The local directory of a model's files, downloaded first if it is a hub id; what is in it is not looked at.
+
+    Raises:
+        CheckpointError: there is no such model, or it is a file.
+    """
     path = _local_path(name_or_path, _MODEL_FILES)
     if path.is_file():
         raise CheckpointError(f"{path} is a file; name the directory that holds config.json and the weights")
-    _check_plain_checkpoint(path)
     return path
 
 

@@ -8,23 +8,18 @@ were proportional to work: MACs for prefill, bytes read for decoding at batch 1 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
-import os
-import platform
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 
 from fxprune.accounting import MacCount, bytes_read_per_step, macs_per_token
 from fxprune.errors import UsageError
+from fxprune.machine import file_size, machine, peak_rss_bytes, timed_load
 from fxprune.runners import position_ids_from_mask
 
 if TYPE_CHECKING:
@@ -46,15 +41,15 @@ __all__ = [
     "cost_of",
     "decode",
     "file_size",
+    "interleaved_times",
     "machine",
     "peak_rss_bytes",
     "prefill",
     "ratio_interval",
+    "run_once",
     "timed_load",
     "torch_threads",
 ]
-
-T = TypeVar("T")
 
 _RESAMPLES = 2000
 
@@ -198,6 +193,7 @@ class SpeedResult:
         slim_times: the same of the slim form; entry i ran next to entry i of `dense_times`.
         ci: 95% confidence interval of `speedup`.
         bound: the speed-up that counting predicts, where it could.
+        form: name of the slim form, where there are several.
     """
 
     runtime: str
@@ -207,6 +203,7 @@ class SpeedResult:
     slim_times: tuple[float, ...]
     ci: tuple[float, float]
     bound: Bound | None = None
+    form: str | None = None
 
     @property
     def dense_ms(self) -> float:
@@ -237,7 +234,7 @@ class SpeedResult:
         }
         if self.bound is not None:
             entry |= {"bound": self.bound.speedup, "bound_kind": self.bound.kind}
-        return entry
+        return entry if self.form is None else {"form": self.form, **entry}
 
 
 def bench(
@@ -282,33 +279,82 @@ def bench(
     Raises:
         UsageError: too few threads, repeats or cases.
     """
+    label = runtime or (dense.name if dense.name == slim.name else f"{dense.name} / {slim.name}")
+    results = []
+    timed = interleaved_times(
+        [dense, slim],
+        cases,
+        threads=threads,
+        repeats=repeats,
+        warmup=warmup,
+        seed=seed,
+        device=device,
+        clock=clock,
+        progress=progress,
+    )
+    for case, (first, other) in zip(cases, timed, strict=True):
+        bound = None if costs is None else bound_of(case, *costs)
+        results.append(SpeedResult(label, case, threads, first, other, ratio_interval(first, other, seed=seed), bound))
+    return results
+
+
+def interleaved_times(
+    runners: Sequence[Runner],
+    cases: Sequence[Case],
+    *,
+    threads: int,
+    repeats: int = 20,
+    warmup: int = 3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[Case, int, int], None] | None = None,
+) -> list[list[tuple[float, ...]]]:
+    """Milliseconds of every repeat of every runner, by case: what `bench` does, for any number of forms.
+
+    Each repeat runs all forms, forwards and backwards in turn (A B C, C B A, ...).
+
+    Args:
+        runners: at least one; the rest as for `bench`.
+        cases: see `bench`, as the rest.
+        threads: see `bench`.
+        repeats: see `bench`.
+        warmup: see `bench`.
+        seed: see `bench`.
+        device: see `bench`.
+        clock: see `bench`.
+        progress: see `bench`.
+    """
     if threads < 1 or repeats < 2 or warmup < 0 or not cases:
         raise UsageError(
             f"cannot benchmark with threads={threads}, repeats={repeats}, warmup={warmup} and {len(cases)} cases: "
             "at least 1 thread, 2 repeats, 0 warm-up runs and 1 case are needed"
         )
-    label = runtime or (dense.name if dense.name == slim.name else f"{dense.name} / {slim.name}")
-    results = []
+    timed = []
     with torch_threads(threads):
-        vocabulary = min(_vocabulary(runner, device) for runner in (dense, slim))
+        vocabulary = min(_vocabulary(runner, device) for runner in runners)
         for case in cases:
-            runs = tuple(
-                _Run(runner, case, vocabulary=vocabulary, seed=seed, device=device, clock=clock)
-                for runner in (dense, slim)
-            )
-            times: tuple[list[float], list[float]] = ([], [])
+            runs = [
+                _Run(runner, case, vocabulary=vocabulary, seed=seed, device=device, clock=clock) for runner in runners
+            ]
+            times: list[list[float]] = [[] for _ in runners]
             gc.collect()
             for repeat in range(-warmup, repeats):
-                for form in (0, 1) if repeat % 2 == 0 else (1, 0):
+                order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
+                for form in order:
                     milliseconds = runs[form].milliseconds()
                     if repeat >= 0:
                         times[form].append(milliseconds)
                 if progress is not None and repeat >= 0:
                     progress(case, repeat + 1, repeats)
-            bound = None if costs is None else bound_of(case, *costs)
-            interval = ratio_interval(times[0], times[1], seed=seed)
-            results.append(SpeedResult(label, case, threads, tuple(times[0]), tuple(times[1]), interval, bound))
-    return results
+            timed.append([tuple(each) for each in times])
+    return timed
+
+
+def run_once(runner: Runner, case: Case) -> float:
+    """Run a case once on random tokens: milliseconds, of a single cold run."""
+    run = _Run(runner, case, vocabulary=_vocabulary(runner, "cpu"), seed=0, device="cpu", clock=time.perf_counter)
+    return run.milliseconds()
 
 
 class _Run:
@@ -337,14 +383,20 @@ class _Run:
 
     def milliseconds(self) -> float:
         """Run the case once: milliseconds of the step, or per token of decoding."""
-        # A runtime that appends in place must not lengthen the cache that the next repeat starts from.
-        past = None if self.past is None else [tensor.clone() for tensor in self.past]
+        past = None if self.past is None else _fork(self.runner, self.past)
         _synchronize(past)
         start = self.clock()
         for step in self.steps:
             logits, past = self.runner.step(*step, past)
         _synchronize([logits])
         return (self.clock() - start) * 1e3 / len(self.steps)
+
+
+def _fork(runner: Runner, past: Past) -> Past:
+    """A cache to start from that is not changed by what is done with `past`, or with what comes back."""
+    # A runtime that keeps its cache to itself says how to go back; one that appends in place must not lengthen ours.
+    fork: Callable[[Past], Past] | None = getattr(runner, "fork", None)
+    return [tensor.clone() for tensor in past] if fork is None else fork(past)
 
 
 def _inputs(tokens: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -394,67 +446,3 @@ def ratio_interval(
     low, high = np.quantile(medians[0] / medians[1], [(1 - level) / 2, (1 + level) / 2])
     ratio = float(np.median(pairs[0]) / np.median(pairs[1]))
     return min(float(low), ratio), max(float(high), ratio)
-
-
-# ---- memory, files, the machine ------------------------------------------------------------------------------------
-
-
-def timed_load(load: Callable[[], T], *, clock: Callable[[], float] = time.perf_counter) -> tuple[T, float]:
-    """Call `load` and return what it loads with the seconds it took."""
-    start = clock()
-    loaded = load()
-    return loaded, clock() - start
-
-
-def file_size(path: Path | str) -> int:
-    """Bytes of a file, or of all files in a directory and below; links are followed."""
-    path = Path(path)
-    if path.is_dir():
-        return sum(child.stat().st_size for child in path.rglob("*") if child.is_file())
-    return path.stat().st_size
-
-
-def peak_rss_bytes() -> int:
-    """The most physical memory this process has had since it started, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource  # noqa: PLC0415 - the module exists on Unix only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def machine() -> dict[str, Any]:
-    """Describe where the figures were taken, JSON-able; what cannot be found out is absent."""
-    facts: dict[str, Any] = {
-        "cpu": _cpu_model(),
-        "cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(logical=True),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnxruntime": _version("onnxruntime"),
-    }
-    if torch.accelerator.is_available() and torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name()
-    return {name: value for name, value in facts.items() if value}
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in {"model name", "Model", "Hardware"} and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

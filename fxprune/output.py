@@ -20,7 +20,7 @@ from fxprune.errors import OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["prepare_output", "staged_directory", "swap", "write_json"]
+__all__ = ["prepare_output", "staged_directory", "swap", "write_json", "write_text"]
 
 _LOGGER = logging.getLogger(__name__)
 _MARKERS = ("fxprune.json", "report.json", "genai_config.json", "export.json", "*.onnx")
@@ -169,6 +169,19 @@ def write_json(path: str | Path, obj: object) -> None:
         content = (json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise OutputError(f"cannot write {target}: the content is not JSON ({error})") from error
+    _write_bytes(target, content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as UTF-8, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write_bytes(Path(path), text.encode())
+
+
+def _write_bytes(target: Path, content: bytes) -> None:
     temporary = _sibling(target, "tmp")
     try:
         with temporary.open("xb") as file:

@@ -34,6 +34,7 @@ _PASSES: dict[str, str] = {
     "magnitude-units": "fxprune.passes.magnitude_units:MagnitudeUnits",
     "depth": "fxprune.passes.depth:DepthPrune",
     "random": "fxprune.passes.random_units:RandomUnits",
+    "l0": "fxprune.passes.l0:L0Prune",
     "magnitude": "fxprune.passes.magnitude:Magnitude",
     "wanda": "fxprune.passes.wanda:Wanda",
     "sparsegpt": "fxprune.passes.sparsegpt:SparseGpt",
@@ -43,6 +44,7 @@ _PASSES: dict[str, str] = {
     "verify": "fxprune.passes.verify:Verify",
     "save": "fxprune.passes.save:Save",
     "export_onnx": "fxprune.passes.export_onnx:ExportOnnx",
+    "export_int4": "fxprune.passes.export_int4:ExportInt4",
 }
 _loaded_entry_points = False
 

@@ -32,6 +32,7 @@ _STAGES = {
     "magnitude-units": "prune",
     "depth": "prune",
     "random": "prune",
+    "l0": "prune",
     "magnitude": "prune",
     "wanda": "prune",
     "sparsegpt": "prune",
@@ -44,7 +45,7 @@ _STAGES = {
 }
 _PARTS = {"calibrate": "calibrate", "text": "calibrate", "forward": "calibrate", "gram": "calibrate"}
 """Parts of a pass that are stages of their own, by the names under which passes time them."""
-_PACKAGES = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
+_PACKAGES = ("torch", "transformers", "tokenizers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
 
 
 def group_entries(program: Program) -> list[dict[str, Any]]:

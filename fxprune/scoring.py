@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fxprune.runners import Runner
 
-__all__ = ["Score", "Scorer", "context_length"]
+__all__ = ["Score", "Scorer", "context_length", "named_length"]
 
 _LOGGER = logging.getLogger(__name__)
 _ROWS = 1024  # rows of float32 log-probabilities at a time
@@ -53,9 +53,13 @@ class Score:
 def context_length(runner: Runner, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """The longest sequence of a model: as its configuration names it, else its tokenizer, else 2048."""
     config = getattr(getattr(runner, "model", None), "config", None)
-    longest = max_positions(config) if config is not None else None
+    return (max_positions(config) if config is not None else None) or named_length(tokenizer)
+
+
+def named_length(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The longest sequence that a tokenizer names, else 2048."""
     named = getattr(tokenizer, "model_max_length", None)
-    return longest or (named if isinstance(named, int) and 0 < named < _NO_LENGTH else _DEFAULT_LENGTH)
+    return named if isinstance(named, int) and 0 < named < _NO_LENGTH else _DEFAULT_LENGTH
 
 
 class Scorer:

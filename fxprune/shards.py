@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["hash_dense_weights", "hash_file", "read_shapes", "read_tensors", "verify_hashes", "write_shards"]
+__all__ = [
+    "hash_dense_weights",
+    "hash_file",
+    "hash_header",
+    "read_shapes",
+    "read_tensors",
+    "verify_hashes",
+    "verify_headers",
+    "write_shards",
+]
 
 _T = TypeVar("_T")
 _HASH_BLOCK = 1 << 20
@@ -87,6 +96,44 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_header(path: Path) -> str:
+    """SHA-256 of a safetensors file's size and header: names, dtypes, shapes and places, not the weights themselves.
+
+    Raises:
+        CheckpointError: the file is missing or too short for its header.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size:
+                raise CheckpointError(f"{path} is truncated or not a safetensors file; copy it again")
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+    return hashlib.sha256(f"{size} ".encode() + start + header).hexdigest()
+
+
+def verify_headers(directory: Path, headers: Mapping[str, str]) -> None:
+    """Check size and header of each weight file; what the weights are is not looked at.
+
+    Args:
+        directory: where the files are.
+        headers: what `hash_header` gave when they were written, by name.
+
+    Raises:
+        CheckpointError: a file is missing, or has another size or header than when it was written.
+    """
+    for name, expected in headers.items():
+        if hash_header(directory / name) != expected:
+            raise CheckpointError(
+                f"{directory / name} has another size or header than fxprune.json says; the file was changed, damaged "
+                "or swapped with another: copy the checkpoint again, or load with verify_hash=False if the change was "
+                "meant"
+            )
+
+
 def hash_dense_weights(directory: Path | None) -> str | None:
     """SHA-256 over names and hashes of the safetensors files of a directory; None if it has none.
 
@@ -122,6 +169,10 @@ def verify_hashes(
         path = directory / name
         try:
             found = hash_file(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{path} is missing; the directory is not a whole checkpoint, copy it again"
+            ) from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
         if found != expected:

@@ -27,6 +27,7 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from fxprune.build_limits import check_depth
 from fxprune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def read_config(path: Path) -> PreTrainedConfig:
             "comes with a checkpoint is never run)"
         )
     values = {key: value for key, value in values.items() if key not in _NOT_READ}
+    check_depth(values, path)
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except BUILD_ERRORS as error:

@@ -25,6 +25,7 @@ from fxprune.errors import CheckpointError, OutputError
 from fxprune.lifted import parameter_of
 from fxprune.manifest import Manifest, SourceRecord, versions, write_manifest
 from fxprune.output import swap, write_json
+from fxprune.registry import resolve
 from fxprune.shard_reader import read_tensor
 from fxprune.shards import hash_dense_weights, hash_file, read_shapes
 from fxprune.skeleton import state_shapes
@@ -231,6 +232,7 @@ class StreamingOutput:
                     files={name: self.progress["files"][name] for name in files},
                 ),
             )
+            resolve("fxprune.exporters.model_card:write_model_card")(self.staging, source=directory)
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.staging}: {error}; {_GO_ON}") from error
         self._prove(files)
@@ -277,7 +279,7 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 
 
 def _is_weights(name: str) -> bool:
-    return name.endswith(_WEIGHTS) or name in {"report.json", "report.html", "fxprune.json"}
+    return name.endswith(_WEIGHTS) or name in {"report.json", "report.html", "report.md", "fxprune.json"}
 
 
 def _flat(store: ActivationStore) -> tuple[dict[str, Tensor], dict[str, Any]]:

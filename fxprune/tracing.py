@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["sample_inputs", "trace"]
+__all__ = ["pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
 
 _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
@@ -308,15 +308,8 @@ def _export_plain(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any
 def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> tuple[torch.fx.GraphModule, Interface]:
     """Take the graph out of its pytree clothes: flat tensors in, flat tuple out, names from the trees."""
     graph_module: torch.fx.GraphModule = exported.module(check_guards=False)
+    plain_graph(graph_module)
     graph = graph_module.graph
-    graph.set_codegen(CodeGen())
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _ASSERTIONS:
-            graph.erase_node(node)
-    for node in [node for node in graph.nodes if node.op == "call_module" and node.target == "_guards_fn"]:
-        graph.erase_node(node)
-    erase_dead(graph)
-    normalise(graph_module)
     names = _output_names(exported)
     kept = _drop_passed_through(graph, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -326,17 +319,32 @@ def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> 
         del examples[node.name]
         placeholders.remove(node)
         graph.erase_node(node)
-    axes = {
-        node.name: {
-            axis: str(size)
-            for axis, size in enumerate(node.meta["val"].shape)
-            if isinstance(size, torch.SymInt) and not is_concrete_int(size)
-        }
-        for node in placeholders
-    }
-    interface = Interface(examples, axes, kept, _pair_cache(examples, kept))
+    axes = {node.name: symbolic_axes(node) for node in placeholders}
+    interface = Interface(examples, axes, kept, pair_cache(examples, kept))
     # A fresh module: the exported one carries a hook that checks inputs against the original signature.
     return torch.fx.GraphModule(graph_module, graph), interface
+
+
+def plain_graph(graph_module: torch.fx.GraphModule) -> None:
+    """Take pytrees, assertions and guards out of an exported graph, in place, and normalise it."""
+    graph = graph_module.graph
+    graph.set_codegen(CodeGen())
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    for node in [node for node in graph.nodes if node.op == "call_module" and node.target == "_guards_fn"]:
+        graph.erase_node(node)
+    erase_dead(graph)
+    normalise(graph_module)
+
+
+def symbolic_axes(placeholder: torch.fx.Node) -> dict[int, str]:
+    """The axes of an exported graph's input whose length may change, with the names of their symbols."""
+    return {
+        axis: str(size)
+        for axis, size in enumerate(placeholder.meta["val"].shape)
+        if isinstance(size, torch.SymInt) and not is_concrete_int(size)
+    }
 
 
 def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
@@ -379,7 +387,7 @@ def _drop_passed_through(graph: torch.fx.Graph, names: tuple[str, ...]) -> tuple
     return tuple(name for name, _ in kept)
 
 
-def _pair_cache(examples: dict[str, Tensor], outputs: tuple[str, ...]) -> tuple[CacheEntry, ...]:
+def pair_cache(examples: Mapping[str, Tensor], outputs: tuple[str, ...]) -> tuple[CacheEntry, ...]:
     """Cache tensors are those that come in and go out under one name; keys and values alternate."""
     both = [name for name, leaf in examples.items() if name in outputs and leaf.dim() == 4]
     return tuple(

@@ -27,7 +27,7 @@ from fxprune.channels import module_of
 from fxprune.errors import VerificationError
 from fxprune.graphs import copy_graph_module
 from fxprune.program import Form
-from fxprune.runners import greedy, position_ids_from_mask
+from fxprune.runners import position_ids_from_mask
 
 if TYPE_CHECKING:
     from fxprune.program import Interface
@@ -37,7 +37,6 @@ __all__ = [
     "Rung",
     "compare_modules",
     "compare_runners",
-    "compare_text",
     "first_difference",
     "in_double",
     "reexported",
@@ -170,13 +169,6 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def compare_text(rung: str, reference: Runner, candidate: Runner, prompt: Tensor, new_tokens: int = 12) -> Rung:
-    """Compare greedy continuations; the error is the share of tokens that differ."""
-    a, b = greedy(reference, prompt, new_tokens), greedy(candidate, prompt, new_tokens)
-    error = float((a.cpu() != b.cpu()).float().mean())
-    return Rung(rung, error, 0.0, error == 0, 1)
-
-
 class _Recorder(torch.fx.Interpreter):
     """Runs a graph and keeps the output of every projection, under its module's name."""
 
@@ -258,13 +250,14 @@ def reexported(graph_module: GraphModule, interface: Interface) -> GraphModule:
 
 
 def in_double(form: Form) -> Form:
-    """A copy of a graph form in float64, its own casts to float32 included."""
+    """A copy of a graph form in float64, its own casts to other floating dtypes included."""
     assert isinstance(form.module, GraphModule)
     module = copy_graph_module(form.module)
     module = copy.deepcopy(module).double()
 
     def widen(argument: Any) -> Any:
-        return torch.float64 if argument is torch.float32 else argument
+        lower = isinstance(argument, torch.dtype) and argument.is_floating_point
+        return torch.float64 if lower else argument
 
     for node in module.graph.nodes:
         node.args = torch.fx.node.map_aggregate(node.args, widen)

@@ -30,7 +30,7 @@ from fxprune.loading import (
     quiet_transformers,
 )
 from fxprune.manifest import MANIFEST_NAME
-from fxprune.measure import Cost, bench, cost_of, decode, prefill
+from fxprune.measure import Case, Cost, bench, cost_of, decode, prefill
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Form
 from fxprune.registry import resolve
@@ -229,15 +229,19 @@ class OpenForm:
 
     Attributes:
         runner: how.
-        kind: `onnxruntime` or `torch`.
+        kind: the runtime, such as `onnxruntime` or `torch`.
         tokenizer: its tokenizer, if found.
         cost: what it computes and reads, for bounds; None when unknown.
+        path: the directory or graph that it was opened from, where known.
+        scratch: a temporary directory that must live as long as the form.
     """
 
     runner: Runner
     kind: str
     tokenizer: Any = None
     cost: Cost | None = None
+    path: Path | None = None
+    scratch: Any = None
 
 
 def open_form(where: str, *, threads: int | None = None, dtype: str | None = None, device: str = "cpu") -> OpenForm:
@@ -268,10 +272,10 @@ def open_form(where: str, *, threads: int | None = None, dtype: str | None = Non
     return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model))
 
 
-def cases_of(prefills: Sequence[int], decodes: int, past: int) -> list[Any]:
-    """Benchmark cases: prefills of the given lengths, and `decodes` tokens after `past`."""
-    cases = [prefill(length) for length in prefills]
-    return [*cases, decode(decodes, past=past)] if decodes else cases
+def cases_of(prefills: Sequence[int], decodes: int, past: int, batches: Sequence[int] = (1,)) -> list[Case]:
+    """Benchmark cases: prefills of the given lengths, and `decodes` tokens after `past`, at each batch size."""
+    cases = [prefill(length, batch=batch) for batch in batches for length in prefills]
+    return [*cases, *(decode(decodes, past=past, batch=batch) for batch in batches)] if decodes else cases
 
 
 def measure_speed(

@@ -1,22 +1,25 @@
 """Writes the program as one ONNX graph for prefill, continuation and decode.
 
-    Program ──► re-export ──► ONNX ──► fusions ──► model.onnx  (+ config, tokenizer)
+    Program ──► re-export ──► ONNX ──► fusions ──► model.onnx  (+ export.json, tokenizer, genai_config.json)
 
 Refused:
  1. an output directory that is not empty, unless `overwrite`;
- 2. masks that are not slimmed yet.
+ 2. masks that are not slimmed yet;
+ 3. for onnxruntime-genai, a program that is no causal language model with a cache.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import PreconditionError
+from fxprune.exporters.genai import write_genai_config
 from fxprune.exporters.onnx import export_onnx
+from fxprune.manifest import versions
 from fxprune.masks import has_masks
-from fxprune.output import prepare_output, staged_directory
+from fxprune.output import prepare_output, staged_directory, write_json
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class ExportOnnx(Pass):
         out: directory to write `model.onnx` to; it appears whole or not at all.
         opset: ONNX opset; the exporter's choice when None.
         fusions: ONNX Runtime fusions, see `fxprune.exporters.onnx`.
+        to: `onnx`, or `genai` for what onnxruntime-genai needs beside the graph.
         overwrite: whether an earlier output may be replaced.
     """
 
@@ -43,22 +47,28 @@ class ExportOnnx(Pass):
         out: Path | str,
         opset: int | None = None,
         fusions: Literal["auto", "none", "cpu"] = "auto",
+        to: Literal["onnx", "genai"] = "onnx",
         overwrite: bool = False,
     ) -> None:
         self.out = str(out)
         self.opset = opset
         self.fusions = fusions
+        self.to = to
         self.overwrite = overwrite
 
     def requires(self, program: Program) -> None:
         """No mask is left, and the directory can be used.
 
         Raises:
-            PreconditionError: refusal 2.
+            PreconditionError: refusals 2 and 3.
             OutputError: refusal 1.
         """
         if has_masks(program.graph_module):
             raise PreconditionError("export_onnx writes slim models: run slim first, masks are still in the graph")
+        if self.to == "genai" and (program.source is None or not program.interface.cache):
+            raise PreconditionError(
+                "onnxruntime-genai runs causal language models with a cache; export to onnx instead"
+            )
         prepare_output(self.out, overwrite=self.overwrite)
 
     def call(self, program: Program) -> PassResult:
@@ -67,5 +77,23 @@ class ExportOnnx(Pass):
             export = export_onnx(program, staging, opset=self.opset, fusions=self.fusions)
             if program.source is not None and program.source.tokenizer is not None:
                 program.source.tokenizer.save_pretrained(staging)
-        details = {**asdict(export), "path": str(Path(self.out) / Path(export.path).name)}
+            if self.to == "genai" and program.source is not None:
+                write_genai_config(staging, program.source)
+            details = {**asdict(export), "path": str(Path(self.out) / Path(export.path).name)}
+            write_json(staging / "export.json", self._description(program, details))
         return PassResult(program.with_results(onnx=details), modified=True, details=details)
+
+    def _description(self, program: Program, details: dict[str, Any]) -> dict[str, Any]:
+        """What `export.json` says; the certificate follows when the graph has been verified."""
+        examples = program.interface.example_inputs.values()
+        dtype = next((str(t.dtype).removeprefix("torch.") for t in examples if t.is_floating_point()), None)
+        onnx = {key: value for key, value in details.items() if key != "path"}
+        source = None if program.source is None else program.source.name
+        return {
+            "schema_version": 1,
+            "model": source,
+            "target": self.to,
+            "dtype": dtype,
+            "onnx": onnx,
+            "versions": versions(),
+        }

@@ -2,7 +2,8 @@
 
     eager ── traced ── lifted ── masked ── slim ── re-exported
                                             ├───── reloaded checkpoint
-                                            └───── ONNX Runtime
+                                            ├───── ONNX Runtime
+                                            └───── onnxruntime-genai (its text, and its tokenizer)
 
 A rung that fails names the first module whose output differs. Nothing is deleted and nothing is repaired.
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fxprune.errors import PreconditionError
+from fxprune.errors import PreconditionError, VerificationError
 from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
 from fxprune.reference import without_units
@@ -32,12 +33,12 @@ from fxprune.verify import (
     Rung,
     compare_modules,
     compare_runners,
-    compare_text,
     first_difference,
     in_double,
     reexported,
     tolerance_for,
 )
+from fxprune.verify_text import compare_greedy, same_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,7 @@ class Verify(Pass):
     Args:
         checkpoint: directory of a saved checkpoint to reload and compare.
         onnx: an exported ONNX file to run and compare.
+        genai: a directory exported for onnxruntime-genai whose text is compared.
         reexport: whether to export the slim graph again with torch.export and compare.
         graph: whether to compare the graph forms (eager to slim); switch off to check files only.
     """
@@ -65,11 +67,13 @@ class Verify(Pass):
         *,
         checkpoint: Path | str | None = None,
         onnx: Path | str | None = None,
+        genai: Path | str | None = None,
         reexport: bool = True,
         graph: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.onnx = onnx
+        self.genai = genai
         self.reexport = reexport
         self.graph = graph
 
@@ -161,6 +165,8 @@ class _LanguageModelLadder:
         if options.onnx is not None:
             runner: Any = resolve("fxprune.exporters.ort:OrtRunner")
             rungs += self._deployed("ONNX Runtime", runner(options.onnx, name="onnxruntime"))
+        if options.genai is not None:
+            rungs += self._text_maker(resolve("fxprune.exporters.genai:GenaiRunner")(options.genai))
         return rungs
 
     def _graph_rungs(self, *, reexport: bool) -> list[Rung]:
@@ -192,8 +198,33 @@ class _LanguageModelLadder:
         current = Form(self.program.graph_module, self.program.interface)
         return [
             self._rung(f"{name} = slim", self.slim, runner, (current,)),
-            compare_text(f"greedy text of {name} = slim", self.slim, runner, prompt).require(),
+            compare_greedy(f"greedy text of {name} = slim", self.slim, runner, prompt, tie=self._tie()).require(),
         ]
+
+    def _tie(self) -> float:
+        """In half precision, two forms may each be off by the tolerance; in single precision nothing is a tie."""
+        return 2 * tolerance_for(self.dtype) if self.dtype in {torch.float16, torch.bfloat16} else 0.0
+
+    def _text_maker(self, genai: Any) -> list[Rung]:
+        """Rungs of onnxruntime-genai: its text after two prompts, and the tokens of its tokenizer."""
+        rungs = []
+        for length in (8, 1):
+            prompt = torch.arange(5, 5 + length, device=self.device).unsqueeze(0) % self.vocabulary
+            name = f"greedy text of onnxruntime-genai = slim, after {length} token{'s' if length > 1 else ''}"
+            rungs.append(same_text(name, self.slim, genai, prompt, tie=self._tie()).require())
+        source = self.program.source
+        if source is not None and source.tokenizer is not None:
+            differ = resolve("fxprune.exporters.genai:tokenizer_differences")(genai, source.tokenizer)
+            said = "; ".join(f"{text!r}: {how}" for text, how in list(differ.items())[:1])
+            rungs.append(
+                Rung("tokens of onnxruntime-genai = tokenizer's", len(differ), 0.0, not differ, 1, detail=said)
+            )
+            if differ:
+                raise VerificationError(
+                    f"onnxruntime-genai does not tokenise like the model's tokenizer: {said}. Its text would be "
+                    "another's: use --to onnx, and tokenise with transformers"
+                )
+        return rungs
 
 
 def _plain_ladder(program: Program, options: Verify) -> list[Rung]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from fxprune import benchmarking, latency_build
 from fxprune.accounting import MacCount
-from fxprune.bench_gate import gate, linear_shapes, narrowed_widths
+from fxprune.bench_gate import gate, linear_shapes, merged, narrowed_widths
 from fxprune.errors import ExportError, UsageError
 from fxprune.exporters.onnx_cost import cost_of_onnx
 from fxprune.latency_build import Measurement
@@ -88,6 +89,18 @@ def test_every_case_must_pass_unless_a_mix_is_judged_as_one() -> None:
     assert case.ci[1] - case.ci[0] < 0.02
     assert gate(results, mix={"prefill": 1}).passed
     assert not gate(results, mix={"decode": 1}).passed
+
+
+def test_several_forms_are_told_apart_and_judged_together() -> None:
+    good, bad = (replace(result(speedup), form=name) for speedup, name in ((1.4, "slim"), (0.9, "int4")))
+    verdict = merged([gate([good], prefix="torch, 1 threads, "), gate([bad])])
+    assert [case.name for case in verdict.cases] == ["torch, 1 threads, slim, prefill-512", "int4, prefill-512"]
+    assert [case.passed for case in verdict.cases] == [True, False]
+    assert not verdict.passed
+    assert verdict.reasons[0].startswith("int4, prefill-512: measured 0.90x")
+    assert merged([gate([good])]).passed
+    with pytest.raises(UsageError, match="at least one measured case"):
+        merged([])
 
 
 def test_wrong_questions_are_refused() -> None:
@@ -175,6 +188,25 @@ def test_a_transposed_gemm_counts_as_it_is_stored(tmp_path: Path) -> None:
     assert (counted.cost.macs.blocks, counted.cost.weight_bytes) == (15, 60)
 
 
+def test_packed_weights_count_as_products_with_the_bytes_they_have(tmp_path: Path) -> None:
+    packed = ir.tensor(np.zeros((8, 2, 8), dtype=np.uint8), name="w_Q4")
+    scales = ir.tensor(np.zeros(16, dtype=np.float32), name="w_scales")
+    table = ir.tensor(np.zeros((100, 16), dtype=np.uint8), name="e_Q4")
+    weights = [ir.Value(name=t.name, shape=t.shape, type=ir.TensorType(t.dtype), const_value=t) for t in
+               (packed, scales, table)]  # fmt: skip
+    x = ir.Value(name="x", shape=ir.Shape([2, 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    sizes = {"K": 32, "N": 8, "bits": 4, "block_size": 16}
+    product = ir.node("MatMulNBits", [x, *weights[:2]], attributes=sizes, domain="com.microsoft")
+    lookup = ir.node("GatherBlockQuantized", [weights[2], x, weights[1]], domain="com.microsoft")
+    product.outputs[0].name, lookup.outputs[0].name = "y", "z"
+    outputs = [*product.outputs, *lookup.outputs]
+    graph = ir.Graph([x], outputs, nodes=[lookup, product], initializers=weights, opset_imports={"": 20})
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "g.onnx")
+    counted = cost_of_onnx(tmp_path / "g.onnx")
+    assert counted.shapes == {"w_Q4": (32, 8)}
+    assert (counted.cost.macs.blocks, counted.cost.weight_bytes) == (256, 8 * 2 * 8 + 16 * 4)  # the table is looked up
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +214,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
     return run_command(monkeypatch, capsys, "bench", *args)
 
 
-FAST = ("--prefill", 4, "--decode", 0, "--repeats", 2, "--threads", 1)
+FAST = ("--prefill", 4, "--decode", 0, "--repeats", 2, "--threads", 1, "--no-footprint")
 
 
 def test_bench_of_onnx_forms_states_bounds_and_fails_a_target_that_is_out_of_reach(
@@ -207,11 +239,11 @@ def test_bench_of_onnx_forms_states_bounds_and_fails_a_target_that_is_out_of_rea
 def test_the_gate_decides_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], speedup: float, status: int
 ) -> None:
-    def measured(*args: Any, **options: Any) -> list[SpeedResult]:
+    def measured(*args: Any, **options: Any) -> list[list[SpeedResult]]:
         del args, options
-        return [result(speedup)]
+        return [[result(speedup)]]
 
-    monkeypatch.setattr(benchmarking, "measure_speed", measured)
+    monkeypatch.setattr(benchmarking, "measure_speeds", measured)
     where = exported("llama")[1].path
     found, shown, err = run(monkeypatch, capsys, where, where, "--gate", *FAST)
     assert found == status, err
@@ -252,6 +284,17 @@ def test_bench_refuses_what_makes_no_sense(
         status, _, err = run(monkeypatch, capsys, *args)
         assert status == 2
         assert "two forms to compare" in err
+    for args, match in (
+        (("a", "b", "--runtime", "tensorrt"), "'tensorrt' is unknown; use torch, torch.compile, onnxruntime, genai"),
+        (("a", "b", "--runtime", "genai", "--batch", 2), "one sequence at a time"),
+        (("a", exported("llama")[1].path), "cannot compare torch with onnxruntime; name the runtime"),
+        (("a", "b", "--prefill", 0), "Invalid value for '--prefill'"),
+        ((exported("llama")[1].path, "b", "--runtime", "torch"), "which torch does not run"),
+        (("a", "--table", table, "--threads", 1, "--threads", 2), "one number of threads"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *args)
+        assert status == 2
+        assert match in err
     status, _, err = run(monkeypatch, capsys, "a", "b", "--target-speedup", 0.9)
     assert status == 2
     assert "must be a number above 1" in err

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
-from fxprune.checkpoint import load, load_skeleton
+from benchmarks.loader_fuzz import Subject, fuzz_one, reseal, subjects
+from fxprune.checkpoint import load, load_skeleton, save
 from fxprune.errors import CheckpointError
-from tests.slices import SMALL, Keep, cut, cuts_of, make_model, save_slim
+from tests.slices import SMALL, Keep, cut, cuts_of, make_model, save_slim, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +41,7 @@ def _damaged(written: Path, tmp_path: Path) -> Path:
 
 
 def edit(name: str, *keys: str, value: object) -> Callable[[Path], None]:
-    """Set one entry of a JSON file."""
+    """Set one entry of a JSON file, and make the hashes fit, so that the loader's other checks are reached."""
 
     def change(directory: Path) -> None:
         values = json.loads((directory / name).read_text())
@@ -47,12 +50,21 @@ def edit(name: str, *keys: str, value: object) -> Callable[[Path], None]:
             entry = entry[key]
         entry[keys[-1]] = value
         (directory / name).write_text(json.dumps(values))
+        with suppress(ValueError):  # the record breaks the schema
+            reseal(directory)
 
     return change
 
 
-def write(name: str, content: bytes) -> Callable[[Path], object]:
-    return lambda directory: (directory / name).write_bytes(content)
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    """Replace a file, and make the hashes fit, so that the loader's other checks are reached."""
+
+    def change(directory: Path) -> None:
+        (directory / name).write_bytes(content)
+        with suppress(ValueError, CheckpointError):  # what is not even JSON or safetensors has no hash that would fit
+            reseal(directory)
+
+    return change
 
 
 def truncate(directory: Path) -> None:
@@ -84,7 +96,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest not JSON": (write("fxprune.json", b"{"), r"fxprune\.json cannot be read as JSON"),
     "manifest not text": (write("fxprune.json", b"\xff\xfe"), r"fxprune\.json cannot be read as JSON"),
     "manifest a list": (write("fxprune.json", b"[]"), r"schema version None is unknown"),
-    "newer schema": (edit("fxprune.json", "schema_version", value=2), r"schema version 2 is unknown"),
+    "newer schema": (edit("fxprune.json", "schema_version", value=3), r"schema version 3 is unknown"),
     "unknown key": (edit("fxprune.json", "surprise", value=1), r"surprise: Extra inputs"),
     "wrong type": (edit("fxprune.json", "kind", value=3), r"kind: Input should be"),
     "text for a number": (
@@ -180,10 +192,10 @@ def test_bad_input_is_refused_by_name(case: tuple[Callable[[Path], object], str]
 def test_a_skeleton_is_refused_where_its_two_files_do_not_agree(
     damage: Callable[[Path], None], message: str, damaged: Path
 ) -> None:
-    for file in damaged.glob("*.safetensors"):
-        file.unlink()
     load_skeleton(damaged)
     damage(damaged)
+    for file in damaged.glob("*.safetensors"):
+        file.unlink()
     with pytest.raises(CheckpointError, match=message):
         load_skeleton(damaged)
 
@@ -196,6 +208,120 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
 def test_changed_weights_load_without_the_hash(damaged: Path) -> None:
     flip_last_byte(damaged)
     load(damaged, verify_hash=False)
+    load(damaged, verify_hash="headers")  # which says nothing of the weights themselves
+    with pytest.raises(CheckpointError, match="has SHA-256"):
+        load(damaged)
+
+
+# ── Seal and hashes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tamper(name: str, *keys: str, value: object) -> Callable[[Path], None]:
+    """Set one entry of a JSON file and leave the hashes as they are."""
+
+    def change(directory: Path) -> None:
+        values = json.loads((directory / name).read_text())
+        entry: Any = values
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        (directory / name).write_text(json.dumps(values))
+
+    return change
+
+
+def swap_tensors(directory: Path) -> None:
+    """Give two tensors of one shape each other's data, by the header alone."""
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    first, second = (header[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(content[:8] + text.ljust(end - 8) + content[end:])
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "source hash": (tamper("fxprune.json", "source", "sha256", value=HASH), r"fxprune\.json was changed after"),
+    "plan": (tamper("fxprune.json", "plan", value={"kept": {}}), r"fxprune\.json was changed after"),
+    "number of a module": (
+        tamper("fxprune.json", "constants", value={"model.norm": {"variance_epsilon": 1e-3}}),
+        r"fxprune\.json was changed after .* restore the file",
+    ),
+    "no seal": (tamper("fxprune.json", "seal", value=None), r"fxprune\.json was changed after"),
+    "no hashes": (tamper("fxprune.json", "companions", value={}), r"companions or headers do not name config\.json"),
+    "older schema": (tamper("fxprune.json", "schema_version", value=1), "version 1 has no seal"),
+    "epsilon": (tamper("config.json", "rms_norm_eps", value=0.1), r"config\.json has SHA-256 .*(restore|copy)"),
+    "activation": (tamper("config.json", "hidden_act", value="relu"), r"config\.json has SHA-256"),
+    "layers without end": (edit("config.json", "num_hidden_layers", value=10**30), "no model has as many layers"),
+    "too many layers": (
+        edit("config.json", "num_hidden_layers", value=9_999),
+        "far more parameters than the 21 tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED.values(), ids=TAMPERED.keys())
+def test_what_shapes_do_not_show_is_found_by_hashes(case: tuple[Callable[[Path], object], str], damaged: Path) -> None:
+    damage, message = case
+    damage(damaged)
+    for loader in (load, load_skeleton):
+        with pytest.raises(CheckpointError, match=message):
+            loader(damaged)
+
+
+def test_swapped_tensors_are_found_without_reading_the_weights(damaged: Path) -> None:
+    swap_tensors(damaged)
+    load(damaged, verify_hash=False)  # shapes are right, so nothing else can tell
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has another size or header .* swapped"):
+        load(damaged, verify_hash="headers")
+
+
+def test_swapped_shards_are_found(tmp_path: Path) -> None:
+    model = make_model("llama", **{**SMALL, "num_hidden_layers": 2})
+    tensors = cut(model.state_dict(), cuts_of(model, [Keep(mlp=range(16))] * 2))
+    save(tensors, tmp_path / "out", source=source_of(model), plan={}, history=[], max_shard_size=20_000)
+    first, second = sorted((tmp_path / "out").glob("model-*.safetensors"))[:2]
+    for old, new in ((first, tmp_path / "kept"), (second, first), (tmp_path / "kept", second)):
+        old.rename(new)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-.*another size or header"):
+        load(tmp_path / "out")
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-.*is missing"):
+        load(tmp_path / "out")
+
+
+def test_an_earlier_checkpoint_without_a_seal_is_read(damaged: Path) -> None:
+    before = load(damaged).state_dict()
+    path = damaged / "fxprune.json"
+    record = {k: v for k, v in json.loads(path.read_text()).items() if k not in {"headers", "companions", "seal"}}
+    path.write_text(json.dumps(record | {"schema_version": 1}))
+    after = load(damaged).state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    flip_last_byte(damaged)
+    with pytest.raises(CheckpointError, match="has SHA-256"):  # it has no hashes of headers, so all is compared
+        load(damaged, verify_hash="headers")
+
+
+def test_changes_that_were_meant_are_taken_without_hashes(damaged: Path) -> None:
+    tamper("config.json", "rms_norm_eps", value=0.25)(damaged)
+    loaded: Any = load(damaged, verify_hash=False)
+    assert loaded.model.norm.variance_epsilon == 0.25
+
+
+@pytest.fixture(name="sound", scope="module")
+def _sound(tmp_path_factory: pytest.TempPathFactory) -> list[Subject]:
+    return subjects(tmp_path_factory.mktemp("sound"), {"uniform", "sharded"})
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_mutations_give_an_error_or_the_right_model(sealed: bool, sound: list[Subject], tmp_path: Path) -> None:
+    """A few of the mutations of `benchmarks/loader_fuzz.py`, which runs a thousand of each kind."""
+    outcomes = [fuzz_one(sound, seed, tmp_path, sealed=sealed) for seed in range(5000, 5025)]
+    allowed = {"error", "same", "other"} if sealed else {"error", "same"}
+    assert [outcome for outcome in outcomes if outcome.result not in allowed] == []
+    assert sum(outcome.result == "error" for outcome in outcomes) > len(outcomes) / 2
 
 
 def test_a_checkpoint_cannot_choose_kernels_or_code(damaged: Path) -> None:

@@ -46,7 +46,7 @@ def test_manifest_records_what_was_done(tmp_path: Path) -> None:
     source = source_of(model, path=dense)
     info = save(tensors, tmp_path / "out", source=source, plan={"mlp": {"kept": (1, 2)}}, history=[{"ratio": 0.5}])
     record = json_of(tmp_path / "out")
-    assert record["schema_version"] == 1
+    assert record["schema_version"] == 2
     assert record["kind"] == "uniform"
     assert record["plan"] == {"mlp": {"kept": [1, 2]}}
     assert record["history"] == [{"ratio": 0.5}]

@@ -246,7 +246,7 @@ def test_external_data(tmp_path: Path) -> None:
 
 def test_weights_beyond_protobuf_go_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = trace(nn.Linear(40, 30), example_inputs=(torch.randn(3, 40),))
-    monkeypatch.setattr("fxprune.exporters.onnx._PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("fxprune.exporters.onnx_files.PROTOBUF_LIMIT", 1000)
     assert export_onnx(program, tmp_path / "auto").external_data is not None
     with pytest.raises(ExportError, match="2 GiB"):
         export_onnx(program, tmp_path / "inline", external_data=False)

@@ -200,7 +200,11 @@ def test_json_holds_what_was_given(tmp_path: Path) -> None:
         **FULL,
         "speed": [{**FULL["speed"][0], "ci": (1.21, 1.29)}, FULL["speed"][1]],
     }
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_what_was_not_run_is_absent(tmp_path: Path) -> None:
@@ -271,12 +275,12 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("fxprune.exporters.report.write_json", fail)
+    monkeypatch.setattr("fxprune.exporters.report_files.write_json", fail)
     with pytest.raises(OutputError, match="no space left"):
         write_report({"model": "other"}, tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:

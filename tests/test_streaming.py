@@ -20,6 +20,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from benchmarks.loader_fuzz import reseal
 from fxprune.channels import get_attribute
 from fxprune.checkpoint import load
 from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, UsageError
@@ -249,6 +250,7 @@ def test_a_manifest_must_know_every_shard_and_say_every_shape(dense: Path, text:
     lost = min(record["files"])
     del record["files"][lost]
     (dense / "fxprune.json").write_text(json.dumps(record))
+    reseal(dense)
     with pytest.raises(CheckpointError, match=f"no hash of {lost}"):
         prune_streaming(dense, tmp_path / "out", Wanda(**options(text)))
 

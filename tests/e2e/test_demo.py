@@ -50,7 +50,7 @@ def test_the_demo_ends_with_a_verified_measured_exported_model(
     out = tmp_path / "demo"
     run(tiny_llama_dir, out, text)
     report = json.loads((out / "report.json").read_text())
-    assert sorted(path.name for path in out.iterdir()) == ["onnx", "report.html", "report.json", "slim"]
+    assert sorted(path.name for path in out.iterdir()) == ["onnx", "report.html", "report.json", "report.md", "slim"]
     rungs = {rung["rung"] for rung in report["verify"]}
     assert {"slim = masked", "reloaded checkpoint = slim", "ONNX Runtime = slim"} <= rungs
     assert {entry["case"] for entry in report["speed"]} == {"prefill-8", "prefill-16", "decode-2@8"}

@@ -1,0 +1,67 @@
+"""torch.compile: a Hugging Face model compiled with its cache as plain tensors, one graph for all lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxprune.errors import ExportError
+from fxprune.runners import EagerRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fxprune.runners import Past
+
+__all__ = ["CompiledRunner"]
+
+
+class CompiledRunner(EagerRunner):
+    """Runs a causal language model through `torch.compile`.
+
+    The whole step is one graph with dynamic sizes: whatever cannot be compiled is an error, never a silent return to
+    eager, and lengths of one kind (prompt, single token) share their compiled code. The first step of each kind
+    compiles, which takes seconds to minutes.
+    """
+
+    def __init__(self, model: Callable[..., Any], *, backend: str = "inductor", name: str = "torch.compile") -> None:
+        """Wrap a model; nothing is compiled yet.
+
+        Args:
+            model: the model, in evaluation mode.
+            backend: of `torch.compile`; `inductor` needs a C++ compiler on CPUs.
+            name: how reports call the runner.
+        """
+        super().__init__(model, name)
+        self._compiled = torch.compile(self._whole_step, dynamic=True, fullgraph=True, backend=backend)
+
+    def _whole_step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
+    ) -> tuple[Tensor, Past]:
+        logits, cache = super().step(input_ids, attention_mask, position_ids, past)
+        # Keys come out of a prompt as views and out of later steps contiguous; each layout would be compiled for.
+        return logits, [tensor.contiguous() for tensor in cache]
+
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
+    ) -> tuple[Tensor, Past]:
+        """See `Runner.step`.
+
+        Raises:
+            ExportError: the model cannot be compiled, or there is no compiler.
+        """
+        try:
+            logits, cache = self._compiled(input_ids, attention_mask, position_ids, past)
+        except Exception as error:
+            # Dynamo's and Inductor's errors share no base but Exception; the module says whose it is.
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ExportError(
+                f"torch.compile failed on {type(self.model).__name__}: {reason}; it needs a C++ compiler (such as "
+                "g++), and models without breaks in their graph; run with --runtime torch"
+            ) from error
+        return logits, list(cache)

@@ -1,0 +1,131 @@
+"""The runtimes that a benchmark can time, and how a form is opened in each of them.
+
+    runtime         a checkpoint or hub id           an ONNX directory
+    torch           loaded                           refused
+    torch.compile   loaded, compiled when first run  refused
+    onnxruntime     exported to a scratch directory  opened
+    genai           exported to a scratch directory  opened, if it has a genai_config.json
+
+A runtime is one entry of `RUNTIMES`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxprune.compiled import CompiledRunner
+from fxprune.errors import UsageError
+from fxprune.loading import expand_user, load_model
+from fxprune.measure import cost_of
+from fxprune.pipeline import build_pass
+from fxprune.registry import resolve
+from fxprune.runners import EagerRunner
+from fxprune.workflow import OpenForm, Stopwatch, front_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["RUNTIMES", "check_runtime", "open_in", "runtime_of"]
+
+
+def runtime_of(where: str) -> str:
+    """The runtime that a form runs in when none is named: `onnxruntime` for a graph, `torch` for all else."""
+    return "onnxruntime" if _graph(where) is not None else "torch"
+
+
+def check_runtime(name: str) -> str:
+    """Return the name of a runtime.
+
+    Raises:
+        UsageError: it is unknown.
+    """
+    if name not in RUNTIMES:
+        raise UsageError(f"runtime {name!r} is unknown; use {', '.join(RUNTIMES)}")
+    return name
+
+
+def open_in(
+    where: str, runtime: str, *, threads: int, dtype: str | None = None, say: Callable[[str], None] | None = None
+) -> OpenForm:
+    """Open a form in a runtime.
+
+    Args:
+        where: checkpoint, hub id, ONNX directory or ONNX file.
+        runtime: a name in `RUNTIMES`.
+        threads: of ONNX Runtime; torch is told when it runs.
+        dtype: precision in which a checkpoint is loaded; as saved when None.
+        say: gets a message before a checkpoint is exported.
+
+    Returns:
+        The form; `kind` is the runtime. A scratch directory lives as long as the form.
+
+    Raises:
+        UsageError: the runtime is unknown or cannot run such a form.
+        CheckpointError, TraceError, ExportError: the form cannot be loaded, traced, exported or opened, or the runtime
+            is not installed.
+    """
+    return RUNTIMES[check_runtime(runtime)](where, threads, dtype, say or (lambda _: None))
+
+
+def _graph(where: str) -> Path | None:
+    path = expand_user(where)
+    graph = path if path.suffix == ".onnx" else path / "model.onnx"
+    return graph if graph.is_file() else None
+
+
+def _torch(where: str, threads: int, dtype: str | None, say: Callable[[str], None]) -> OpenForm:
+    del threads, say
+    return _loaded(where, dtype, "torch", EagerRunner)
+
+
+def _compiled(where: str, threads: int, dtype: str | None, say: Callable[[str], None]) -> OpenForm:
+    del threads, say
+    return _loaded(where, dtype, "torch.compile", CompiledRunner)
+
+
+def _loaded(where: str, dtype: str | None, runtime: str, make: type[EagerRunner]) -> OpenForm:
+    if _graph(where) is not None and not (expand_user(where) / "config.json").is_file():
+        raise UsageError(f"{where} is an ONNX graph, which {runtime} does not run; name the checkpoint it came from")
+    loaded = load_model(where, dtype=dtype)
+    runner = make(loaded.model, name=runtime)
+    return OpenForm(runner, runtime, loaded.tokenizer, cost_of(loaded.model), loaded.path)
+
+
+def _onnxruntime(where: str, threads: int, dtype: str | None, say: Callable[[str], None]) -> OpenForm:
+    graph, scratch = _exported(where, dtype, say, genai=False)
+    runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
+    return OpenForm(runner, "onnxruntime", path=graph, scratch=scratch)
+
+
+def _genai(where: str, threads: int, dtype: str | None, say: Callable[[str], None]) -> OpenForm:
+    resolve("fxprune.exporters.genai:require_genai")()  # before a minute of exporting
+    graph, scratch = _exported(where, dtype, say, genai=True)
+    runner = resolve("fxprune.exporters.genai:GenaiRunner")(graph.parent, threads=threads)
+    return OpenForm(runner, "genai", path=graph.parent, scratch=scratch)
+
+
+def _exported(where: str, dtype: str | None, say: Callable[[str], None], *, genai: bool) -> tuple[Path, Any]:
+    """The graph of a form, and the scratch directory it lies in if it had to be made."""
+    graph = _graph(where)
+    if graph is not None:
+        return graph, None
+    loaded = load_model(where, dtype=dtype)
+    say(f"exporting {where} to ONNX")
+    program = front_end(loaded, Stopwatch())
+    scratch = tempfile.TemporaryDirectory(prefix="fxprune-")
+    target = Path(scratch.name) / "onnx"
+    build_pass("export_onnx", {"out": str(target)})(program)
+    if genai:
+        resolve("fxprune.exporters.genai:write_genai_config")(target, program.source)
+    return target / "model.onnx", scratch
+
+
+RUNTIMES: Mapping[str, Callable[[str, int, str | None, Callable[[str], None]], OpenForm]] = {
+    "torch": _torch,
+    "torch.compile": _compiled,
+    "onnxruntime": _onnxruntime,
+    "genai": _genai,
+}
+"""How a form is opened, by the name of the runtime."""

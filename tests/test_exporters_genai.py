@@ -1,0 +1,235 @@
+"""onnxruntime-genai: its configuration, its text, its tokenizer, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from fxprune.errors import ExportError, PreconditionError, UsageError, VerificationError
+from fxprune.exporters.genai import GenaiRunner, require_genai, write_genai_config
+from fxprune.exporters.ort import OrtRunner
+from fxprune.passes.export_onnx import ExportOnnx
+from fxprune.passes.verify import Verify
+from fxprune.plan import Plan
+from fxprune.runners import Runner, greedy, position_ids_from_mask
+from tests.conftest import SPECIAL_TOKENS, TINY_LINES
+from tests.families import located, random_plan
+from tests.proof import slimmed
+
+if TYPE_CHECKING:
+    from fxprune.program import Program
+
+pytest.importorskip("onnxruntime_genai", reason="the extra genai is not installed")
+
+MIXED = {"num_key_value_heads": 3, "vocab_size": 300}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, which onnxruntime-genai knows."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TINY_LINES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def with_source(program: Program, **changes: object) -> Program:
+    assert program.source is not None
+    return program.replace(source=dataclasses.replace(program.source, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    """A slim program whose layers keep different numbers of key/value heads, and its export; read-only."""
+    program = located("llama", **MIXED)
+    plan = random_plan(program.groups)
+    first = next(group for group in program.groups if group.kind == "attention")
+    kept = {group.name: plan.kept_units(group) for group in program.groups} | {first.name: range(first.units)}
+    program = with_source(slimmed(program, Plan.of(kept)), tokenizer=byte_tokenizer())
+    out = tmp_path_factory.mktemp("genai") / "mixed"
+    return ExportOnnx(out=out, to="genai")(program).program, out
+
+
+@pytest.fixture
+def copied(mixed: tuple[Program, Path], tmp_path: Path) -> Path:
+    """A copy of the export that a test may change."""
+    return Path(shutil.copytree(mixed[1], tmp_path / "copy"))
+
+
+def change(directory: Path, **model: object) -> None:
+    path = directory / "genai_config.json"
+    config = json.loads(path.read_text())
+    config["model"] |= model
+    path.write_text(json.dumps(config))
+
+
+def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Program, Path]) -> None:
+    program, out = mixed
+    counts = [tensor.shape[1] for tensor in OrtRunner(out / "model.onnx", threads=1).empty_past(1)]
+    assert counts == [3, 3, 2, 2]
+    rungs = Verify(genai=out, graph=False)(program).program.results["verify"]
+    assert [(rung["rung"], rung["passed"]) for rung in rungs] == [
+        ("greedy text of onnxruntime-genai = slim, after 8 tokens", True),
+        ("greedy text of onnxruntime-genai = slim, after 1 token", True),
+        ("tokens of onnxruntime-genai = tokenizer's", True),
+    ]
+    decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (2, 3)
+
+
+def test_wrong_text_is_found(mixed: tuple[Program, Path]) -> None:
+    """The export of a slim model is no export of the dense one."""
+    with pytest.raises(VerificationError, match="greedy text of onnxruntime-genai = slim"):
+        Verify(genai=mixed[1], graph=False)(located("llama", **MIXED))
+
+
+def test_the_runner_is_a_runner(mixed: tuple[Program, Path]) -> None:
+    runner, reference = GenaiRunner(mixed[1], threads=1), OrtRunner(mixed[1] / "model.onnx", threads=1)
+    assert isinstance(runner, Runner)
+    ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    pasts: list[Any] = [None, None]
+    for start, end in ((0, 5), (5, 8), (8, 9)):
+        positions = position_ids_from_mask(mask[:1, :end], end - start)
+        logits = []
+        for index, form in enumerate((runner, reference)):
+            out, pasts[index] = form.step(ids[:1, start:end], mask[:1, :end], positions, pasts[index])
+            logits.append(out)
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    both = [form.step(ids, mask, position_ids_from_mask(mask, 9), None) for form in (runner, reference)]
+    torch.testing.assert_close(both[0][0], both[1][0], atol=1e-4, rtol=0)
+    with pytest.raises(UsageError, match="one sequence at a time"):
+        runner.step(ids[:, :1], torch.ones(2, 10), torch.full((2, 1), 9), both[0][1])
+
+
+def test_a_past_can_be_continued_twice(mixed: tuple[Program, Path]) -> None:
+    runner = GenaiRunner(mixed[1], threads=1)
+    ids = torch.arange(5, 11)[None]
+    mask = torch.ones_like(ids)
+    _, past = runner.step(ids[:, :5], mask[:, :5], torch.arange(5)[None], None)
+    first, longer = runner.step(ids[:, 5:], mask, torch.tensor([[5]]), past)
+    again, _ = runner.step(ids[:, 5:], mask, torch.tensor([[5]]), past)
+    forked, _ = runner.step(ids[:, 5:], mask, torch.tensor([[5]]), runner.fork(past))
+    torch.testing.assert_close(first, again, atol=1e-5, rtol=0)
+    torch.testing.assert_close(first, forked, atol=1e-5, rtol=0)
+    assert longer[0].tolist() == ids.tolist()
+
+
+def test_padding_is_refused(mixed: tuple[Program, Path]) -> None:
+    runner = GenaiRunner(mixed[1], threads=1)
+    ids, mask = torch.arange(5, 11)[None], torch.ones(1, 6, dtype=torch.long)
+    mask[0, 0] = 0
+    with pytest.raises(UsageError, match="without padding"):
+        runner.step(ids, mask, position_ids_from_mask(mask, 6), None)
+
+
+def test_text_ends_at_an_end_of_text_token(mixed: tuple[Program, Path], copied: Path) -> None:
+    prompt = torch.arange(5, 13)[None]
+    expected = greedy(OrtRunner(mixed[1] / "model.onnx", threads=1), prompt, 12)[0].tolist()
+    end = next(i for i, token in enumerate(expected) if i >= 2 and token not in expected[:i])
+    change(copied, eos_token_id=[expected[end]])
+    assert GenaiRunner(copied, threads=1).generate(prompt, 12)[0].tolist() == expected[: end + 1]
+    assert Verify(genai=copied, graph=False)(mixed[0]).program.results["verify"][0]["passed"]
+
+
+def test_streamed_text_is_the_greedy_text(mixed: tuple[Program, Path]) -> None:
+    program, out = mixed
+    assert program.source is not None
+    runner, tokenizer = GenaiRunner(out, threads=1), program.source.tokenizer
+    prompt = "the compiler traces"
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    expected = greedy(OrtRunner(out / "model.onnx", threads=1), ids, 10)[0].tolist()
+    pieces = runner.tokenizer.create_stream()  # it holds back half characters, which a random model often writes
+    shown = list(runner.stream(prompt, 10))
+    assert shown == [pieces.decode(token) for token in expected if token not in runner.ends]
+    assert "".join(shown)
+
+
+def test_the_example_streams(
+    mixed: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["genai_stream.py", str(mixed[1]), "the compiler traces", "6"])
+    example = Path(__file__).resolve().parents[1] / "examples" / "genai_stream.py"
+    runpy.run_path(str(example), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert shown.startswith("the compiler traces")
+    assert re.search(r"\d tokens, \d+ a second", shown)
+
+
+def test_a_tokenizer_that_the_runtime_reads_otherwise_is_found(
+    mixed: tuple[Program, Path], copied: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The runtime has no Metaspace: it would lose every space, silently."""
+    tiny_tokenizer.save_pretrained(copied)
+    with pytest.raises(VerificationError, match="does not tokenise like the model's tokenizer.*--to onnx"):
+        Verify(genai=copied, graph=False)(with_source(mixed[0], tokenizer=tiny_tokenizer))
+
+
+def test_generation_options_follow_the_model(mixed: tuple[Program, Path], copied: Path) -> None:
+    settings = SimpleNamespace(do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=[2, 7], pad_token_id=9)
+    source = with_source(mixed[0], generation_config=settings).source
+    assert source is not None
+    config = json.loads(write_genai_config(copied, source).read_text())
+    search = config["search"]
+    assert (search["do_sample"], search["temperature"], search["top_p"], search["max_length"]) == (True, 0.2, 0.9, 64)
+    assert (config["model"]["eos_token_id"], config["model"]["pad_token_id"]) == ([2, 7], 9)
+    prompt = torch.arange(8, 16)[None]
+    expected = greedy(OrtRunner(copied / "model.onnx", threads=1), prompt, 6)[0].tolist()
+    end = next((i for i, token in enumerate(expected) if token in {2, 7}), len(expected))
+    assert GenaiRunner(copied, threads=1).generate(prompt, 6)[0].tolist() == expected[: end + 1]  # greedy all the same
+
+
+def test_what_is_refused(
+    mixed: tuple[Program, Path], copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PreconditionError, match="causal language models"):
+        ExportOnnx(out=tmp_path / "plain", to="genai").requires(mixed[0].replace(source=None))
+    config = json.loads((copied / "genai_config.json").read_text())
+    for text, message in (("{", "cannot be read"), ('{"model": {}}', "KeyError"), ("[]", "TypeError")):
+        (copied / "genai_config.json").write_text(text)
+        with pytest.raises(ExportError, match=message):
+            GenaiRunner(copied)
+    config["model"]["decoder"]["filename"] = "../model.onnx"
+    (copied / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="names no file beside it"):
+        GenaiRunner(copied)
+    config["model"]["decoder"]["filename"] = "model.onnx"
+    for owner, field, value, message in (
+        (config["model"]["decoder"]["session_options"], "custom_ops_library", "ops.bin", "load a library .custom_ops"),
+        (config["model"]["decoder"]["session_options"], "provider_options", [{"qnn": {"path": "x.so"}}], "load a libr"),
+        (config["model"], "vocab_size", "many", "is no number"),
+    ):
+        before = owner.get(field)
+        owner[field] = value
+        (copied / "genai_config.json").write_text(json.dumps(config))
+        with pytest.raises(ExportError, match=message):
+            GenaiRunner(copied)
+        owner[field] = before
+    (copied / "genai_config.json").write_text(json.dumps(config))
+    (copied / "model.onnx").unlink()
+    with pytest.raises(ExportError, match="no ONNX file"):
+        GenaiRunner(copied)
+    (copied / "genai_config.json").unlink()
+    with pytest.raises(ExportError, match=r"genai_config\.json is missing; export with"):
+        GenaiRunner(copied)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(ExportError, match=r"not installed.*fxprune\[genai\]"):
+        require_genai()
