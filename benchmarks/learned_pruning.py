@@ -50,7 +50,7 @@ RESULT = Path("benchmarks/results/learned_pruning.json")
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "channel": {},
-    "masks": {"lora_rank": 0, "distillation": "plain"},
+    "masks": {"lora_rank": 0},
     "lora": {},
     "post": {},
     "uniform": {"uniform": True},
