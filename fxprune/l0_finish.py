@@ -20,8 +20,7 @@ from fxprune.distillation import token_kl
 from fxprune.engine import text_samples
 from fxprune.errors import TrainingError
 from fxprune.gates import fold_gates
-from fxprune.gram import Gram
-from fxprune.loss_signals import collect_loss_signals
+from fxprune.loss_signals import collect_loss_signals, moments
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.second_order import second_order_steps
 
@@ -134,8 +133,7 @@ def refit(
     signals = collect_loss_signals(
         merged, groups, tokens, grams=True, labels="mixed", forward_dtype=forward_dtype, seed=seed
     )
-    grams = {name: Gram(gram, one.tokens) for one in signals.values() for name, gram in one.inputs.items()}
-    outputs = {name: gram / one.tokens for one in signals.values() for name, gram in one.outputs.items()}
+    grams, outputs = moments(signals)
     del signals
     rebuilt, done = reconstruct_on_grams(merged, consumers, grams)
     kept = {name: one.kept for name, one in consumers.items()}

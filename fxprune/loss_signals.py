@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, PreconditionError
-from fxprune.gram import GramSum
+from fxprune.gram import Gram, GramSum
 from fxprune.graphs import linear_calls
 from fxprune.loss_gradients import backpropagate_loss
 from fxprune.matmul import fast_products
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fxprune.loss_head import Labels
     from fxprune.program import Program
 
-__all__ = ["GroupSignals", "collect_loss_signals"]
+__all__ = ["GroupSignals", "collect_loss_signals", "moments"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,20 @@ class GroupSignals:
     def fisher(self) -> Tensor:
         """Diagonal of the Fisher information of the mask, (units,) float64, summed over samples."""
         return self.gradients.double().square().sum(0)
+
+
+def moments(signals: Mapping[str, GroupSignals]) -> tuple[dict[str, Gram], dict[str, Tensor]]:
+    """Both factors of K-FAC by consumer, as reconstruction and second-order steps read them.
+
+    Args:
+        signals: by group, collected with `grams`; without them there are no factors.
+
+    Returns:
+        X^T X, (in, in), of what each consumer reads; (out, out), the mean over tokens of g g^T by what it puts out.
+    """
+    inputs = {name: Gram(gram, one.tokens) for one in signals.values() for name, gram in one.inputs.items()}
+    outputs = {name: gram / one.tokens for one in signals.values() for name, gram in one.outputs.items()}
+    return inputs, outputs
 
 
 def collect_loss_signals(

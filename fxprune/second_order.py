@@ -209,7 +209,8 @@ def second_order_steps(
         states = head_inputs(moving, held, forward_dtype=forward_dtype, batch_size=batch_size)
         return divergence(head, states, teacher[-held_out:])
 
-    done = [Step(FIRST_LENGTH, 0.0, measure())]
+    length, now = FIRST_LENGTH, measure()
+    taken: list[Step] = []
     with track("second-order steps", steps) as advance:
         for mine, theirs in zip(fit.tensor_split(steps), teacher[:-held_out].tensor_split(steps), strict=True):
             weights = {name: get_attribute(root, name).weight for name in kept}
@@ -228,11 +229,13 @@ def second_order_steps(
             for name, weight in weights.items():
                 gradient = gradients.pop(name) / predicted
                 moves[name] = direction(gradient, kept[name], inputs[name], outputs[name]).to(weight.dtype)
-            done.append(_search(root, moves, measure, start=done[-1].eta, before=done[-1].after))
-            advance(len(done) - 1)
-            if not done[-1].eta:
+            step = _search(root, moves, measure, start=length, before=now)
+            taken.append(step)
+            advance(len(taken))
+            if not step.eta:
                 break
-    return moving, done[1:]
+            length, now = step.eta, step.after
+    return moving, taken
 
 
 def _search(

@@ -27,9 +27,8 @@ import torch
 
 from fxprune.curves import obs_channel_curve, obs_head_curve, scaled, score_curve
 from fxprune.errors import UsageError
-from fxprune.gram import Gram
 from fxprune.groups import AttentionGroup
-from fxprune.loss_signals import collect_loss_signals
+from fxprune.loss_signals import collect_loss_signals, moments
 from fxprune.plan import Plan
 from fxprune.progress import track
 from fxprune.second_order import head_inputs, second_order_steps
@@ -142,8 +141,7 @@ class ChannelPrune(StructuredPass):
             )
         if self.swaps:
             case.kept_for_later.update(signals)
-        case.grams = {name: Gram(gram, one.tokens) for one in signals.values() for name, gram in one.inputs.items()}
-        case.outputs = {name: gram / one.tokens for one in signals.values() for name, gram in one.outputs.items()}
+        case.grams, case.outputs = moments(signals)
         if self.criterion == "fisher":
             found = {
                 group.name: score_curve(group, signals[group.name].fisher.cpu().numpy(), case.limits[group.name])
@@ -192,7 +190,7 @@ class ChannelPrune(StructuredPass):
             inputs=budgets.grams,
             outputs=budgets.outputs,
             steps=steps,
-            held_out=max(1, min(self.step_samples, len(tokens)) // _HELD_OUT),
+            held_out=max(1, min(min(self.step_samples, len(tokens)) // _HELD_OUT, len(tokens) - steps)),
             teacher=budgets.kept_for_later["teacher"],
             forward_dtype=precision,
             batch_size=self.batch_size,

@@ -169,3 +169,9 @@ def test_the_channel_pass_takes_steps_and_reports_them() -> None:
     weights = [get_attribute(one.graph_module, name).weight for one in (without, small, result)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_more_steps_than_there_are_samples_for_leave_one_for_the_lengths() -> None:
+    dense, _, _ = pruned()
+    report = ChannelPrune(**(SMALL | {"steps": 40}))(dense).program.results["structured"]
+    assert 1 <= len(report["second_order_steps"]) <= SMALL["samples"] - 1
