@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.common import add_leaderboard_options, conditions, spread
-from benchmarks.structured_pruning import TASKS, figure, quality
+from benchmarks.structured_pruning import TASKS, figure, key, quality
 from fxprune.default_model import default_model_path
 from fxprune.l0_model import GatedModel
 from fxprune.l0_training import Learner, next_token_loss
@@ -284,11 +284,6 @@ def overhead_table(rows: list[dict[str, Any]]) -> str:
         memory = f"{row['peak_bytes'] / 1e9:.2f} | {times[1]:.2f}"
         lines.append(f"| {row['kind']} | {row['seconds']:.2f} | {times[0]:.2f} | {row['cpu_seconds']:.2f} | {memory} |")
     return "\n".join(lines)
-
-
-def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """What a cell is found by."""
-    return cell["method"], cell["seed"], cell["ratio"], json.dumps(cell["conditions"], sort_keys=True)
 
 
 def worker(arguments: list[Any]) -> list[dict[str, Any]]:

@@ -14,8 +14,6 @@ Output = Annotated[Path | None, typer.Option(help="Directory for report.json, re
 Markdown = Annotated[Path | None, typer.Option(help="Write the Markdown, for a pull request, to this file.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of forms that have none: directory or hub id.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")]
-
-
 Dtype = Annotated[str | None, typer.Option(help="Precision of torch models; as saved by default.")]
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 
@@ -97,9 +95,7 @@ def compare(
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of a task's sequence; the shortest form's by default.", min=2)
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer of forms that have none: directory or hub id.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     device: Annotated[str, typer.Option(help="Where torch models run.")] = "cpu",
     dtype: Dtype = None,
     cache: Annotated[

@@ -44,12 +44,7 @@ def edit(name: str, *keys: str, value: object) -> Callable[[Path], None]:
     """Set one entry of a JSON file, and make the hashes fit, so that the loader's other checks are reached."""
 
     def change(directory: Path) -> None:
-        values = json.loads((directory / name).read_text())
-        entry: Any = values
-        for key in keys[:-1]:
-            entry = entry[key]
-        entry[keys[-1]] = value
-        (directory / name).write_text(json.dumps(values))
+        tamper(name, *keys, value=value)(directory)
         with suppress(ValueError):  # the record breaks the schema
             reseal(directory)
 
