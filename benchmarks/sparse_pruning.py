@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt": ("sparsegpt", {}),
     "alps": ("alps", {}),
     "alps, allocated": ("alps", {"allocation": "loss"}),
+    "alps, distilled": ("alps", {"distil_epochs": 1.0}),
+    "alps, allocated, distilled": ("alps", {"allocation": "loss", "distil_epochs": 1.0}),
 }
 """Rows of the table: a pass and its options."""
 
@@ -106,7 +108,9 @@ def table(cells: list[dict[str, Any]]) -> str:
                 continue
             perplexity = spread([c["perplexity"] for c in mine], ".1f")
             lambada = spread([c["lambada"] for c in mine if "lambada" in c], ".3f")
-            seconds = f"{fmean(c['seconds'] for c in mine):.0f}" if "seconds" in mine[0] else "-"
+            threads = max(c["threads"] for c in mine)
+            timed = [c["seconds"] for c in mine if "seconds" in c and c["threads"] == threads]
+            seconds = f"{fmean(timed):.0f}" + (" (1 thread)" if threads == 1 else "") if timed else "-"
             peak = f"{max(c['peak_rss_bytes'] for c in mine) / 1e9:.1f}" if "peak_rss_bytes" in mine[0] else "-"
             removed = "-" if method == "dense" else target
             lines.append(f"| {method} | {removed} | {perplexity} | {lambada} | {seconds} | {peak} | {len(mine)} |")

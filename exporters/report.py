@@ -103,6 +103,17 @@ class LinearEntry(_Section):
     notes: dict[str, Any] | None = None
 
 
+class DistilledEntry(_Section):
+    """What distillation behind the pruning did; divergences in nats a token, on samples that were held out."""
+
+    steps: int
+    samples: int
+    held_out: int
+    before: float
+    after: float
+    kept: bool
+
+
 class Sparsity(_Section):
     """Weights that were set to zero; shapes stay. `removed_share` is of the pruned Linears' weights alone."""
 
@@ -114,6 +125,7 @@ class Sparsity(_Section):
     pruned_linears: Count
     dense_linears: list[str] | None = None
     mean_error: float | None = None
+    distilled: DistilledEntry | None = None
     linears: list[LinearEntry] | None = None
     speed: str | None = None
     seconds: dict[str, Time] | None = None
@@ -138,6 +150,7 @@ class Structured(_Section):
     uniform: bool | None = None
     reconstruct: str | None = None
     second_order_steps: list[dict[str, float]] | None = None
+    distilled: DistilledEntry | None = None
     consumers: list[ConsumerEntry] | None = None
     seconds: dict[str, Time] | None = None
 

@@ -23,6 +23,7 @@ from fxprune.exporters.report_text import (
     Fact,
     Table,
     binary,
+    distilled_facts,
     duration,
     make_table,
     number,
@@ -129,6 +130,7 @@ def sparsity_facts(report: Mapping[str, Any]) -> list[Fact]:
     if dense := section.get("dense_linears"):
         facts.append(Fact(_listed(dense), "Dense as before", f"dense as before: {_listed(dense)}"))
     facts += _error_fact(section, linears)
+    facts += distilled_facts(section.get("distilled"))
     facts += _work_fact(section.get("work", {}), section.get("seconds", {}))
     return [*facts, *_trouble_facts(linears), *_speed_facts(section, report.get("speed", []))]
 

@@ -9,7 +9,17 @@ from markupsafe import Markup
 
 from fxprune.exporters.charts import CurvePanel, curve_chart, error_chart, error_series
 from fxprune.exporters.report_learning import learning_chart, learning_facts, learning_panels
-from fxprune.exporters.report_text import Fact, duration, make_table, number, percent, si, stages, times
+from fxprune.exporters.report_text import (
+    Fact,
+    distilled_facts,
+    duration,
+    make_table,
+    number,
+    percent,
+    si,
+    stages,
+    times,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,6 +89,7 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         value = f"{number(steps[0]['before'])} to {number(steps[-1]['after'])} nats a token (lengths {lengths})"
         label = "Divergence from the dense model, before and after the second-order steps"
         facts.append(Fact(value, label, f"divergence from the dense model {value} by second-order steps"))
+    facts += distilled_facts(section.get("distilled"))
     return facts
 
 

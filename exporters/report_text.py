@@ -15,6 +15,7 @@ __all__ = [
     "Fact",
     "Table",
     "binary",
+    "distilled_facts",
     "duration",
     "make_table",
     "number",
@@ -131,3 +132,14 @@ def stages(seconds: Mapping[str, float]) -> list[dict[str, str]]:
         {"name": name, "time": duration(value), "width": f"{100 * value / longest if longest else 0:.1f}"}
         for name, value in seconds.items()
     ]
+
+
+def distilled_facts(found: Mapping[str, Any] | None) -> list[Fact]:
+    """What distillation behind the pruning did, `fxprune.weight_distillation.Distilled` as JSON; nothing without."""
+    if not found:
+        return []
+    value = f"{found['steps']} steps on {found['samples']} samples: divergence from the dense model on "
+    value += f"{found['held_out']} others {number(found['before'])} to {number(found['after'])} nats a token"
+    if not found["kept"]:
+        value += "; it did not fall, so the weights are as they were"
+    return [Fact(value, "Distilled", f"distilled, {value}")]

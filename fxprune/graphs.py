@@ -9,14 +9,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.channels import get_attribute
-from fxprune.lifted import parameter_of
+from fxprune.lifted import parameter_of, with_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor
 
-__all__ = ["copy_graph_module", "erase_dead", "linear_calls", "source_of_logits", "state_tensors"]
+__all__ = ["copy_graph_module", "erase_dead", "linear_calls", "own_projections", "source_of_logits", "state_tensors"]
 
 
 def copy_graph_module(graph_module: GraphModule) -> GraphModule:
@@ -95,3 +95,13 @@ def state_tensors(graph_module: GraphModule) -> dict[str, Tensor]:
             original, turned = parameter_of(graph_module.get_submodule(owner), name)
             tensors[original] = (tensor.t() if turned else tensor).detach()
     return tensors
+
+
+def own_projections(graph_module: GraphModule, names: Iterable[str]) -> GraphModule:
+    """A copy of a graph with projections of its own; weights are shared until they are replaced."""
+    copy = copy_graph_module(graph_module)
+    for name in names:
+        module = get_attribute(copy, name)
+        bias = getattr(module, "bias", None)
+        copy.set_submodule(name, with_parameters(module, module.weight.detach(), bias))
+    return copy

@@ -24,10 +24,9 @@ from fxprune.distillation import with_hidden_states
 from fxprune.engine import text_samples
 from fxprune.errors import PreconditionError, UsageError
 from fxprune.gates import ProgramGates
-from fxprune.graphs import erase_dead, linear_calls
+from fxprune.graphs import erase_dead, linear_calls, own_projections
 from fxprune.groups import LayerGroup
 from fxprune.matmul import fast_products
-from fxprune.sparse_pass import own_projections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -120,6 +119,8 @@ class GatedModel:
     Attributes:
         gates: the gates.
         adapters: parameters of LoRA by name; empty with rank 0.
+        refit: (out, in) by Linear, the weights that the student has instead of the program's inside `as_refit`, and
+            LoRA is merged into; empty until something is fitted.
         layers: how many hidden states are returned.
 
     Raises:
@@ -166,6 +167,7 @@ class GatedModel:
         if checkpointing:
             self._graph = _checkpointed(self._graph, exits)
         self.forward_dtype = forward_dtype
+        self.refit: dict[str, Tensor] = {}
         self._fixed: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     @property
@@ -203,6 +205,28 @@ class GatedModel:
             logits, *states = self._graph(*(given.get(name, tokens) for name in interface.inputs))
         return logits, tuple(states)
 
+    @contextmanager
+    def as_refit(self) -> Iterator[None]:
+        """The student's fitted weights stand in for the program's as long as the context lasts; nothing is copied.
+
+        Backward passes of what was computed inside belong inside.
+        """
+        weights = {name: self._weight(name) for name in self.refit}
+        before = {name: weight.data for name, weight in weights.items()}
+        try:
+            for name, weight in weights.items():
+                weight.data = self.refit[name]
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.data = before[name]
+
+    def _weight(self, name: str) -> nn.Parameter:
+        """The weight of a Linear, behind its adapter if it has one."""
+        module: Any = get_attribute(self.gates.graph_module, name)
+        weight: nn.Parameter = getattr(module, "base_layer", module).weight
+        return weight
+
     def zeroed(self) -> dict[str, Tensor]:
         """What the adapters' tensors were made as, for the intact model: copies of them as they are now."""
         return {name: parameter.detach().clone() for name, parameter in self.adapters.items()}
@@ -214,8 +238,15 @@ class GatedModel:
                 parameter.copy_(tensors[name])
 
     def merged(self) -> Program:
-        """The program with LoRA added to its weights; without LoRA the program itself."""
-        return merge_adapters(self.program, self.gates.graph_module, self.linears)
+        """The student without adapters: LoRA added to the program's weights, or to those that were fitted."""
+        program = self.program
+        if self.refit:
+            root = own_projections(program.graph_module, self.refit)
+            for name, weight in self.refit.items():
+                module = get_attribute(root, name)
+                module.weight = nn.Parameter(weight, module.weight.requires_grad)
+            program = program.replace(graph_module=root, channels=None)
+        return merge_adapters(program, self.gates.graph_module, self.linears)
 
 
 def merge_adapters(program: Program, graph_module: GraphModule, linears: Sequence[str]) -> Program:

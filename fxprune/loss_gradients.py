@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fxprune.program import Program
     from fxprune.stages import Cut, Stage
 
-__all__ = ["LinearCall", "backpropagate_loss"]
+__all__ = ["LinearCall", "backpropagate_loss", "loss_gradients"]
 
 _TOKENS_AT_ONCE = 2048
 
@@ -125,6 +125,45 @@ def backpropagate_loss(
             if on_batch is not None:
                 on_batch(batch.stop)
     return run.sums
+
+
+@contextmanager
+def loss_gradients(
+    program: Program,
+    tokens: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    teacher: Tensor,
+    forward_dtype: torch.dtype | None = None,
+) -> Iterator[Callable[[range], dict[str, Tensor]]]:
+    """Gradients of one batch after another, for a training: the graph is cut once, the parameters may move in place.
+
+    Args:
+        program: see `backpropagate_loss`, as what follows.
+        tokens: see there.
+        parameters: see there.
+        teacher: see there.
+        forward_dtype: see there.
+
+    Yields:
+        From a range of samples to the gradient of the divergence, summed over their predicted tokens, by each of
+        `parameters`: float32 in its shape, valid until the next call.
+
+    Raises:
+        PreconditionError: see there.
+        CalibrationError: see there.
+    """
+    targets = replace(make_targets(tokens, "data", 0), teacher=teacher)
+    run = _Backward(program, (), tokens, watch=lambda _: None, parameters=parameters, forward_dtype=forward_dtype)
+
+    def gradients(samples: range) -> dict[str, Tensor]:
+        for total in run.sums.values():
+            total.zero_()
+        run.batch(samples, targets.on(samples))
+        return run.sums
+
+    with _requiring_gradients(program.graph_module, {id(p) for p in parameters.values()}), fast_products():
+        yield gradients
 
 
 @contextmanager

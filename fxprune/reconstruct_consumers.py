@@ -11,11 +11,10 @@ from torch import nn
 from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import UsageError
-from fxprune.graphs import copy_graph_module
+from fxprune.graphs import copy_graph_module, own_projections
 from fxprune.lifted import make_linear, origin_of
 from fxprune.progress import track
 from fxprune.reconstruction import PairCollector, dense_ridge, moments_of_gram, reconstruct
-from fxprune.sparse_pass import own_projections
 from fxprune.stages import cut_stages
 
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from fxprune.channels import get_attribute
 from fxprune.distillation import token_kl
 from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics, text_samples
 from fxprune.errors import CalibrationError, UsageError
+from fxprune.graphs import own_projections
 from fxprune.loss_gradients import backpropagate_loss
 from fxprune.loss_head import LossHead
 from fxprune.matmul import fast_products
 from fxprune.progress import track
-from fxprune.sparse_pass import own_projections
 from fxprune.stages import cut_stages
 from fxprune.structured_obs import damped
 

@@ -28,11 +28,10 @@ from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
-from fxprune.graphs import copy_graph_module
+from fxprune.graphs import own_projections
 from fxprune.grouped import GroupedLinear
 from fxprune.groups import ExpertGroup
 from fxprune.layerwise import LayerwiseSolver
-from fxprune.lifted import with_parameters
 from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
 from fxprune.matmul import product_rate
@@ -43,6 +42,7 @@ from fxprune.scope import called_projections, targets_of
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss
 from fxprune.stages import cut_stages
+from fxprune.weight_distillation import check_distillation, distil_weights
 from fxprune.weight_masks import has_masks
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ __all__ = [
     "details_of",
     "dtype_of",
     "forward_precision",
-    "own_projections",
     "read_per_module",
     "read_sparsity",
 ]
@@ -162,16 +161,6 @@ def dtype_of(program: Program) -> torch.dtype:
     return next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
 
 
-def own_projections(graph_module: GraphModule, names: Iterable[str]) -> GraphModule:
-    """A copy of a graph with projections of its own; weights are shared until they are replaced."""
-    copy = copy_graph_module(graph_module)
-    for name in names:
-        module = get_attribute(copy, name)
-        bias = getattr(module, "bias", None)
-        copy.set_submodule(name, with_parameters(module, module.weight.detach(), bias))
-    return copy
-
-
 class SparsePass(Pass):
     """Base of the passes that set weights to zero (see the module's docstring for the graph and the refusals).
 
@@ -189,6 +178,9 @@ class SparsePass(Pass):
         allocation: `uniform`, or `loss`: more is removed where the loss minds less (see `fxprune.sparsity_allocation`).
         true_sequential: solve every projection on inputs that have seen its block's earlier ones pruned.
         inputs: `pruned` or `dense` activations from earlier blocks.
+        distil_epochs: how often, once all layers are pruned, the weights that stay learn from the calibration text what
+            the dense model predicts (see `fxprune.weight_distillation`); 0 leaves it out.
+        distil_rate: their highest learning rate, a share of the root mean square of a Linear's weights.
         forward_dtype: precision of calibration forwards: `auto`, `float32`, `bfloat16`.
         batch_size: samples at once; found from `work_bytes` by default.
         work_bytes: what one batch may allocate.
@@ -212,6 +204,8 @@ class SparsePass(Pass):
         allocation: Literal["uniform", "loss"] = "uniform",
         true_sequential: bool = True,
         inputs: Literal["pruned", "dense"] = "pruned",
+        distil_epochs: float = 0.0,
+        distil_rate: float = 2e-3,
         forward_dtype: str = "auto",
         batch_size: int | None = None,
         work_bytes: int = 1 << 29,
@@ -227,6 +221,11 @@ class SparsePass(Pass):
             raise UsageError(f"an N:M pattern is the same everywhere: allocation=loss needs a sparsity, not {pattern}")
         if inputs not in {"pruned", "dense"}:
             raise UsageError(f"inputs is {inputs!r}; use pruned or dense")
+        check_distillation(distil_epochs, distil_rate)
+        if distil_epochs and not self.needs_data:
+            raise UsageError(f"{self.name} reads no text, so there is nothing to distil with: use another method")
+        if distil_epochs and not exclude_lm_head:
+            raise UsageError("distillation reads the dense model's predictions through the lm_head: leave it dense")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("work_bytes", work_bytes, 1),
@@ -250,6 +249,8 @@ class SparsePass(Pass):
         self.allocation = allocation
         self.true_sequential = true_sequential and inputs == "pruned"
         self.inputs = inputs
+        self.distil_epochs = distil_epochs
+        self.distil_rate = distil_rate
         self.forward_dtype = forward_dtype
         self.batch_size = batch_size
         self.work_bytes = work_bytes
@@ -330,6 +331,19 @@ class SparsePass(Pass):
             layers.without_data()
             seconds["solve"] = time.perf_counter() - start
         pruned = program.replace(graph_module=root, weight_masks={**program.weight_masks, **layers.masks})
+        if self.distil_epochs:
+            start = time.perf_counter()
+            details["distilled"] = distil_weights(
+                pruned,
+                program,
+                layers.masks,
+                tokens,
+                epochs=self.distil_epochs,
+                rate=self.distil_rate,
+                forward_dtype=self._dtype(program),
+                batch_size=self.batch_size,
+            ).to_json()
+            seconds["distil"] = time.perf_counter() - start
         sparsity: dict[str, Any] = {**self.figures(root, list(layers.figures.values())), **details, "seconds": seconds}
         pruned = pruned.with_results(**results, sparsity=sparsity)
         summary: dict[str, Any] = {key: sparsity[key] for key in ("target", "removed_share", "mean_error")}

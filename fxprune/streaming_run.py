@@ -20,6 +20,7 @@ from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
+from fxprune.graphs import own_projections
 from fxprune.grouped import GroupedLinear
 from fxprune.layerwise import LayerFigures, LayerwiseSolver
 from fxprune.lifted import parameter_of
@@ -34,7 +35,7 @@ from fxprune.reporting import versions
 from fxprune.scope import called_projections
 from fxprune.shard_reader import ShardReader
 from fxprune.skeleton import initialize_buffers
-from fxprune.sparse_pass import SparsePass, details_of, dtype_of, own_projections
+from fxprune.sparse_pass import SparsePass, details_of, dtype_of
 from fxprune.stored_weights import StoredWeights
 from fxprune.streaming import StreamingOutput, StreamingWeights
 from fxprune.weight_masks import has_masks
@@ -85,6 +86,8 @@ def prune_streaming(
         raise UsageError("streaming cannot sample text from a model that does not fit in memory; name a text file")
     if method.allocation != "uniform":
         raise UsageError(f"allocation={method.allocation} needs the whole model in memory; streaming prunes uniformly")
+    if method.distil_epochs:
+        raise UsageError("distillation needs the whole model in memory: leave distil_epochs out when streaming")
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
     start = time.perf_counter()

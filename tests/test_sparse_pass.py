@@ -24,12 +24,13 @@ from fxprune.errors import (
     PreconditionError,
     UsageError,
 )
+from fxprune.graphs import own_projections
 from fxprune.groups import AttentionGroup, LayerGroup, MlpGroup
 from fxprune.passes import alps
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
-from fxprune.sparse_pass import forward_precision, own_projections
+from fxprune.sparse_pass import forward_precision
 from fxprune.sparsity import Sparsity
 from fxprune.tracing import trace
 from fxprune.weight_masks import hold_masks, read_masks, write_masks
