@@ -43,6 +43,7 @@ class Wanted:
         guard: the guard's second text: a file, `python`, or `none`.
         speed: whether to time the exported model even if no target speed-up asks for it.
         threads: of ONNX Runtime, where no latency table says it.
+        repeats: timed repeats of each form; see `fxprune.slim_speed.speed_plan`.
     """
 
     ppl: Sequence[str] = ()
@@ -50,6 +51,7 @@ class Wanted:
     guard: str = "python"
     speed: bool = False
     threads: int = 1
+    repeats: int | None = None
 
     def check(self, step: Pass, device: str) -> None:
         """Tell what is wrong before any work is done.
@@ -63,7 +65,7 @@ class Wanted:
                 read_text(text)
         check_guard(self.guard)
         if self.times(step):
-            speed_plan(step, self.threads)
+            speed_plan(step, self.threads, self.repeats)
             if resolve_device(device).type != "cpu":
                 raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
 
@@ -95,7 +97,7 @@ class Assessor:
         self._program = program
         self._dense: dict[str, PerplexityResult] = {}
         self._guard: Guard | None = None
-        self._speed = SpeedRun(speed_plan(step, wanted.threads)) if wanted.times(step) else None
+        self._speed = SpeedRun(speed_plan(step, wanted.threads, wanted.repeats)) if wanted.times(step) else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

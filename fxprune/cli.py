@@ -210,6 +210,7 @@ def prune(
     measure_speed: Annotated[
         bool, typer.Option("--measure-speed", help="Time the dense and the pruned model in ONNX Runtime.")
     ] = False,
+    repeats: Annotated[int | None, typer.Option(help="Timed repeats; 10, or 30 for --target-speedup.", min=2)] = None,
     threads: Threads = _DEFAULT_THREADS,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
@@ -256,7 +257,7 @@ def prune(
     options = {**units, **{name: value for name, value in given.items() if value is not None}}
     options |= cli_l0.learned_options(learned, targets=lora_targets, further=option or [], others=options)
     place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
-    wanted = Wanted(ppl=ppl or [], windows=windows, guard=guard, speed=measure_speed, threads=threads)
+    wanted = Wanted(ppl=ppl or [], windows=windows, guard=guard, speed=measure_speed, threads=threads, repeats=repeats)
     if not stream:
         options = cli_l0.with_state(pass_of(method, options), options, out)
     if restart and not stream:

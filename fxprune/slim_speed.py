@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["SpeedPlan", "SpeedRun", "speed_plan"]
 
 _PREFILL, _DECODE, _PAST = (128, 512), 32, 128
-_REPEATS = 10
+_REPEATS, _JUDGED_REPEATS = 10, 30
+"""Timed repeats; where a gate judges the lower end of an interval, more of them make the interval narrower."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class SpeedPlan:
     mix: Mapping[str, float] | None = None
 
 
-def speed_plan(step: Pass, threads: int) -> SpeedPlan:
+def speed_plan(step: Pass, threads: int, repeats: int | None = None) -> SpeedPlan:
     """What to time for a pass: the cases, threads and mix of its latency table, or the benchmark's own.
 
     Args:
         step: the pruning pass.
         threads: of ONNX Runtime, where no table says it.
+        repeats: timed repeats of each form; 10, or 30 where the speed-up is judged, when None.
 
     Raises:
         UsageError: the table cannot be read, or the mix does not fit it.
@@ -67,8 +69,8 @@ def speed_plan(step: Pass, threads: int) -> SpeedPlan:
         table = load_table(step.table)
         cases = tuple(entry.case for entry in table.cases)
         mix = table.weights(step.mix or {case.name: 1.0 for case in cases})
-        return SpeedPlan(cases, step.threads, mix=mix)
-    return SpeedPlan(tuple(cases_of(_PREFILL, _DECODE, _PAST)), threads)
+        return SpeedPlan(cases, step.threads, repeats or _JUDGED_REPEATS, mix)
+    return SpeedPlan(tuple(cases_of(_PREFILL, _DECODE, _PAST)), threads, repeats or _REPEATS)
 
 
 class SpeedRun:

@@ -26,6 +26,7 @@ from fxprune.manifest import read_manifest
 from fxprune.measure import Bound, SpeedResult, prefill
 from fxprune.pipeline import build_pass
 from fxprune.pruning import Destination, prune_model
+from fxprune.slim_speed import speed_plan
 from fxprune.structured_pass import StructuredPass
 from fxprune.workflow import Stopwatch, front_end
 from tests.commands import run_command
@@ -272,7 +273,7 @@ def test_a_target_speed_up_is_measured_judged_and_told(
         model, "--method", "magnitude", "--target-speedup", 1.6, "--table", table, "--threads", 1, "--out", out
     )
     assert status == 1, err
-    assert asked == [("onnxruntime", "onnxruntime", ["prefill-16"], 1, 10)]
+    assert asked == [("onnxruntime", "onnxruntime", ["prefill-16"], 1, 30)]
     assert "the speed gate failed (target 1.6x, within 5%)" in err
     assert "the macs bound is below what is wanted" in err
     report = read_report(out / "report.json")
@@ -282,6 +283,9 @@ def test_a_target_speed_up_is_measured_judged_and_told(
     assert "Speed gate: failed" in (out / "report.html").read_text()
     assert "1.00" in shown
     assert fxprune.load(out)  # the output stays
+    step = build_pass("magnitude-units", {"target_speedup": 1.6, "table": str(table), "threads": 1})
+    assert speed_plan(step, 1, repeats=7).repeats == 7
+    assert speed_plan(build_pass("magnitude-units", {"ratio": 0.2}), 1).repeats == 10
 
 
 def test_bad_targets_are_told(run: Run, model: Path, table: Path, tmp_path: Path) -> None:
