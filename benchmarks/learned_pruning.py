@@ -234,9 +234,9 @@ def _distil(model: GatedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _learner(step: L0Prune, program: Program, tokens: torch.Tensor) -> Learner:
-    from fxprune.passes.l0 import _Run  # noqa: PLC0415 - one of three kinds
+    from fxprune.l0_run import Run  # noqa: PLC0415 - one of three kinds
 
-    run = _Run(step, program, torch.cat([tokens, tokens[:1]]), {})
+    run = Run(step, program, torch.cat([tokens, tokens[:1]]), {})
     return run.learner
 
 

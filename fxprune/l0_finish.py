@@ -4,8 +4,9 @@
     soft gates             ┴─ merged weights ─ folded ─ candidates ─ least divergence on held-out text
     decided gates ─ least squares on the dense model's inputs ─ second-order steps ─┘       (masks alone)
 
-LoRA has made up for what went, so by default nothing is fitted behind it; masks alone leave the weights as they were,
-and what makes up for the units is fitted as the method `channel` does.
+Masks alone leave the weights as they were, and what makes up for the units is fitted as the method `channel` does. LoRA
+makes up for them too, but slower than least squares: a fit of the dense weights comes between its two parts (see
+`fxprune.l0_run`), and none behind it.
 """
 
 from __future__ import annotations

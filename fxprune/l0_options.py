@@ -33,8 +33,8 @@ class L0Options:
         budget: `hard` projects onto the budget in every step, `lagrangian` learns multipliers.
         schedule: how the target sparsity rises.
         warm_up: share of the steps after which it is reached.
-        settle: share of the steps, at the end, in which the gates are decided and adapters alone learn; masks alone
-            learn to the end.
+        settle: share of the steps, at the end, in which the gates are decided and adapters alone learn, anew where the
+            consumers have been fitted in between; masks alone learn to the end.
         warm_start: whether gates start in the order of the one-shot scores.
         spread: of the warm start, see `fxprune.hard_concrete.ranked_log_alpha`.
         drop_rate: probability of each unit to be closed at the start, without a warm start.
@@ -78,7 +78,7 @@ class L0Options:
     lora_rank: int = 8
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("all",)
-    lora_lr: float = 1e-3
+    lora_lr: float = 2e-3
     distillation: Distillation = "progressive"
     layer_weight: float = 0.9
     temperature: float = 1.0

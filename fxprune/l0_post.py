@@ -194,15 +194,16 @@ def fine_tune(
                     on = {name: value.to(model.device) for name, value in before.items()}
                     with model.gates.applied(on):
                         wanted, _ = model(part)
-            logits, _ = model(part)
-            if wanted is None:
-                found = next_token_loss(logits, part, mask)
-            else:
-                # What predicts an answer's token stands one place before it.
-                ahead = None if mask is None else torch.cat([mask[:, 1:], mask[:, :1] & False], 1)
-                found = token_kl(logits, wanted, ahead)
-            optimizer.zero_grad()
-            found.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
+            with model.as_refit():
+                logits, _ = model(part)
+                if wanted is None:
+                    found = next_token_loss(logits, part, mask)
+                else:
+                    # What predicts an answer's token stands one place before it.
+                    ahead = None if mask is None else torch.cat([mask[:, 1:], mask[:, :1] & False], 1)
+                    found = token_kl(logits, wanted, ahead)
+                optimizer.zero_grad()
+                found.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
             norm = float(torch.nn.utils.clip_grad_norm_(adapters, 1.0))
             if not (math.isfinite(float(found.detach())) and math.isfinite(norm)):
                 raise TrainingError(

@@ -3,6 +3,9 @@
     batch ─┬─ teacher (other gates, other adapters, same weights), no gradients ─┐
            └─ student: gates of the step ─ logits, hidden states ────────────────┴─ KL + layers + penalty ─ AdamW
 
+When the gates are decided the consumers may be fitted once (`refit`). The student goes on with these weights and LoRA
+from its start, held to the intact model.
+
 A loop of its own rather than transformers' `Trainer` or accelerate: the gates must stay in the masks until the backward
 pass is over, teacher and student are one module, the multipliers ascend, and a checkpoint has to bring all of it back
 bit by bit without pickle, which both of them use for optimizers and random numbers.
@@ -25,7 +28,7 @@ from fxprune.l0_state import load_optimizer, optimizer_tensors
 from fxprune.teachers import Snapshot, Teachers, worn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -96,7 +99,7 @@ def divergence(
         for part in torch.split(tokens, batch):
             with worn(intact, model.adapters) as before, model.gates.applied(_on(before, model.device)):
                 wanted, _ = model(part)
-            with model.gates.applied(values):
+            with model.as_refit(), model.gates.applied(values):
                 found, _ = model(part)
             total += float(token_kl(found, wanted)) * len(part)
     return total / len(tokens)
@@ -121,6 +124,8 @@ class Learner:
         tokens: (samples, length) int64 on the model's device.
         options: of the training.
         state: where it is kept; None keeps nothing.
+        refit: from the decided gates, (units,) by group, to weights by Linear, called when the gates stop learning;
+            None leaves the weights as they are.
 
     Attributes:
         teachers: the intact model, and earlier states of the student.
@@ -136,8 +141,11 @@ class Learner:
         tokens: Tensor,
         options: L0Options,
         state: StateDirectory | None = None,
+        *,
+        refit: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model = model
+        self.refit = refit if options.settle_steps else None
         self.control = control
         self.tokens = tokens
         self.options = options
@@ -185,6 +193,8 @@ class Learner:
         with TrainingLog(path, options.steps, self.step) as log, self.model.frozen():
             self.rows = log.rows
             while self.step < options.steps:
+                if self.refit is not None and self.step == options.learning_steps:
+                    self._fit(self.refit)
                 figures, drawn = self._one(self.step)
                 mark = self.step % max(1, options.steps // _MARKS) == 0 or self.step + 1 == options.steps
                 log.add(self.step, figures, _widths(drawn) if mark else None)
@@ -193,6 +203,13 @@ class Learner:
                     self.save()
         self.control.check_end()
         self.save()
+
+    def _fit(self, refit: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
+        """Go on with fitted weights, which make up for the units without LoRA, and with LoRA from its start."""
+        self.model.refit = {name: weight.detach() for name, weight in refit(self.settled().values).items()}
+        self.model.load_adapters(self.teachers.intact.adapters)
+        for parameter in self.model.adapters.values():
+            self.optimizer.state.pop(parameter, None)
 
     def _one(self, step: int) -> tuple[dict[str, float], Drawn]:
         options, model = self.options, self.model
@@ -203,12 +220,15 @@ class Learner:
         except PlanError as error:
             raise self._diverged(step, str(error)) from error
         teacher = self._teacher(step, drawn.sparsity)
-        losses = self._losses(tokens, drawn, teacher)
-        self.optimizer.zero_grad()
-        if not math.isfinite(float(losses.total.detach())):
-            raise self._diverged(step, "the loss is not finite")
-        with model.gates.applied(drawn.values):
-            losses.total.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
+        wanted = None if teacher is None else self._wanted(tokens, teacher)
+        with model.as_refit():
+            losses = self._losses(tokens, drawn, wanted)
+            self.optimizer.zero_grad()
+            if not math.isfinite(float(losses.total.detach())):
+                raise self._diverged(step, "the loss is not finite")
+            with model.gates.applied(drawn.values):
+                losses.total.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
+        del wanted
         # The snapshot is of the state that the teacher's place in the order was found for: before the update.
         if not settled and options.distillation == "progressive" and self.teachers.is_due(drawn.sparsity):
             gates = drawn.kept or self.control.decided(step).values
@@ -218,8 +238,7 @@ class Learner:
         trained = [p for p in self.named_parameters().values() if p.grad is not None]
         if not bool(torch.stack([p.grad.isfinite().all() for p in trained if p.grad is not None]).all()):
             raise self._diverged(step, "a gradient is not finite")
-        factor = cosine(step, options.steps) if options.mode == "fixed" else 1.0
-        self.optimizer.param_groups[1]["lr"] = options.lora_lr * factor
+        self.optimizer.param_groups[1]["lr"] = options.lora_lr * self._factor(step)
         self.optimizer.step()
         figures = {
             "loss": float(losses.total.detach()),
@@ -233,6 +252,15 @@ class Learner:
         if norm is not None:
             figures["gradient_norm"] = float(norm)
         return figures, drawn
+
+    def _factor(self, step: int) -> float:
+        """Of LoRA's learning rate, which starts anew behind a fit."""
+        if self.options.mode == "reference":
+            return 1.0
+        if self.refit is None:
+            return cosine(step, self.options.steps)
+        settled = step - self.options.learning_steps
+        return cosine(step, self.options.steps) if settled < 0 else cosine(settled, self.options.settle_steps)
 
     def settled(self) -> Drawn:
         """The gates as they are decided when they stop learning."""
@@ -248,15 +276,19 @@ class Learner:
             return self.teachers.intact
         if not schedule.reached(step):
             return self.teachers.while_pruning(sparsity)
-        done = (step - schedule.warm_up_steps) / max(1, options.steps - 1 - schedule.warm_up_steps)
+        # What was fitted is better than weak teachers: their part ends with the gates'.
+        end = options.steps if self.refit is None else options.learning_steps
+        done = (step - schedule.warm_up_steps) / max(1, end - 1 - schedule.warm_up_steps)
         return self.teachers.afterwards(min(1.0, done), schedule.target)
 
-    def _losses(self, tokens: Tensor, drawn: Drawn, teacher: Snapshot | None) -> _Losses:
+    def _wanted(self, tokens: Tensor, teacher: Snapshot) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What a teacher says."""
+        model = self.model
+        with torch.no_grad(), worn(teacher, model.adapters) as gates, model.gates.applied(_on(gates, model.device)):
+            return model(tokens)
+
+    def _losses(self, tokens: Tensor, drawn: Drawn, wanted: tuple[Tensor, tuple[Tensor, ...]] | None) -> _Losses:
         model, options = self.model, self.options
-        wanted = None
-        if teacher is not None:
-            with torch.no_grad(), worn(teacher, model.adapters) as gates, model.gates.applied(_on(gates, model.device)):
-                wanted = model(tokens)
         with model.gates.applied(drawn.values):
             logits, states = model(tokens)
         if wanted is None:
@@ -301,6 +333,7 @@ class Learner:
         named = self.named_parameters()
         buffers = {f"buffers/{name}": value for name, value in self.model.gates.named_buffers()}
         tensors = {**named, **buffers, **optimizer_tensors(self.optimizer, named)}
+        tensors |= {f"refit/{name}": weight for name, weight in self.model.refit.items()}
         tensors["generator"] = self.generator.get_state()
         self.state.write(self.step, tensors, self.teachers, notes=self.notes)
         self._saved = self.step
@@ -320,6 +353,9 @@ class Learner:
             for name, value in self.model.gates.named_buffers():
                 value.copy_(tensors[f"buffers/{name}"])
         load_optimizer(self.optimizer, named, tensors)
+        device = self.model.device
+        fitted = {name.removeprefix("refit/"): value for name, value in tensors.items() if name.startswith("refit/")}
+        self.model.refit = {name: value.to(device) for name, value in fitted.items()}
         self.generator.set_state(tensors["generator"])
         self.state.load_teachers(found, self.teachers)
         self.notes |= found.get("notes", {})

@@ -8,8 +8,8 @@ with its reference code's faults mended and its size held exactly. Heads and MLP
 which start in the order of the one-shot scores of the method `channel`. In every step the gates are drawn so that the
 step's budget is expected and projected onto it, the budget falls to the target, and LoRA on the frozen weights learns
 to make up for what is closed, from a teacher that is an earlier, denser state of the student. When the gates are
-decided LoRA goes on alone. Then LoRA is merged, the gates are folded, and slimming and verification follow as for any
-method.
+decided the consumers are fitted as `channel` does, and LoRA starts anew from these weights, held to the intact model.
+Then it is merged, the gates are folded, and slimming and verification follow as for any method.
 
 `mode="reference"` is the paper's algorithm (see `fxprune.l0_options`), hidden channels included, with a Lagrangian.
 
@@ -24,47 +24,30 @@ Refused:
 
 from __future__ import annotations
 
-import hashlib
-import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.errors import CalibrationError, PreconditionError, UsageError
-from fxprune.evaluate import hash_tokens
+from fxprune.errors import PreconditionError, UsageError
 from fxprune.expected_size import ExpectedSize, independent_units
-from fxprune.gates import fold_gates
-from fxprune.hard_budget import BudgetProjector
-from fxprune.l0_finish import Finished, choose, refit
-from fxprune.l0_model import GatedModel, lora_targets
+from fxprune.l0_model import lora_targets
 from fxprune.l0_options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
-from fxprune.l0_post import Instructions, fine_tune, read_instructions
-from fxprune.l0_size import HardBudget, LagrangianBudget, expected_sparsity
-from fxprune.l0_start import one_shot
-from fxprune.l0_state import StateDirectory
-from fxprune.l0_training import Learner, divergence
-from fxprune.pass_base import PassResult, constructor_options, option_names
+from fxprune.l0_run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
+from fxprune.pass_base import PassResult, constructor_options
 from fxprune.reconstruction import Reconstruction  # noqa: TC001 - options are validated by their annotations
-from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.sparsity_schedule import ScheduleShape  # noqa: TC001 - as above
 from fxprune.structured_pass import StructuredPass
 from fxprune.unit_gates import HeadScheme  # noqa: TC001 - as above
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from fxprune.groups import Group
-    from fxprune.l0_size import SizeControl
     from fxprune.program import Program
     from fxprune.structured_pass import Budgets
 
 __all__ = ["L0Prune"]
 
-_CURVE_POINTS = 200
-"""Rows of the log that go into the report at most."""
-_EXTRA = ("hidden", "layers")
 _ROUND_TO, _MIN_KEEP = (constructor_options(StructuredPass)[name][0].default for name in ("round_to", "min_keep"))
 
 
@@ -109,7 +92,9 @@ class L0Prune(StructuredPass):
         post_data: instruction set for it, see `fxprune.l0_post.read_instructions`; the calibration text by default.
         post_loss: `lm`, or `distil` from the intact model; by default the first for instructions.
         post_lr: its learning rate.
-        reconstruct: what is fitted when the gates are decided; `dense` for masks alone and `none` with LoRA by default.
+        reconstruct: what is fitted when the gates are decided; `dense` by default, `none` with LoRA and no `settle`, or
+            with gates of other kinds than heads and MLP channels. Behind `dense`, LoRA starts anew from what was fitted
+            and learns for the steps that are left; other fits come when LoRA has been merged.
         fit_samples: how many samples it uses.
         fit_steps: second-order steps behind `dense`.
         **options: of every structured method, see `fxprune.structured_pass.StructuredPass`.
@@ -143,7 +128,7 @@ class L0Prune(StructuredPass):
         lora_rank: int = 8,
         lora_alpha: float | None = None,
         lora_targets: Sequence[str] = ("all",),
-        lora_lr: float = 1e-3,
+        lora_lr: float = 2e-3,
         distillation: Distillation = "progressive",
         layer_weight: float | None = None,
         temperature: float = 1.0,
@@ -164,16 +149,18 @@ class L0Prune(StructuredPass):
         **options: Any,
     ) -> None:
         fixed = mode == "fixed"
-        own = reconstruct or ("none" if lora_rank else "dense")
         kinds = tuple(kinds or (("attention", "mlp") if fixed else ("attention", "mlp", "hidden")))
-        units = tuple(kind for kind in kinds if kind not in _EXTRA) or ("attention", "mlp")
+        self.settle = (0.3 if fixed else 0.0) if settle is None else settle
+        # LoRA alone makes up for what went unless the gates are decided before the end, and something can be fitted.
+        fits = not lora_rank or (self.settle > 0 and not set(kinds) & set(EXTRA_KINDS))
+        own = reconstruct or ("dense" if fits else "none")
+        units = tuple(kind for kind in kinds if kind not in EXTRA_KINDS) or ("attention", "mlp")
         super().__init__(samples=samples, seq_len=seq_len, kinds=units, reconstruct=own, **options)
         self.kinds = kinds
         self.steps, self.epochs, self.batch = steps, epochs, batch
         self.held_out, self.mode = held_out, mode
         self.budget: BudgetMode = budget or ("hard" if fixed else "lagrangian")
         self.schedule, self.warm_up = schedule, warm_up
-        self.settle = (0.3 if fixed else 0.0) if settle is None else settle
         self.warm_start = fixed if warm_start is None else warm_start
         self.start_samples, self.spread, self.drop_rate, self.heads = start_samples, spread, drop_rate, heads
         self.mask_lr, self.multiplier_lr = mask_lr, multiplier_lr
@@ -203,7 +190,7 @@ class L0Prune(StructuredPass):
             raise UsageError("post_data is for fine-tuning: say for how many post_steps")
         if self.post_steps and not self.lora_rank:
             raise UsageError("post fine-tuning trains LoRA: use a lora_rank above 0")
-        extra = [kind for kind in self.kinds if kind in _EXTRA]
+        extra = [kind for kind in self.kinds if kind in EXTRA_KINDS]
         if extra and self.budget == "hard":
             raise UsageError(f"a hard budget is for heads and MLP channels, not for {extra[0]}: use budget=lagrangian")
         if extra and (self.reconstruct != "none" or self.uniform or self.keep):
@@ -233,18 +220,23 @@ class L0Prune(StructuredPass):
         steps = steps_of(self.samples - self.held_out, self.batch, self.steps, self.epochs)
         return L0Options(steps=steps, layer_weight=weight, **found)
 
+    @property
+    def refits_decided(self) -> bool:
+        """Whether consumers are fitted between the gates' last step and LoRA's last ones."""
+        return bool(self.lora_rank) and self.reconstruct == "dense" and self.settle > 0
+
     def gated(self, program: Program) -> tuple[Group, ...]:
         """The groups that have gates."""
-        extra = tuple(group for group in program.groups if group.kind in self.kinds and group.kind in _EXTRA)
-        return (*(self.scored(program) if set(self.kinds) - set(_EXTRA) else ()), *extra)
+        extra = tuple(group for group in program.groups if group.kind in self.kinds and group.kind in EXTRA_KINDS)
+        return (*(self.scored(program) if set(self.kinds) - set(EXTRA_KINDS) else ()), *extra)
 
     def requires(self, program: Program) -> None:
         """See the base; the groups of all kinds are there, and LoRA finds its Linears."""
-        if set(self.kinds) - set(_EXTRA):
+        if set(self.kinds) - set(EXTRA_KINDS):
             super().requires(program)
         elif program.source is None or not program.interface.cache:
             raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face causal language model")
-        missing = {kind for kind in self.kinds if kind in _EXTRA} - {group.kind for group in program.groups}
+        missing = {kind for kind in self.kinds if kind in EXTRA_KINDS} - {group.kind for group in program.groups}
         if missing:
             raise PreconditionError(
                 f"no {min(missing)} group was located, so it can have no gates: leave it out of kinds, as in "
@@ -270,17 +262,17 @@ class L0Prune(StructuredPass):
         tokens, description = self._text(program, seconds)
         if self.reconstruct != "none":
             self._require_enough(program, self.scored(program), tokens[: -self.held_out][: self.fit_samples])
-        run = _Run(self, program, tokens, seconds)
+        run = Run(self, program, tokens, seconds)
         finished = run.finished()
         learner = run.learner
         plan = finished.program.plan
         assert plan is not None
         kept = {
-            group.name: independent_units(group, torch.zeros(group.units).index_fill(0, _index(plan, group), 1.0))
+            group.name: independent_units(group, torch.zeros(group.units).index_fill(0, unit_index(plan, group), 1.0))
             for group in run.groups
         }
         removed = float(ExpectedSize(program, run.groups, "ratio").sparsity(kept))
-        stride = max(1, len(learner.rows) // _CURVE_POINTS)
+        stride = max(1, len(learner.rows) // CURVE_POINTS)
         rows = [row for row in learner.rows if row["step"] % stride == 0 or row is learner.rows[-1]]
         curves = [{k: v for k, v in row.items() if k not in {"widths", "steps_per_second"}} for row in rows]
         widths = [{"step": row["step"], "widths": row["widths"]} for row in learner.rows if "widths" in row]
@@ -314,186 +306,3 @@ class L0Prune(StructuredPass):
         after = finished.program.with_results(**results, structured=section)
         details = {"requested": str(self.targets[0]), "removed_share": removed, "seconds": seconds}
         return PassResult(after, modified=True, details=details)
-
-
-def _index(plan: Any, group: Group) -> Tensor:
-    return torch.tensor(plan.kept_units(group), dtype=torch.int64)
-
-
-class _Run:
-    """One training, from text to a program.
-
-    Attributes:
-        learner: the training.
-        groups: those that have gates.
-        measured: divergences on held-out text before the end.
-        post: the log of the fine-tuning, thinned out; None without.
-    """
-
-    def __init__(self, step: L0Prune, program: Program, tokens: Tensor, seconds: dict[str, float]) -> None:
-        self.step = step
-        self.program = program
-        self.seconds = seconds
-        self.held, self.tokens = tokens[-step.held_out :], tokens[: -step.held_out]
-        self.groups = step.gated(program)
-        self.options = step.training_options(layers=any(group.kind == "layers" for group in program.groups))
-        self.dtype = forward_precision(step.forward_dtype, dtype_of(program), tokens.device)
-        self.measured: dict[str, float] = {}
-        self.post: dict[str, Any] | None = None
-        # Read now: what is wrong with them is told before the training, not after.
-        self.instructions = None if step.post_data is None else self._instructions(step.post_data)
-        state = None if step.state is None else StateDirectory(step.state, self._settings(tokens))
-        resumed = state is not None and state.read() is not None  # a refusal comes before any work
-        options = self.options
-        self.model = GatedModel(
-            program,
-            self.groups,
-            heads=options.heads,
-            drop_rate=options.drop_rate,
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            targets=options.lora_targets,
-            checkpointing=options.checkpointing,
-            hidden=options.hidden,
-            forward_dtype=self.dtype,
-            seed=options.seed,
-        )
-        self.control = self._control()
-        self.learner = Learner(self.model, self.control, self.tokens, options, state)
-        if options.warm_start and not resumed:
-            self._start()
-
-    def _settings(self, tokens: Tensor) -> dict[str, Any]:
-        """What the training follows from."""
-        own = {name: getattr(self.step, name) for name in option_names(L0Prune) if hasattr(self.step, name)}
-        after = {"state", "save_every", "reconstruct", "biases", "drift", "batch_size", "fit_samples", "fit_steps"}
-        after |= {name for name in own if name.startswith("post_")}
-        weights = hashlib.sha256()
-        for name, parameter in self.program.graph_module.named_parameters():
-            total = float(parameter.detach().double().sum())
-            weights.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
-        facts = {"text": hash_tokens(tokens), "weights": weights.hexdigest(), "dtype": str(dtype_of(self.program))}
-        return {name: value for name, value in own.items() if name not in after} | facts
-
-    def _control(self) -> SizeControl:
-        step, options = self.step, self.options
-        target = step.targets[0]
-        expected, sparsity = expected_sparsity(self.program, self.groups, target, step.table, step.mix)
-        units = all(group.kind not in _EXTRA for group in self.groups)
-        if not units:
-            return LagrangianBudget(self.model.gates, expected, sparsity, options, None)
-        costs = step.costs(self.program)
-        budget = costs.budget(target.value)
-        limits = {group.name: step._limits(group) for group in self.groups}
-        if options.budget == "hard":
-            return HardBudget(
-                self.model.gates,
-                costs,
-                budget,
-                limits=limits,
-                uniform=step.uniform,
-                expected=expected,
-                options=options,
-            )
-        projector = BudgetProjector(self.model.gates, costs, budget, limits, uniform=step.uniform)
-        return LagrangianBudget(self.model.gates, expected, sparsity, options, projector)
-
-    def _start(self) -> None:
-        """Put the gates in the order of the one-shot scores."""
-        step = self.step
-        begun = time.perf_counter()
-        units = step.scored(self.program)
-        if not units:  # hidden channels and layers have no one-shot scores
-            return
-        limits = {group.name: step._limits(group) for group in units}
-        # Where other kinds go too, heads and MLP channels alone need not reach the target.
-        alone = len(units) == len(self.groups)
-        start = one_shot(
-            self.program,
-            units,
-            self.tokens[: step.start_samples],
-            step.costs(self.program),
-            step.targets[0].value if alone else None,
-            limits=limits,
-            uniform=step.uniform,
-            forward_dtype=self.dtype,
-            seed=step.seed,
-        )
-        # With a Lagrangian the size starts dense and is drawn down.
-        counts = {group.name: group.units * (1 - self.options.drop_rate) for group in units}
-        if start.plan is not None:
-            if self.options.budget == "hard":
-                counts = {name: float(len(kept)) for name, kept in start.plan.kept.items()}
-            plan = {g.name: torch.zeros(g.units).index_fill(0, _index(start.plan, g), 1.0) for g in units}
-            self.learner.notes["one-shot plan"] = self._divergence(plan)
-        self.model.gates.start_from(dict(start.scores), counts, self.options.spread)
-        self.seconds["start"] = time.perf_counter() - begun
-
-    def _divergence(self, values: Mapping[str, Tensor]) -> float:
-        on = {name: value.to(self.model.device) for name, value in values.items()}
-        return divergence(self.model, on, self.held, self.learner.teachers.intact, self.options.batch)
-
-    def finished(self) -> Finished:
-        """Train, fine-tune, and make the program."""
-        step = self.step
-        begun = time.perf_counter()
-        self.learner.run()
-        self.measured = {**self.learner.notes, **self.measured}
-        self.seconds["learn"] = time.perf_counter() - begun
-        binary = dict(self.learner.settled().values)
-        if step.post_steps:
-            self._fine_tune(binary)
-        begun = time.perf_counter()
-        merged = self.model.merged()
-        candidates = {"decided": Finished(fold_gates(merged, binary), "decided", {})}
-        if all(group.masked == "consumers" for group in self.groups) and not self.options.settle_steps:
-            soft = self.control.soft(self.options.steps)
-            candidates["soft gates"] = Finished(fold_gates(merged, soft), "soft gates", {})
-        if step.reconstruct != "none":
-            candidates[f"refit {step.reconstruct}"] = refit(
-                merged,
-                self.program,
-                binary,
-                step.scored(self.program),
-                self.tokens[: step.fit_samples],
-                mode=step.reconstruct,
-                biases=step.biases,
-                drift=step.drift,
-                steps=step.fit_steps,
-                forward_dtype=self.dtype,
-                batch_size=step.batch_size,
-                seed=step.seed,
-            )
-        best = choose(candidates, self.program, self.held, self.dtype, self.options.batch)
-        self.seconds["finish"] = time.perf_counter() - begun
-        return best
-
-    def _instructions(self, name: str) -> Instructions:
-        assert self.program.source is not None
-        if self.program.source.tokenizer is None:
-            raise CalibrationError("instructions need the model's tokenizer; the model has none")
-        return read_instructions(name, self.program.source.tokenizer, self.step.seq_len, self.step.seed)
-
-    def _fine_tune(self, binary: Mapping[str, Tensor]) -> None:
-        step = self.step
-        begun = time.perf_counter()
-        tokens, answers, facts = self.tokens, None, {"data": step.calibration}
-        if (read := self.instructions) is not None:
-            tokens, answers = read.tokens.to(self.tokens.device), read.answers.to(self.tokens.device)
-            facts = {"data": str(step.post_data), "records": str(read.records)}
-        self.measured["before fine-tuning"] = self._divergence(binary)
-        rows = fine_tune(
-            self.model,
-            binary,
-            tokens,
-            answers,
-            self.learner.teachers.intact,
-            steps=step.post_steps,
-            batch=step.batch,
-            lr=step.post_lr,
-            loss=step.post_loss,
-            seed=step.seed,
-        )
-        stride = max(1, len(rows) // _CURVE_POINTS)
-        self.post = {**facts, "loss": step.post_loss, "steps": step.post_steps, "curves": rows[::stride]}
-        self.seconds["fine-tune"] = time.perf_counter() - begun

@@ -158,6 +158,20 @@ def test_other_targets_and_uniform_widths_are_met() -> None:
         build_pass("l0", {**options, "target_macs": 1e9})(program())
 
 
+def test_lora_goes_on_from_what_was_fitted_and_the_report_says_so() -> None:
+    found = pruned(steps=8, settle=0.5)
+    section = learning(found)
+    assert set(section["held_out_kl"]) == {"one-shot plan", "decided, with LoRA", "final, decided"}
+    assert found.results["structured"]["reconstruct"] == "dense"
+    assert found.results["structured"]["second_order_steps"]
+    consumers = {entry["name"] for entry in found.results["structured"]["consumers"]}
+    assert {"model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} <= consumers
+    assert found.results["structured"]["seconds"]["fit"] > 0
+    # Without steps behind the decision, and for kinds that cannot be fitted, LoRA alone makes up for what went.
+    assert build_pass("l0", {**SMALL, "settle": 0.0}).reconstruct == "none"
+    assert build_pass("l0", {"ratio": 0.4, "mode": "reference"}).reconstruct == "none"
+
+
 def test_the_drift_reaches_the_fit_and_what_is_no_number_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = []
     for drift in (0.0, 1.0):
@@ -207,8 +221,9 @@ def test_fine_tuning_learns_with_fixed_masks_and_is_merged(
     three = read_instructions(str(tmp_path / "long.json"), tiny_tokenizer, 16, 0)
     assert 0 < len(three.tokens) < 20
     assert bool(three.answers[:, 1:].any(1).all())
-    before = pruned(lora_lr=2e-2)
-    after = pruned(lora_lr=2e-2, post_steps=12, post_lr=2e-2)
+    exact = {"lora_lr": 2e-2, "forward_dtype": "float32"}
+    before = pruned(**exact)
+    after = pruned(**exact, post_steps=12, post_lr=2e-2)
     assert after.plan == before.plan
     section = learning(after)
     losses = [row["loss"] for row in section["post"]["curves"]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fxprune.channels import get_attribute
 from fxprune.curves import Limits
 from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, TrainingError, UsageError
 from fxprune.gates import fold_gates
@@ -55,7 +56,9 @@ def gated(**options: Any) -> GatedModel:
     return GatedModel(program(), groups(), **{"rank": 2, "drop_rate": 0.3, **options})
 
 
-def learner(tokens: Tensor | None = None, state: StateDirectory | None = None, **options: Any) -> Learner:
+def learner(
+    tokens: Tensor | None = None, state: StateDirectory | None = None, refit: Any = None, **options: Any
+) -> Learner:
     """A small training with gates that do not start from scores."""
     made = L0Options(**{"steps": 10, "settle": 0.2, "warm_up": 0.5, "lora_rank": 2, "save_every": 4, **options})
     model = gated(rank=made.lora_rank, hidden=made.hidden, checkpointing=made.checkpointing)
@@ -79,7 +82,7 @@ def learner(tokens: Tensor | None = None, state: StateDirectory | None = None, *
     else:
         projector = BudgetProjector(model.gates, costs, costs.budget(RATIO), limits)
         control = LagrangianBudget(model.gates, expected, sparsity, made, projector)
-    return Learner(model, control, text() if tokens is None else tokens, made, state)
+    return Learner(model, control, text() if tokens is None else tokens, made, state, refit=refit)
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -274,23 +277,73 @@ def test_a_lagrangian_that_misses_its_target_is_an_error_with_the_checkpoint_bef
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
+FITTED = ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj")
+
+
+def halved(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stands for a fit: two consumers have half their weights."""
+    assert all(set(value.unique().tolist()) <= {0, 1} for value in values.values())
+    return {name: get_attribute(program().graph_module, name).weight / 2 for name in FITTED}
+
+
+def test_behind_a_fit_the_student_has_its_weights_and_lora_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: p.clone() for name, p in program().graph_module.named_parameters()}
+    one = learner(refit=halved, settle=0.3)
+    kept = one.options.learning_steps
+    assert kept == 7
+    seen: list[tuple[int, float, bool]] = []
+    step = Learner._one
+
+    def watched(self: Learner, index: int) -> Any:
+        with torch.no_grad(), self.model.gates.applied(self.model.gates.ones()):
+            plain, _ = self.model(text(2))
+            with self.model.as_refit():
+                own, _ = self.model(text(2))
+        made = {name: p.detach().clone() for name, p in self.model.adapters.items()}
+        anew = all(torch.equal(made[name], value) for name, value in self.teachers.intact.adapters.items())
+        seen.append((index, float((plain - own).abs().max()), anew))
+        return step(self, index)
+
+    monkeypatch.setattr(Learner, "_one", watched)
+    one.run()
+    assert [(index, change > 0.01) for index, change, _ in seen] == [(index, index >= kept) for index in range(10)]
+    # The first step has nothing to learn: nothing is closed yet.
+    assert [index for index, _, anew in seen if anew] == [0, 1, kept]
+    # From its start, in a training of its own length, and held to the intact model.
+    assert [row["teacher"] for row in one.rows[kept:]] == [0.0] * 3
+    assert one.optimizer.state[next(iter(one.model.adapters.values()))]["step"] == 3
+    assert one.optimizer.param_groups[1]["lr"] == pytest.approx(one.options.lora_lr * cosine(2, 3))
+    assert not any(torch.equal(p, one.teachers.intact.adapters[n]) for n, p in one.model.adapters.items() if "_B" in n)
+    # The program is the dense one still; LoRA is merged into the fitted weights.
+    for name, parameter in program().graph_module.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    merged = one.model.merged()
+    ids, values = text(2, seed=3), one.settled().values
+    assert divergence(one.model, values, ids, one.teachers.intact, 2) == pytest.approx(
+        program_divergence(fold_gates(merged, values), program(), ids, None, 2), rel=1e-3
+    )
+
+
 def trained(path: Path, **options: Any) -> tuple[Learner, StateDirectory]:
     state = StateDirectory(path, {"steps": 10})
     return learner(state=state, **options), state
 
 
-@pytest.mark.parametrize("budget", ["hard", "lagrangian"])
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [({"budget": "hard"}, 6), ({"budget": "lagrangian", "tolerance": 1.0}, 6), ({"refit": halved, "settle": 0.4}, 9)],
+    ids=["hard", "lagrangian", "refit"],
+)
 def test_a_resumed_training_ends_with_the_same_bits(
-    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], end: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"budget": budget, "tolerance": 1.0}
     whole, kept = trained(tmp_path / "whole", **options)
     whole.run()
     broken, _ = trained(tmp_path / "broken", **options)
     one = Learner._one
 
     def fails(self: Learner, step: int) -> Any:
-        if step == 6:
+        if step == end:
             raise KeyboardInterrupt
         return one(self, step)
 
