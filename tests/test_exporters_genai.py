@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from fxprune.errors import ExportError, PreconditionError, UsageError, VerificationError
 from fxprune.exporters.genai import GenaiRunner, require_genai, write_genai_config
 from fxprune.exporters.ort import OrtRunner
+from fxprune.harness_model import RunnerLM
 from fxprune.passes.export_onnx import ExportOnnx
 from fxprune.passes.verify import Verify
 from fxprune.plan import Plan
-from fxprune.runners import Runner, greedy, position_ids_from_mask
+from fxprune.runners import GraphRunner, Runner, greedy, position_ids_from_mask
 from tests.conftest import SPECIAL_TOKENS, TINY_LINES
 from tests.families import located, random_plan
 from tests.proof import slimmed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 pytest.importorskip("onnxruntime_genai", reason="the extra genai is not installed")
 
+LM_EVAL = [("onnxruntime_ort", "ONNXRuntimeLM"), ("onnxruntime_genai", "ONNXRuntimeGenAILM")]
 MIXED = {"num_key_value_heads": 3, "vocab_size": 300}
 
 
@@ -93,6 +95,25 @@ def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Progr
     ]
     decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (2, 3)
+
+
+@pytest.mark.parametrize(("module", "model"), LM_EVAL)
+def test_the_own_back_ends_of_lm_eval_read_the_export(mixed: tuple[Program, Path], module: str, model: str) -> None:
+    """They score as `fxprune eval` does, mixed numbers of key/value heads or not."""
+    harness = pytest.importorskip(f"lm_eval.models.{module}", reason="lm-eval has no such back end yet")
+    program, out = mixed
+    assert program.source is not None
+    theirs = getattr(harness, model)(str(out), execution_provider="cpu")
+    slim = GraphRunner(program.graph_module, program.interface)
+    ours = RunnerLM(slim, program.source.tokenizer, batch_size=1)
+    ids = torch.randint(4, 300, (3, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    requests = [(None, row[:split], row[split:]) for row, split in zip(ids, (1, 6, 11), strict=True)]
+    expected = ours._loglikelihood_tokens(requests)
+    found = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (total, greedy_here), (other, greedy_there) in zip(expected, found, strict=True):
+        assert other == pytest.approx(total, abs=1e-3)
+        assert greedy_there == greedy_here
+    assert theirs.tok_encode("the cat") == program.source.tokenizer.encode("the cat", add_special_tokens=False)
 
 
 def test_wrong_text_is_found(mixed: tuple[Program, Path]) -> None:
