@@ -173,12 +173,13 @@ def distil_units(
         PreconditionError: see there.
         CalibrationError: see there.
     """
-    module = program.graph_module
     names = lora_targets(program, ("all",))  # ordinary Linears with weights of their own
-    root = own_projections(module, names)
+    root = own_projections(program.graph_module, names)
     masks = {}
     for name in names:
-        weight = get_attribute(root, name).weight
+        module = get_attribute(root, name)
+        # Steps are taken in place, and so far the storage is that of the program given.
+        module.weight = weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
         columns = kept.get(name, torch.ones((), dtype=torch.bool, device=weight.device))
         masks[name] = columns.expand(weight.shape)
     moved = program.replace(graph_module=root, channels=None)

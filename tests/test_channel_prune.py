@@ -285,6 +285,12 @@ def test_a_uniform_plan_adds_no_biases_and_loads_with_a_plain_config(
         torch.testing.assert_close(loaded(tokens).logits, logits(slim, slim.graph_module, tokens), rtol=1e-4, atol=1e-4)
 
 
+def test_steps_take_a_share_of_the_samples_unless_told() -> None:
+    found = [ChannelPrune(ratio=0.1, samples=samples).step_samples for samples in (32, 128, 256)]
+    assert found == [24, 24, 48]
+    assert ChannelPrune(ratio=0.1, samples=256, step_samples=7).step_samples == 7
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
