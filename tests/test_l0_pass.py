@@ -101,6 +101,21 @@ def test_learned_models_are_slimmed_and_verified(options: dict[str, Any]) -> Non
     assert section["removed_share"] >= SMALL["ratio"] - 1e-9
 
 
+def test_whole_layers_have_gates_that_learn() -> None:
+    found = pruned(tolerance=1.0, budget="lagrangian", kinds=["layers"], drop_rate=0.4, round_to=8, mask_lr=0.5)
+    (layers,) = [group for group in program().groups if group.kind == "layers"]
+    assert found.plan is not None
+    kept = list(found.plan.kept_units(layers))
+    assert 0 < len(kept) < layers.units
+    widths = [row["widths"][layers.name] for row in learning(found)["widths"]]
+    assert widths[-1] == len(kept)
+    slim = slimmed(found)
+    assert all(rung["passed"] for rung in slim.results["verify"])
+    present = {name.split(".")[2] for name, _ in slim.graph_module.named_parameters() if ".layers." in name}
+    assert present == {str(index) for index in kept}
+    assert found.results["structured"]["removed_share"] == pytest.approx(1 - len(kept) / layers.units)
+
+
 def test_the_reference_runs_as_the_paper_has_it() -> None:
     found = pruned(mode="reference", drop_rate=0.4, tolerance=1.0, round_to=8)
     section = learning(found)

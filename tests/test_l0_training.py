@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -495,3 +497,38 @@ def test_the_log_is_a_line_a_step_and_drops_what_was_not_saved(tmp_path: Path) -
         assert [row["step"] for row in log.rows] == [0, 1]
         log.add(2, {"loss": 0.0})
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_tensorboard_gets_the_figures_and_forgets_what_was_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer's interface is TensorBoard's; without the package nothing is written."""
+    made: list[Any] = []
+
+    class Writer:
+        def __init__(self, path: str, purge_step: int | None) -> None:
+            self.path, self.purge_step, self.scalars, self.closed = path, purge_step, [], False
+            made.append(self)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.scalars.append((name, value, step))
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    with TrainingLog(tmp_path / "log.jsonl", 2) as log:
+        log.add(0, {"loss": 2.0, "kl": 0.5})
+        log.add(1, {"loss": 1.0, "kl": 0.25})
+    with TrainingLog(tmp_path / "log.jsonl", 3, resumed_at=1):
+        pass
+    first, second = made
+    shown = [scalar for scalar in first.scalars if scalar[0] != "steps_per_second"]
+    assert shown == [("loss", 2.0, 0), ("kl", 0.5, 0), ("loss", 1.0, 1), ("kl", 0.25, 1)]
+    assert (first.path, first.purge_step, second.purge_step) == (str(tmp_path / "tensorboard"), None, 1)
+    assert first.closed
+    assert second.closed
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with TrainingLog(tmp_path / "log.jsonl", 2) as log:
+        log.add(0, {"loss": 2.0})
+    assert len(made) == 2
