@@ -1,6 +1,6 @@
 """Every road out of fxprune: does the deployed form compute and write what the slim graph does, how large, how fast.
 
-    python -m benchmarks.deployment [--family NAME ...] [--model DIR --ratio 0.3] [--speed] [--text FILE]
+    python -m benchmarks.deployment [--family NAME ...] [--plan ...] [--model DIR --ratio 0.3] [--speed] [--text FILE]
 
 The matrix has a row for each model, plan and form. Models are tiny random ones of five families (`tests/zoo.py`), or
 with `--model` a real one; plans keep the same widths in every layer (uniform) or different ones, other numbers of
@@ -213,8 +213,7 @@ def add_speed(arguments: argparse.Namespace, entries: list[dict[str, Any]], runn
 def compare_quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Dense, slim, int4 and slim + int4 of the model given, all in ONNX Runtime."""
     slim = slim_program(arguments, None, uniform=False)
-    lifted = slim.references["lifted"]
-    dense = slim.replace(graph_module=lifted.module, interface=lifted.interface)
+    dense = front_end(load_model(arguments.model), Stopwatch())
     assert slim.source is not None
     entries, runners = [], []
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
@@ -277,6 +276,8 @@ def main() -> None:
     parser = make_parser(__doc__, "deployment", samples=32)
     parser.add_argument("--family", nargs="*", default=list(FAMILIES), help="of tests/zoo.py; none: only --model")
     parser.add_argument("--model", help="hub id or directory of a real model")
+    plans = ["uniform", "mixed"]
+    parser.add_argument("--plan", nargs="*", default=plans, choices=plans, help="none: only the table of --text")
     parser.add_argument("--method", default="channel", help="structured method for the real model")
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--text", type=Path, help="text file for the perplexity of the real model")
@@ -296,10 +297,11 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "threads": arguments.threads, "matrix": []}
     models = [*arguments.family, *([None] if arguments.model else [])]
     for family in models:
-        for uniform in (True, False):
-            result["matrix"] += measure(arguments, family, uniform=uniform)
+        for plan in arguments.plan:
+            result["matrix"] += measure(arguments, family, uniform=plan == "uniform")
             write_results(arguments.out, result, quiet=True)
-    print(matrix_table(result["matrix"]))
+    if result["matrix"]:
+        print(matrix_table(result["matrix"]))
     if arguments.text is not None:
         result["quality"] = compare_quality(arguments)
         write_results(arguments.out, result, quiet=True)
