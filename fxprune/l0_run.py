@@ -19,7 +19,7 @@ from fxprune.errors import CalibrationError
 from fxprune.evaluate import hash_tokens
 from fxprune.gates import fold_gates
 from fxprune.hard_budget import BudgetProjector
-from fxprune.l0_finish import Finished, choose, refit
+from fxprune.l0_finish import Finished, choose, program_divergence, refit
 from fxprune.l0_model import GatedModel
 from fxprune.l0_post import Instructions, fine_tune, read_instructions
 from fxprune.l0_size import HardBudget, LagrangianBudget, expected_sparsity
@@ -213,16 +213,20 @@ class Run:
         )
 
     def _refit_decided(self, binary: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the dense model's consumers, fitted to the decided gates without LoRA."""
+        """The dense model's consumers, fitted to the decided gates without LoRA; none where LoRA does better."""
         begun = time.perf_counter()
         notes = self.learner.notes
-        notes["decided, with LoRA"] = self._divergence(binary)
+        learned = notes["decided, with LoRA"] = self._divergence(binary)
         done = self._refit(self.program, binary)
+        fitted = program_divergence(done.program, self.program, self.held, self.dtype, self.options.batch)
+        notes["decided, fitted"] = fitted
+        self.seconds["fit"] = time.perf_counter() - begun
+        if not fitted < learned:
+            return {}
         plan = done.program.plan
         assert plan is not None
         names = consumers_of(self.step.scored(self.program), plan, self.program.graph_module)
         notes["fit"] = {"consumers": [dict(one) for one in done.consumers], "notes": dict(done.notes)}
-        self.seconds["fit"] = time.perf_counter() - begun
         return {name: get_attribute(done.program.graph_module, name).weight for name in names}
 
     def _instructions(self, name: str) -> Instructions:

@@ -124,8 +124,8 @@ class Learner:
         tokens: (samples, length) int64 on the model's device.
         options: of the training.
         state: where it is kept; None keeps nothing.
-        refit: from the decided gates, (units,) by group, to weights by Linear, called when the gates stop learning;
-            None leaves the weights as they are.
+        refit: from the decided gates, (units,) by group, to weights by Linear, called when the gates stop learning; if
+            there are none, LoRA goes on as it is. None leaves the weights as they are, too.
 
     Attributes:
         teachers: the intact model, and earlier states of the student.
@@ -207,6 +207,8 @@ class Learner:
     def _fit(self, refit: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> None:
         """Go on with fitted weights, which make up for the units without LoRA, and with LoRA from its start."""
         self.model.refit = {name: weight.detach() for name, weight in refit(self.settled().values).items()}
+        if not self.model.refit:
+            return
         self.model.load_adapters(self.teachers.intact.adapters)
         for parameter in self.model.adapters.values():
             self.optimizer.state.pop(parameter, None)

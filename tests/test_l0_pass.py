@@ -176,7 +176,9 @@ def test_other_targets_and_uniform_widths_are_met() -> None:
 def test_lora_goes_on_from_what_was_fitted_and_the_report_says_so() -> None:
     found = pruned(steps=8, settle=0.5)
     section = learning(found)
-    assert set(section["held_out_kl"]) == {"one-shot plan", "decided, with LoRA", "final, decided"}
+    kl = section["held_out_kl"]
+    assert set(kl) == {"one-shot plan", "decided, with LoRA", "decided, fitted", "final, decided"}
+    assert kl["final, decided"] < kl["decided, fitted"] < kl["decided, with LoRA"]
     assert found.results["structured"]["reconstruct"] == "dense"
     assert found.results["structured"]["second_order_steps"]
     consumers = {entry["name"] for entry in found.results["structured"]["consumers"]}

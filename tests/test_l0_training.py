@@ -326,6 +326,14 @@ def test_behind_a_fit_the_student_has_its_weights_and_lora_starts_anew(monkeypat
     )
 
 
+def test_lora_goes_on_where_nothing_was_fitted() -> None:
+    one = learner(settle=0.3, refit=lambda _: {})
+    one.run()
+    assert not one.model.refit
+    # All ten steps are behind these moments: they were not thrown away at the seventh.
+    assert one.optimizer.state[next(iter(one.model.adapters.values()))]["step"] == 10
+
+
 def trained(path: Path, **options: Any) -> tuple[Learner, StateDirectory]:
     state = StateDirectory(path, {"steps": 10})
     return learner(state=state, **options), state
