@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,10 +17,8 @@ from fxprune.exporters import hub
 from fxprune.exporters.hub import push_to_hub
 from fxprune.exporters.model_card import refresh_model_card
 from fxprune.exporters.report import write_report
+from fxprune.manifest import read_manifest, verify_files, write_manifest
 from tests.slices import SMALL, Keep, cut, cuts_of, make_model, source_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 REPORT = {
     "model": "someone/dense",
@@ -102,6 +101,8 @@ class FakeApi:
     def __init__(self, error: Exception | None = None) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.error = error
+        self.sent: dict[str, bytes] = {}
+        self.read: Any = None
 
     def create_repo(self, repo_id: str, **options: Any) -> Any:
         if self.error is not None:
@@ -114,6 +115,10 @@ class FakeApi:
 
     def upload_folder(self, **options: Any) -> Any:
         self.calls.append(("upload_folder", options))
+        folder = Path(options["folder_path"])
+        self.sent = {name: (folder / name).read_bytes() for name in options["allow_patterns"]}
+        if self.read is not None:
+            self.read(folder)
         return type("Commit", (), {"commit_url": "https://hub/commit/1"})()
 
 
@@ -130,6 +135,32 @@ def test_a_whole_checkpoint_is_uploaded_with_its_card(tmp_path: Path) -> None:
     assert ".secret" not in pushed.files
     assert pushed.url == "https://hub/commit/1"
     assert 'load_model("me/slim")' in (directory / "README.md").read_text()
+
+
+def test_paths_of_this_machine_are_not_uploaded(tmp_path: Path) -> None:
+    home = str(tmp_path / "private" / "models" / "mine")
+    directory = written(tmp_path / "out", (8, 16), name=home)
+    options = {"ratio": 0.2, "calibration": f"{home}/notes.txt", "other": "C:\\Users\\me\\models\\mine"}
+    record = read_manifest(directory).model_copy(update={"history": ({"name": "channel", "options": options},)})
+    write_manifest(directory, record)
+    (directory / "report.json").write_text(json.dumps({**REPORT, "model": home}))
+    (directory / "report.md").write_text(f"#### {home}, pruned with {home}/notes.txt")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    api = FakeApi()
+    api.read = verify_files  # what is downloaded has a seal and hashes that hold
+    push_to_hub(directory, "me/slim", api=api)
+    text = b"".join(content for name, content in api.sent.items() if not name.endswith(".safetensors")).decode()
+    assert str(tmp_path) not in text
+    assert "Users" not in text
+    assert api.sent["report.md"] == b"#### mine, pruned with notes.txt"
+    assert json.loads(api.sent["report.json"]) == {**REPORT, "model": "mine"}
+    sent = json.loads(api.sent["fxprune.json"])
+    assert sent["source"]["name"] == "mine"
+    assert sent["history"][0]["options"] == {"ratio": 0.2, "calibration": "notes.txt", "other": "mine"}
+    assert api.sent["model.safetensors"] == before["model.safetensors"]
+    after = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert {name for name in after if after[name] != before[name]} <= {"README.md"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_nothing_damaged_or_foreign_is_uploaded(tmp_path: Path) -> None:
