@@ -81,7 +81,8 @@ class ChannelPrune(StructuredPass):
         step_samples: how many of the calibration samples each step uses, as long as there are as many; 3 of 16 by
             default, but 24 at least.
         distil_epochs: how often all projections then learn from the calibration text what the dense model predicts (see
-            `fxprune.weight_distillation`); 0 leaves it out. Minutes where the rest takes seconds a budget, and better.
+            `fxprune.weight_distillation`); 0 leaves it out. It costs minutes a budget and brings little where little
+            was lost: at 20%, with 64 samples, the divergence on others falls from 0.265 to 0.260 nats a token.
         distil_rate: their highest learning rate, a share of the root mean square of a Linear's weights.
         **options: of every structured method, see `StructuredPass`.
     """
@@ -100,7 +101,7 @@ class ChannelPrune(StructuredPass):
         steps: int = 2,
         step_samples: int | None = None,
         distil_epochs: float = 0.0,
-        distil_rate: float = 2e-3,
+        distil_rate: float = 5e-4,
         **options: Any,
     ) -> None:
         super().__init__(**options)
