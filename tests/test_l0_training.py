@@ -111,6 +111,8 @@ def test_merged_and_folded_weights_compute_what_gates_and_adapters_did() -> None
 
 
 def test_student_and_teachers_share_the_weights_which_stay_as_they_were() -> None:
+    for parameter in program().graph_module.parameters():
+        parameter.grad = None  # other tests share the program, and may have differentiated it
     before = {name: p.clone() for name, p in program().graph_module.named_parameters()}
     shared = {p.data_ptr() for p in program().graph_module.parameters()}
     one = learner()
@@ -247,7 +249,7 @@ def test_masks_alone_learn_to_the_end() -> None:
 
 
 def test_a_lagrangian_draws_the_size_to_its_target() -> None:
-    rates: dict[str, Any] = {"mask_lr": 0.3, "multiplier_lr": 0.1, "tolerance": 0.2}
+    rates: dict[str, Any] = {"mask_lr": 0.3, "multiplier_lr": 0.1, "tolerance": 0.2, "lora_lr": 1e-3}
     one = learner(text(4, 6), budget="lagrangian", steps=120, warm_up=0.3, settle=0.1, distillation="none", **rates)
     with torch.no_grad():
         for parameter in one.model.gates.parameters():
