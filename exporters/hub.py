@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import ExportError
 from fxprune.exporters.model_card import refresh_model_card
-from fxprune.manifest import MANIFEST_NAME, Manifest, seal_of, verify_files
+from fxprune.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files, write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,9 +80,10 @@ def push_to_hub(
     files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
     api = HfApi() if api is None else api
     home = directory.resolve()
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{home.name}.push-", dir=home.parent) as scratch:
-            staged = _without_local_paths(files, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix=f".{home.name}.push-", dir=home.parent) as scratch:
+        staged = _without_local_paths(files, Path(scratch))
+        size = sum(path.stat().st_size for path in staged)
+        try:
             created = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
             named = getattr(created, "repo_id", repo_id)
             if revision is not None:
@@ -95,12 +97,11 @@ def push_to_hub(
                 allow_patterns=[path.name for path in staged],
                 ignore_patterns=_HIDDEN,
             )
-            size = sum(path.stat().st_size for path in staged)
-    except Exception as error:  # wrong ids, no token, HTTP errors; the HTTP client's own share no base but Exception
-        raise ExportError(
-            f"{directory} was not uploaded to {repo_id}: {type(error).__name__}: {error}; check the name, the network, "
-            "and that `hf auth login` was run with a token that may write"
-        ) from error
+        except Exception as error:  # wrong ids, no token, HTTP errors, whose types share no base but Exception
+            raise ExportError(
+                f"{directory} was not uploaded to {repo_id}: {type(error).__name__}: {error}; check the name, the "
+                "network, and that `hf auth login` was run with a token that may write"
+            ) from error
     url = str(getattr(commit, "commit_url", commit))
     return Pushed(str(named), url, tuple(path.name for path in staged), size)
 
@@ -116,14 +117,12 @@ def _without_local_paths(files: list[Path], scratch: Path) -> list[Path]:
             continue
         text = read[path.name]
         for local in sorted(found, key=len, reverse=True):  # what lies in a directory goes before the directory
-            text = text.replace(json.dumps(local)[1:-1], _last(local)).replace(local, _last(local))
+            for form in (json.dumps(local)[1:-1], local):
+                # Behind a letter or in `</main>` it is part of something else.
+                text = re.sub(rf"(?<![\w<]){re.escape(form)}", _last(local).replace("\\", r"\\"), text)
         target.write_text(text, encoding="utf-8")
-    record = scratch / MANIFEST_NAME
-    manifest = Manifest.model_validate_json(record.read_text(encoding="utf-8"))
-    record.write_text(
-        manifest.model_copy(update={"seal": seal_of(manifest)}).model_dump_json(indent=2) + "\n", encoding="utf-8"
-    )
-    verify_files(scratch)
+    write_manifest(scratch, Manifest.model_validate_json((scratch / MANIFEST_NAME).read_text(encoding="utf-8")))
+    read_manifest(scratch)  # the weights are those that were compared a moment ago; they are not read again
     return [scratch / path.name for path in files]
 
 
@@ -137,7 +136,7 @@ def _local_paths(data: Any) -> Iterator[str]:
             yield from _local_paths(value)
     elif isinstance(data, str) and len(data) > 1 and "\n" not in data:
         windows = PureWindowsPath(data)
-        if PurePosixPath(data).is_absolute() or (windows.is_absolute() and windows.drive):
+        if (PurePosixPath(data).is_absolute() or (windows.is_absolute() and windows.drive)) and _last(data):
             yield data
 
 
