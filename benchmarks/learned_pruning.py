@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.common import add_leaderboard_options, conditions, spread
 from benchmarks.structured_pruning import TASKS, figure, key, quality
+from benchmarks.structured_pruning import measure as one_shot_cells
 from fxprune.default_model import default_model_path
 from fxprune.l0_model import GatedModel
 from fxprune.l0_training import Learner, next_token_loss
@@ -58,7 +59,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"distillation": "plain"},
     "progressive": {"distillation": "progressive"},
 }
-"""Rows, and what makes them: options of the pass `l0` but for the first two."""
+"""Rows, and what makes them: options of the pass `l0` but for `ONE_SHOT`."""
 LABELS = {
     "channel": "one-shot (`channel`)",
     "masks": "learned, masks only",
@@ -69,15 +70,15 @@ LABELS = {
     "plain": "ablation: plain distillation",
     "progressive": "ablation: progressive distillation",
 }
+ONE_SHOT = ("dense", "channel")
+"""Rows that the leaderboard of structured methods measures."""
 STEPS = ("LoRA alone (peft, transformers' model)", "distillation without gates", "learned pruning")
 
 
-def options_of(arguments: argparse.Namespace, method: str, seed: int, ratio: float) -> tuple[str, dict[str, Any]]:
-    """The pass and the options of a cell."""
+def options_of(arguments: argparse.Namespace, method: str, seed: int, ratio: float) -> dict[str, Any]:
+    """The options of a learned cell."""
     text = str(arguments.data / "calibration" / "sample_c4-rp1.jsonl")
     common = {"ratio": ratio, "calibration": text, "seed": seed}
-    if method == "channel":
-        return "channel", {**common, "samples": arguments.samples, "seq_len": 512}
     ablation = method in {"lm loss", "plain", "progressive"}
     steps = arguments.ablation_steps if ablation else arguments.steps
     further = {**METHODS[method], **json.loads(arguments.options)}
@@ -90,22 +91,27 @@ def options_of(arguments: argparse.Namespace, method: str, seed: int, ratio: flo
         own |= {"post_steps": arguments.post_steps}
         if arguments.instructions:
             own |= {"post_data": str(arguments.instructions)}
-    return "l0", {**common, **own, "state": str(state), **further}
+    return {**common, **own, "state": str(state), **further}
 
 
-def measure(arguments: argparse.Namespace, method: str, seed: int, ratio: float) -> None:
-    """One cell: a line of JSON on standard output."""
+def one_shot_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What the leaderboard of structured methods is told for a row of its own: `--options` are of learned rows."""
+    return argparse.Namespace(**{**vars(arguments), "options": "{}", "speed": False})
+
+
+def measure(arguments: argparse.Namespace, method: str, seed: int, ratios: list[float]) -> None:
+    """Cells of one process: a line of JSON for each on standard output."""
+    if method in ONE_SHOT:  # all ratios from one calibration
+        one_shot_cells(one_shot_arguments(arguments), method, seed, ratios)
+        return
+    (ratio,) = ratios
     torch.set_num_threads(arguments.threads)
     entry: dict[str, Any] = {"method": method, "seed": seed, "ratio": ratio, "conditions": facts(arguments, method)}
-    if method == "dense":
-        figures = quality(arguments, arguments.model or str(default_model_path()))
-        print(json.dumps({**entry, **figures, "threads": arguments.threads}), flush=True)
-        return
     program = front_end(load_model(arguments.model or str(default_model_path())), Stopwatch())
     start = time.perf_counter()
-    name, options = options_of(arguments, method, seed, ratio)
-    entry["continued"] = "state" in options and Path(options["state"], "state.json").is_file()
-    pruned = build_pass(name, options)(program).program
+    options = options_of(arguments, method, seed, ratio)
+    entry["continued"] = Path(options["state"], "state.json").is_file()
+    pruned = build_pass("l0", options)(program).program
     assert pruned.plan is not None
     section = pruned.results["structured"]
     learned = section.get("learning", {})
@@ -131,9 +137,9 @@ def measure(arguments: argparse.Namespace, method: str, seed: int, ratio: float)
 
 def facts(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """What must be the same for a cell that was measured earlier to count."""
+    if method in ONE_SHOT:
+        return conditions(one_shot_arguments(arguments))
     found = conditions(arguments)
-    if method in {"dense", "channel"}:
-        return found
     steps = arguments.ablation_steps if method in {"lm loss", "plain", "progressive"} else arguments.steps
     found |= {"sequences": arguments.sequences, "length": arguments.length, "batch": arguments.batch, "steps": steps}
     found["method_options"] = METHODS[method]
@@ -307,12 +313,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         write_json(arguments.out, {**data, "machine": machine()})
         return dict(data)
     for method in arguments.method:
+        ratios = [0.0] if method == "dense" else arguments.ratio
         for seed in arguments.seed if method != "dense" else [0]:
-            for ratio in arguments.ratio if method != "dense" else [0.0]:
-                wanted = {"method": method, "seed": seed, "ratio": ratio, "conditions": facts(arguments, method)}
-                if any(key(cell) == key(wanted) for cell in data["cells"]):
-                    continue
-                for cell in worker([method, seed, ratio]):
+            wanted = {"method": method, "seed": seed, "conditions": facts(arguments, method)}
+            known = {key(cell) for cell in data["cells"]}
+            missing = [ratio for ratio in ratios if key({**wanted, "ratio": ratio}) not in known]
+            # What calibrates once for all ratios is one process, a training is one each.
+            for together in [missing] if method in ONE_SHOT and missing else [[ratio] for ratio in missing]:
+                for cell in worker([method, seed, together]):
                     data["cells"].append(cell)
                     told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "held_out_kl", "seconds")
                     print({name: cell.get(name) for name in told}, flush=True)
