@@ -5,8 +5,9 @@
 DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.jsonl` for the calibration text. A method
 calibrates once for all ratios, in a process of its own. For each ratio the model is pruned, slimmed and verified
 (slim = masked), saved, loaded back in bfloat16 and evaluated; with `--speed` it is exported to ONNX, verified in ONNX
-Runtime, and timed interleaved with the dense model. Each cell is written as soon as it is measured: a run that is
-interrupted goes on with what is missing. `--plain` prints the table of what is there.
+Runtime, and timed interleaved with the dense model. Cells that were measured before without it are not pruned again: a
+model of their shapes is exported, verified and timed, whose weights are the dense model's. Each cell is written as soon
+as it is measured: a run that is interrupted goes on with what is missing. `--plain` prints the table of what is there.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from benchmarks.common import USUAL_SAMPLES, add_leaderboard_options, conditions, spread
+from fxprune.curves import Limits, head_curve
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
+from fxprune.groups import AttentionGroup
 from fxprune.harness import evaluate_tasks
 from fxprune.loading import load_model
 from fxprune.measure import machine, peak_rss_bytes
 from fxprune.output import write_json
 from fxprune.pipeline import Pipeline, build_pass
+from fxprune.plan import Plan
 from fxprune.pruning import pass_of
 from fxprune.runners import EagerRunner
 from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed
@@ -126,6 +131,39 @@ def speed(arguments: argparse.Namespace, slim: Program, onnx: Path) -> dict[str,
     return {"speed": [result.to_json() for result in results]}
 
 
+def plan_of(program: Program, counts: dict[str, int]) -> Plan:
+    """A plan with so many units in each group; which ones they are makes no difference in time.
+
+    In an attention whole KV heads go first: the counts do not say how many KV heads there are.
+    """
+    kept: dict[str, tuple[int, ...]] = {}
+    for group in program.groups:
+        count = counts[group.name]
+        if count == group.units:
+            continue
+        if isinstance(group, AttentionGroup):
+            curve = head_curve(group, lambda _: 0.0, np.zeros(group.units), Limits(min_keep=0.0))
+            found = [level.kept for level in curve.levels if len(level.kept) == count]
+            kept[group.name] = min(found, key=lambda heads: len(group.kv_kept(heads)))
+        else:
+            kept[group.name] = tuple(range(count))
+    return Plan.of(kept)
+
+
+def time_shapes(arguments: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
+    """Time models of the shapes that cells have: a line of JSON for each, the cell with its speed."""
+    torch.set_num_threads(arguments.threads)
+    program = front_end(load_model(arguments.model or str(default_model_path())), Stopwatch())
+    for cell in cells:
+        masked = Pipeline([build_pass(name, {}) for name in ("insert_masks", "slim", "verify")])
+        slim = masked(program.replace(plan=plan_of(program, cell["kept"]))).program
+        with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
+            found = speed(arguments, slim, Path(scratch) / "onnx")
+        del slim
+        gc.collect()
+        print(json.dumps({**cell, **found}), flush=True)
+
+
 def table(cells: list[dict[str, Any]]) -> str:
     """A Markdown table: a row for each method and ratio, seeds together."""
     lines = [
@@ -182,31 +220,36 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     seedless = {"dense", "magnitude"}
     wanted = [(m, seed) for m in arguments.method for seed in (arguments.seed if m not in seedless else [0])]
     for method, seed in wanted:
-        known = {
-            cell["ratio"]
+        ratios = [0.0] if method == "dense" else arguments.ratio
+        known = [
+            cell
             for cell in cells
-            if (cell["method"], cell["seed"], cell["conditions"]) == (method, seed, here)
-            and (method == "dense" or not arguments.speed or "speed" in cell)
-        }
-        missing = [ratio for ratio in ([0.0] if method == "dense" else arguments.ratio) if ratio not in known]
-        if not missing:
-            continue
-        passed = [part for part in sys.argv[1:] if part != "--plain"]
-        command = [sys.executable, "-m", "benchmarks.structured_pruning", *passed]
-        command += ["--cell", json.dumps([method, seed, missing])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                if not line.startswith("{"):
-                    continue
-                cell = json.loads(line)
-                cells = [old for old in cells if key(old) != key(cell)] + [cell]
-                told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")
-                print({name: cell.get(name) for name in told}, flush=True)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(arguments.out, {"cells": cells, "machine": machine()})
-        if worker.returncode:
-            raise SystemExit(f"{method}: the measuring process ended with {worker.returncode}")
+            if (cell["method"], cell["seed"], cell["conditions"]) == (method, seed, here) and cell["ratio"] in ratios
+        ]
+        missing = [ratio for ratio in ratios if ratio not in {cell["ratio"] for cell in known}]
+        untimed = [cell for cell in known if arguments.speed and method != "dense" and "speed" not in cell]
+        for work in [{"prune": [method, seed, missing]}] * bool(missing) + [{"time": [untimed]}] * bool(untimed):
+            cells = collect(arguments, cells, work)
+    return cells
+
+
+def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: dict[str, list[Any]]) -> list[Any]:
+    """All cells with those that a process of its own measures, written as they come."""
+    passed = [part for part in sys.argv[1:] if part != "--plain"]
+    command = [sys.executable, "-m", "benchmarks.structured_pruning", *passed, "--cell", json.dumps(work)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            if not line.startswith("{"):
+                continue
+            cell = json.loads(line)
+            cells = [old for old in cells if key(old) != key(cell)] + [cell]
+            told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")
+            print({name: cell.get(name) for name in told}, flush=True)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.out, {"cells": cells, "machine": machine()})
+    if worker.returncode:
+        raise SystemExit(f"{next(iter(work))}: the measuring process ended with {worker.returncode}")
     return cells
 
 
@@ -220,7 +263,8 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="export to ONNX and time it too")
     arguments = parser.parse_args()
     if arguments.cell:
-        measure(arguments, *json.loads(arguments.cell))
+        for work, given in json.loads(arguments.cell).items():
+            (measure if work == "prune" else time_shapes)(arguments, *given)
         return
     cells = json.loads(arguments.out.read_text())["cells"] if arguments.plain else run(arguments)
     print(table(cells))
