@@ -17,7 +17,7 @@ from fxprune.machine import machine
 from fxprune.measure import SpeedResult, bound_of, interleaved_times, ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
-from fxprune.runtimes import check_runtime, open_in, runtime_of
+from fxprune.runtimes import check_precision, check_runtime, open_in, runtime_of
 from fxprune.workflow import Stopwatch, cases_of, front_end
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def run_bench(
         For JSON (`speed`, `forms`, `machine`, and `gate` when asked for), and the verdict when one was asked for.
 
     Raises:
-        UsageError: a form does not run in a runtime, or an option is out of range.
+        UsageError: a form does not run in a runtime, a precision is asked of ONNX graphs alone, or an option is out of
+            range.
         FxpruneError: a form cannot be opened, exported or run.
     """
     check_target(target)
@@ -100,6 +101,8 @@ def run_bench(
     runtimes = [check_runtime(name) for name in work.runtimes or dict.fromkeys(map(runtime_of, forms))]
     if not work.runtimes and len(runtimes) > 1:
         raise UsageError(f"cannot compare {' with '.join(runtimes)}; name the runtime for all forms with --runtime")
+    if not {"torch", "torch.compile"} & set(runtimes):
+        check_precision(forms, work.dtype)
     if "genai" in runtimes and max(work.batches) > 1:
         raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
     rounds = [

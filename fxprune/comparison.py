@@ -31,6 +31,7 @@ from fxprune.loading import load_config, load_tokenizer, max_positions
 from fxprune.machine import machine
 from fxprune.paired import TESTS, PairedTest, holm, paired_test
 from fxprune.reporting import versions
+from fxprune.runtimes import check_precision
 from fxprune.scoring import named_length
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def run_comparison(
         The sections of `fxprune.exporters.report_comparison.Comparison`.
 
     Raises:
-        UsageError: fewer than two forms, one form twice, nothing to measure, an unknown task or device, or an option is
-            out of range.
+        UsageError: fewer than two forms, one form twice, nothing to measure, an unknown task or device, a precision
+            where all forms are ONNX graphs, or an option is out of range.
         CalibrationError: a text or a task's data cannot be used, or `lm-eval` is not installed.
         CheckpointError: a form cannot be loaded, has no tokenizer, or changes while it is measured.
         ExportError: an ONNX graph cannot be loaded or run.
@@ -96,6 +97,7 @@ def run_comparison(
     if len(set(forms)) < len(forms):
         raise UsageError(f"a form is named twice: {', '.join(forms)}; its figures would be the same")
     check_evaluation(what)
+    check_precision(forms, what.dtype)
     cache = EvaluationCache.of_user() if cache is None else cache
     texts = {path: digest(read_text(path)) for path in what.ppl}
     if what.tasks:

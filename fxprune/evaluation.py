@@ -13,6 +13,7 @@ from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
 from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
 from fxprune.harness_tasks import HarnessTask, load_tasks
 from fxprune.loading import load_tokenizer, resolve_device
+from fxprune.runtimes import check_precision
 from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
@@ -76,12 +77,14 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
         For JSON: the model, the perplexities and the tasks.
 
     Raises:
-        UsageError: nothing to measure, an unknown task or device, or an option is out of range.
+        UsageError: nothing to measure, an unknown task or device, a precision for an ONNX graph, or an option is out of
+            range.
         CalibrationError: a text or a task's data cannot be used, or `lm-eval` is not installed.
         CheckpointError: the model cannot be loaded, or has no tokenizer.
         VerificationError: the model returned numbers that are not finite.
     """
     check_evaluation(what)
+    check_precision([model], what.dtype)
     if what.tasks:
         say(f"loading {', '.join(what.tasks)}")
     tasks = load_tasks(what.tasks, what.data) if what.tasks else []

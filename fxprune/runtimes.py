@@ -25,9 +25,9 @@ from fxprune.runners import EagerRunner
 from fxprune.workflow import OpenForm, Stopwatch, front_end
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["RUNTIMES", "check_runtime", "open_in", "runtime_of"]
+__all__ = ["RUNTIMES", "check_precision", "check_runtime", "open_in", "runtime_of"]
 
 
 def runtime_of(where: str) -> str:
@@ -44,6 +44,19 @@ def check_runtime(name: str) -> str:
     if name not in RUNTIMES:
         raise UsageError(f"runtime {name!r} is unknown; use {', '.join(RUNTIMES)}")
     return name
+
+
+def check_precision(forms: Sequence[str], dtype: str | None) -> None:
+    """Refuse a precision that would do nothing: where every form is an ONNX graph, none is loaded in it.
+
+    Raises:
+        UsageError: that is so.
+    """
+    if dtype is not None and all(_graph(form) is not None for form in forms):
+        raise UsageError(
+            f"{', '.join(forms)}: an ONNX graph has its precision in the file, so --dtype {dtype} would change "
+            "nothing; leave it out, or name the checkpoint"
+        )
 
 
 def open_in(

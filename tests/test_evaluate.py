@@ -10,11 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from fxprune.benchmarking import Workload, run_bench
+from fxprune.comparison import run_comparison
 from fxprune.errors import CalibrationError, UsageError, VerificationError
 from fxprune.evaluate import file_perplexity, hash_tokens, paragraphs, perplexity, read_text, tokenise
 from fxprune.evaluation import Evaluation, run_evaluation
 from fxprune.loading import load_model
 from fxprune.runners import EagerRunner, GraphRunner, Past
+from fxprune.runtimes import check_precision
 from fxprune.tracing import trace
 from fxprune.workflow import OpenForm, open_form
 
@@ -222,3 +225,18 @@ def test_a_device_that_cannot_be_used_is_a_usage_error(tiny_llama_dir: Path, tmp
     (tmp_path / "model.onnx").touch()
     with pytest.raises(UsageError, match="is an ONNX graph, which runs on the CPU here, not on meta"):
         open_form(str(tmp_path), device="meta")
+
+
+def test_a_precision_that_no_form_is_loaded_in_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    graph, told = str(tmp_path), "has its precision in the file, so --dtype bfloat16"
+    what = Evaluation(ppl=[text], dtype="bfloat16")
+    with pytest.raises(UsageError, match=told):
+        run_evaluation(graph, what, Console(quiet=True), print)
+    with pytest.raises(UsageError, match=told):
+        run_comparison([graph, str(tmp_path / "model.onnx")], what, print)
+    with pytest.raises(UsageError, match=told):
+        run_bench([graph, graph], Workload(dtype="bfloat16"), Console(quiet=True), print)
+    check_precision([graph, str(tiny_llama_dir)], "bfloat16")  # the checkpoint is loaded in it
