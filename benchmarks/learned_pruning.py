@@ -55,11 +55,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "post": {},
     "uniform": {"uniform": True},
-    "lm loss": {"distillation": "none"},
-    "plain": {"distillation": "plain"},
-    "progressive": {"distillation": "progressive"},
+    "lm loss": {"distillation": "none", "reconstruct": "none"},
+    "plain": {"distillation": "plain", "reconstruct": "none"},
+    "progressive": {"distillation": "progressive", "reconstruct": "none"},
 }
-"""Rows, and what makes them: options of the pass `l0` but for `ONE_SHOT`."""
+"""Rows, and what makes them: options of the pass `l0` but for `ONE_SHOT`. The ablation goes without the fit of what is
+left, which would make up for most of what the losses differ by."""
 LABELS = {
     "channel": "one-shot (`channel`)",
     "masks": "learned, masks only",
