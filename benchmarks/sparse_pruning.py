@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "alps": ("alps", {}),
     "alps, allocated": ("alps", {"allocation": "loss"}),
     "alps, distilled": ("alps", {"distil_epochs": 1.0}),
+    "alps, distilled on a quarter": ("alps", {"distil_epochs": 0.25}),
     "alps, allocated, distilled": ("alps", {"allocation": "loss", "distil_epochs": 1.0}),
 }
 """Rows of the table: a pass and its options."""

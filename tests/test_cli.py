@@ -111,7 +111,7 @@ def test_prune_sets_weights_to_zero_and_says_what_that_buys(
     out = tmp_path / "sparse"
     status, shown, err = run(
         "prune", tiny_llama_dir, "--method", "wanda", "--sparsity", 0.5, "--out", out,
-        "--calibration", text, *PRUNE,
+        "--calibration", text, *PRUNE, "--option", "distil_epochs=2", "--option", "distil_rate=0.01",
     )  # fmt: skip
     assert status == 0, err
     assert "wanda, 0.5; zeros: 50.0% of" in shown
@@ -120,6 +120,9 @@ def test_prune_sets_weights_to_zero_and_says_what_that_buys(
     report = json.loads((out / "report.json").read_text())
     assert report["method"] == report["sparsity"]["method"] == "wanda"
     assert report["sparsity"]["dense_linears"] == ["lm_head"]
+    distilled = report["sparsity"]["distilled"]
+    assert distilled["steps"] > 1
+    assert distilled["kept"] == (distilled["after"] < distilled["before"])
     assert {"calibrate", "prune", "verify", "save"} <= set(report["seconds"])
     assert all(rung["passed"] for rung in report["verify"])
     assert "reloaded checkpoint = slim" in {rung["rung"] for rung in report["verify"]}
