@@ -19,7 +19,8 @@ Refused:
  3. LoRA targets that match no Linear or one whose weight is tied, and gates of hidden channels or layers under a hard
     budget;
  4. a training that diverges, or a Lagrangian that misses its target: the last good checkpoint is kept;
- 5. a state directory of a training with other settings.
+ 5. a state directory of a training with other settings;
+ 6. options that have no part in the training that is asked for, such as `tolerance` under a hard budget.
 """
 
 from __future__ import annotations
@@ -200,10 +201,31 @@ class L0Prune(StructuredPass):
             )
         if extra and (self.round_to, self.min_keep) != (_ROUND_TO, _MIN_KEEP):
             raise UsageError(f"with gates of {extra[0]} widths are what the gates say: leave round_to and min_keep out")
+        self._check_idle()
         made = self.training_options(layers=True)
         target = self.targets[0]
         # Other targets become a sparsity when the model is known; when it is reached is known now.
         made.schedule_to(target.value if target.kind == "ratio" else 0.5)
+
+    def _check_idle(self) -> None:
+        """Refuse what was asked for and has no part in this training. Sizes of parts that are left out may stay."""
+        idle = {
+            "budget=hard": (self.budget == "hard", ("multiplier_lr", "tolerance")),
+            "warm_start=false": (not self.warm_start, ("spread",)),
+            "a warm start and budget=hard": (self.warm_start and self.budget == "hard", ("drop_rate",)),
+            f"distillation={self.distillation}": (
+                self.distillation != "progressive",
+                ("gap", "interval", "teacher_bytes"),
+            ),
+            "distillation=none": (self.distillation == "none", ("temperature", "layer_weight")),
+            "lora_rank=0": (not self.lora_rank, ("lora_lr", "lora_alpha")),
+            "post_steps=0": (not self.post_steps, ("post_lr",)),
+        }
+        defaults = constructor_options(L0Prune)
+        for why, (is_so, names) in idle.items():
+            for name in names:
+                if is_so and getattr(self, name) != defaults[name][0].default:
+                    raise UsageError(f"{name}={getattr(self, name)} has no part in a training with {why}: leave it out")
 
     def training_options(self, *, layers: bool) -> L0Options:
         """The settings of the training.

@@ -41,6 +41,7 @@ SMALL: dict[str, Any] = {
     "round_to": 4,
     "lora_rank": 2,
 }
+LAGRANGIAN: dict[str, Any] = {"budget": "lagrangian", "tolerance": 1.0, "drop_rate": 0.4, "round_to": 8}
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def learning(found: Program) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"budget": "lagrangian", "kinds": ["attention", "mlp", "hidden"], "drop_rate": 0.4, "round_to": 8}],
+    [{}, {**LAGRANGIAN, "kinds": ["attention", "mlp", "hidden"]}],
     ids=["fixed", "fixed with hidden channels"],
 )
 def test_learned_models_are_slimmed_and_verified(options: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def test_learned_models_are_slimmed_and_verified(options: dict[str, Any]) -> Non
     It never slims; K and V stay, and grouped queries crash; embeddings stay under a hidden mask, and norms divide by
     4096. Folding, float64 sizes and the divergence per token have tests of their own beside what computes them.
     """
-    found = pruned(tolerance=1.0, **options)
+    found = pruned(**options)
     slim = slimmed(found)
     assert all(rung["passed"] for rung in slim.results["verify"])
     assert {"masked = eager without the units", "slim = masked"} <= {r["rung"] for r in slim.results["verify"]}
@@ -102,7 +103,7 @@ def test_learned_models_are_slimmed_and_verified(options: dict[str, Any]) -> Non
 
 
 def test_whole_layers_have_gates_that_learn() -> None:
-    found = pruned(tolerance=1.0, budget="lagrangian", kinds=["layers"], drop_rate=0.4, round_to=8, mask_lr=0.5)
+    found = pruned(**LAGRANGIAN, kinds=["layers"], mask_lr=0.5)
     (layers,) = [group for group in program().groups if group.kind == "layers"]
     assert found.plan is not None
     kept = list(found.plan.kept_units(layers))
@@ -333,6 +334,13 @@ def test_what_makes_no_sense_is_refused_before_any_work(monkeypatch: pytest.Monk
         ({"lora_rank": 0, "lora_targets": ["q_proj"]}, "leaves out"),
         ({"batch": 0, "steps": None}, "batch must be"),
         ({"mode": "reference"}, "leave round_to"),
+        ({"tolerance": 0.1}, "tolerance=0.1 has no part in a training with budget=hard"),
+        ({"drop_rate": 0.1}, "a warm start and budget=hard"),
+        ({"warm_start": False, "spread": 2.0}, "warm_start=false"),
+        ({"distillation": "plain", "interval": 0.1}, "distillation=plain"),
+        ({"distillation": "none", "layer_weight": 0.1}, "distillation=none"),
+        ({"lora_rank": 0, "lora_lr": 0.1}, "lora_rank=0"),
+        ({"post_lr": 0.1}, "post_steps=0"),
     ):
         with pytest.raises(UsageError, match=match):
             build_pass("l0", {**SMALL, **options})
