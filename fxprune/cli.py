@@ -282,46 +282,7 @@ app.command()(cli_export.verify)
 
 
 app.command()(cli_measure.bench)
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint, hub id, or ONNX directory with its tokenizer.")],
-    ppl: Annotated[list[Path] | None, typer.Option(help="Text file for the perplexity; repeat for several.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval's harness, separated by commas.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Directory with the tasks' files; the hub by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many documents of a task.", min=1)] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window of a text.", min=2)] = 512,
-    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows of a text.", min=1)] = None,
-    batch_size: Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")] = "auto",
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens of a task's sequence; the model's by default.", min=2)
-    ] = None,
-    tokenizer: cli_measure.Tokenizer = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    json: Json = None,
-) -> None:
-    """Perplexity and zero-shot tasks of any form of a model."""
-    from fxprune.batching import parse_batch_size
-    from fxprune.evaluation import Evaluation, run_evaluation
-
-    what = Evaluation(
-        ppl=ppl or (),
-        tasks=[name.strip() for names in tasks or () for name in names.split(",") if name.strip()],
-        data=data,
-        limit=limit,
-        window=window,
-        windows=windows,
-        batch_size=parse_batch_size(batch_size),
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
-        tokenizer=tokenizer,
-    )
-    _write_json(json, run_evaluation(model, what, _out, _say))
-
-
+app.command("eval")(cli_measure.evaluate)
 app.command()(cli_measure.compare)
 app.command()(cli_push.push)
 

@@ -1,4 +1,4 @@
-"""The commands that measure forms of a model against each other: `fxprune bench` and `fxprune compare`."""
+"""The commands that measure forms of a model: `fxprune bench`, `fxprune eval` and `fxprune compare`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["bench", "compare"]
+__all__ = ["bench", "compare", "evaluate"]
 
 Output = Annotated[Path | None, typer.Option(help="Directory for report.json, report.html and report.md.")]
 Markdown = Annotated[Path | None, typer.Option(help="Write the Markdown, for a pull request, to this file.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer of forms that have none: directory or hub id.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of torch models; as saved by default.")]
+Ppl = Annotated[list[Path] | None, typer.Option(help="Text file for the perplexity; repeat for several.")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval's harness, separated by commas.")]
+Data = Annotated[Path | None, typer.Option(help="Directory with the tasks' files; the hub by default.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many documents of a task.", min=1)]
+Window = Annotated[int, typer.Option(help="Tokens per window of a text.", min=2)]
+Windows = Annotated[int | None, typer.Option(help="Use only the first so many windows of a text.", min=1)]
+BatchSize = Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")]
+Device = Annotated[str, typer.Option(help="Where torch models run.")]
 _DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+
+
+def _named(tasks: list[str] | None) -> list[str]:
+    """The tasks that were named, one by one or separated by commas."""
+    return [name.strip() for names in tasks or () for name in names.split(",") if name.strip()]
 
 
 def bench(
@@ -81,22 +94,63 @@ def bench(
         raise typer.Exit(1)
 
 
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint, hub id, or ONNX directory with its tokenizer.")],
+    ppl: Ppl = None,
+    tasks: Tasks = None,
+    data: Data = None,
+    limit: Limit = None,
+    window: Window = 512,
+    windows: Windows = None,
+    batch_size: BatchSize = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens of a task's sequence; the model's by default.", min=2)
+    ] = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Perplexity and zero-shot tasks of any form of a model."""
+    from fxprune import cli
+    from fxprune.batching import parse_batch_size
+    from fxprune.evaluation import Evaluation, run_evaluation
+    from fxprune.output import write_json
+
+    what = Evaluation(
+        ppl=ppl or (),
+        tasks=_named(tasks),
+        data=data,
+        limit=limit,
+        window=window,
+        windows=windows,
+        batch_size=parse_batch_size(batch_size),
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokenizer,
+    )
+    measured = run_evaluation(model, what, cli._out, cli._say)
+    if json is not None:
+        write_json(json, measured)
+
+
 def compare(
     forms: Annotated[
         list[str], typer.Argument(help="Checkpoints, hub ids, ONNX directories; the first is compared with.")
     ],
-    ppl: Annotated[list[Path] | None, typer.Option(help="Text file for the perplexity; repeat for several.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks of lm-eval's harness, separated by commas.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Directory with the tasks' files; the hub by default.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many documents of a task.", min=1)] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window of a text.", min=2)] = 512,
-    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows of a text.", min=1)] = None,
-    batch_size: Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")] = "auto",
+    ppl: Ppl = None,
+    tasks: Tasks = None,
+    data: Data = None,
+    limit: Limit = None,
+    window: Window = 512,
+    windows: Windows = None,
+    batch_size: BatchSize = "auto",
     max_length: Annotated[
         int | None, typer.Option(help="Most tokens of a task's sequence; the shortest form's by default.", min=2)
     ] = None,
     tokenizer: Tokenizer = None,
-    device: Annotated[str, typer.Option(help="Where torch models run.")] = "cpu",
+    device: Device = "cpu",
     dtype: Dtype = None,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep results, and use those that were kept.")
@@ -121,7 +175,7 @@ def compare(
         prepare_output(out, overwrite=overwrite)
     what = Evaluation(
         ppl=ppl or (),
-        tasks=[name.strip() for names in tasks or () for name in names.split(",") if name.strip()],
+        tasks=_named(tasks),
         data=data,
         limit=limit,
         window=window,
