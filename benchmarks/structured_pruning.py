@@ -179,7 +179,7 @@ def table(cells: list[dict[str, Any]]) -> str:
                 figure(rows, "perplexity", ".1f"),
                 *(figure(rows, task, ".3f") for task in TASKS),
                 *(speed_up(rows, kind) for kind in ("prefill", "decode")),
-                figure(rows, "seconds", ".0f"),
+                seconds(rows),
                 str(len(rows)),
             ]
             removed = f"{ratio:.0%}" if ratio else "-"
@@ -200,6 +200,14 @@ def label(cell: dict[str, Any]) -> str:
 def figure(rows: list[dict[str, Any]], name: str, form: str) -> str:
     """One figure of all seeds."""
     return spread([row[name] for row in rows if name in row], form)
+
+
+def seconds(rows: list[dict[str, Any]]) -> str:
+    """Seconds of pruning a budget, of the seeds that had the most threads; with fewer than two, it says so."""
+    timed = [row for row in rows if "seconds" in row]
+    most = max((row["threads"] for row in timed), default=0)
+    found = spread([row["seconds"] for row in timed if row["threads"] == most], ".0f")
+    return f"{found} (1 thread)" if most == 1 else found
 
 
 def speed_up(rows: list[dict[str, Any]], kind: str) -> str:
