@@ -209,23 +209,20 @@ class L0Prune(StructuredPass):
 
     def _check_idle(self) -> None:
         """Refuse what was asked for and has no part in this training. Sizes of parts that are left out may stay."""
-        idle = {
-            "budget=hard": (self.budget == "hard", ("multiplier_lr", "tolerance")),
-            "warm_start=false": (not self.warm_start, ("spread",)),
-            "a warm start and budget=hard": (self.warm_start and self.budget == "hard", ("drop_rate",)),
-            f"distillation={self.distillation}": (
-                self.distillation != "progressive",
-                ("gap", "interval", "teacher_bytes"),
-            ),
-            "distillation=none": (self.distillation == "none", ("temperature", "layer_weight")),
-            "lora_rank=0": (not self.lora_rank, ("lora_lr", "lora_alpha")),
-            "post_steps=0": (not self.post_steps, ("post_lr",)),
-        }
+        hard, progressive = self.budget == "hard", self.distillation == "progressive"
+        idle = (
+            (hard, "budget=hard", ("multiplier_lr", "tolerance")),
+            (hard and self.warm_start, "a warm start and budget=hard", ("drop_rate",)),
+            (not self.warm_start, "warm_start=false", ("spread",)),
+            (not progressive, f"distillation={self.distillation}", ("gap", "interval", "teacher_bytes")),
+            (self.distillation == "none", "distillation=none", ("temperature", "layer_weight")),
+            (not self.lora_rank, "lora_rank=0", ("lora_lr", "lora_alpha")),
+            (not self.post_steps, "post_steps=0", ("post_lr",)),
+        )
         defaults = constructor_options(L0Prune)
-        for why, (is_so, names) in idle.items():
-            for name in names:
-                if is_so and getattr(self, name) != defaults[name][0].default:
-                    raise UsageError(f"{name}={getattr(self, name)} has no part in a training with {why}: leave it out")
+        for name, why in ((name, why) for is_so, why, names in idle if is_so for name in names):
+            if getattr(self, name) != defaults[name][0].default:
+                raise UsageError(f"{name}={getattr(self, name)} has no part in a training with {why}: leave it out")
 
     def training_options(self, *, layers: bool) -> L0Options:
         """The settings of the training.

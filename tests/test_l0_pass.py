@@ -339,6 +339,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(monkeypatch: pytest.Monk
         ({"warm_start": False, "spread": 2.0}, "warm_start=false"),
         ({"distillation": "plain", "interval": 0.1}, "distillation=plain"),
         ({"distillation": "none", "layer_weight": 0.1}, "distillation=none"),
+        ({"distillation": "none", "gap": 0.2}, "distillation=none"),
         ({"lora_rank": 0, "lora_lr": 0.1}, "lora_rank=0"),
         ({"post_lr": 0.1}, "post_steps=0"),
     ):
