@@ -203,7 +203,7 @@ def figure(rows: list[dict[str, Any]], name: str, form: str) -> str:
 
 
 def seconds(rows: list[dict[str, Any]]) -> str:
-    """Seconds of pruning a budget, of the seeds that had the most threads; with fewer than two, it says so."""
+    """Seconds of pruning a budget, of the seeds that had the most threads, and whether that was one."""
     timed = [row for row in rows if "seconds" in row]
     most = max((row["threads"] for row in timed), default=0)
     found = spread([row["seconds"] for row in timed if row["threads"] == most], ".0f")
@@ -236,13 +236,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ]
         missing = [ratio for ratio in ratios if ratio not in {cell["ratio"] for cell in known}]
         untimed = [cell for cell in known if arguments.speed and method != "dense" and "speed" not in cell]
-        for work in [{"prune": [method, seed, missing]}] * bool(missing) + [{"time": [untimed]}] * bool(untimed):
-            cells = collect(arguments, cells, work)
+        if missing:
+            cells = collect(arguments, cells, ["prune", method, seed, missing])
+        if untimed:
+            cells = collect(arguments, cells, ["time", untimed])
     return cells
 
 
-def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: dict[str, list[Any]]) -> list[Any]:
-    """All cells with those that a process of its own measures, written as they come."""
+def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: list[Any]) -> list[dict[str, Any]]:
+    """All cells with those that a process of its own measures, written as they come; `work` is what it is asked for."""
     passed = [part for part in sys.argv[1:] if part != "--plain"]
     command = [sys.executable, "-m", "benchmarks.structured_pruning", *passed, "--cell", json.dumps(work)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
@@ -257,7 +259,7 @@ def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: di
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.out, {"cells": cells, "machine": machine()})
     if worker.returncode:
-        raise SystemExit(f"{next(iter(work))}: the measuring process ended with {worker.returncode}")
+        raise SystemExit(f"{work[0]}: the measuring process ended with {worker.returncode}")
     return cells
 
 
@@ -271,8 +273,8 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help="export to ONNX and time it too")
     arguments = parser.parse_args()
     if arguments.cell:
-        for work, given in json.loads(arguments.cell).items():
-            (measure if work == "prune" else time_shapes)(arguments, *given)
+        work, *given = json.loads(arguments.cell)
+        (measure if work == "prune" else time_shapes)(arguments, *given)
         return
     cells = json.loads(arguments.out.read_text())["cells"] if arguments.plain else run(arguments)
     print(table(cells))
