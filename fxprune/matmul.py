@@ -1,4 +1,4 @@
-"""Fast float32 products: which kernels torch may use for them.
+"""Fast products: which kernels torch may use for float32, and whether bfloat16 is faster.
 
 On CPUs torch sends float32 products to a library whose kernels may not use what the machine has; oneDNN's do, and torch
 takes them only when float32 products may be computed in bfloat16. Whether this machine's oneDNN then really rounds is
@@ -8,6 +8,7 @@ found out by multiplying two matrices.
 from __future__ import annotations
 
 import functools
+import platform
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["fast_products", "product_rate"]
+__all__ = ["fast_products", "multiplies_bfloat16", "product_rate"]
+
+_X86 = {"x86_64", "amd64"}
 
 
 @functools.cache
@@ -59,6 +62,22 @@ def fast_products(*, rounded: bool = False) -> Iterator[None]:
         return
     with _allowed():
         yield
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware, so that it is faster than float32.
+
+    Other than `torch.ops.mkldnn._is_mkldnn_bf16_supported`, which on x86 is true of every AVX-512 CPU: those without
+    instructions of their own for it (AVX512_BF16 or AMX) are four times slower in bfloat16 than in float32.
+
+    Args:
+        device: on the meta device what the CPU can do counts, which is where it will run.
+    """
+    if device.type not in {"cpu", "meta"}:
+        return True
+    if platform.machine().lower() in _X86:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from fxprune.groups import ExpertGroup
 from fxprune.layerwise import LayerwiseSolver
 from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
-from fxprune.matmul import product_rate
+from fxprune.matmul import multiplies_bfloat16, product_rate
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
 from fxprune.runners import GraphRunner
@@ -112,8 +112,7 @@ def forward_precision(name: str | None, program_dtype: torch.dtype, device: torc
         UsageError: the dtype is higher than the graph's: products cannot be more precise than its weights.
     """
     if name == "auto":
-        native = device.type not in {"cpu", "meta"} or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        name = "bfloat16" if native and program_dtype is torch.float32 else None
+        name = "bfloat16" if multiplies_bfloat16(device) and program_dtype is torch.float32 else None
     dtype = resolve_dtype(name)
     if dtype is not None and dtype not in {program_dtype, *_LOWER}:
         raise UsageError(
