@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fxprune.bench_gate import check_target, gate, linear_shapes, merged, narrowed_widths
+from fxprune.bench_gate import (
+    JUDGED_PRECISION,
+    JUDGED_REPEATS,
+    check_target,
+    gate,
+    linear_shapes,
+    merged,
+    narrowed_widths,
+)
 from fxprune.errors import UsageError
 from fxprune.footprint import form_bytes, measure_footprint
 from fxprune.form_names import form_names
@@ -15,6 +23,7 @@ from fxprune.latency_build import build_table
 from fxprune.loading import load_model
 from fxprune.machine import machine
 from fxprune.measure import SpeedResult, bound_of, interleaved_times, ratio_interval
+from fxprune.progress import track_repeats
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
 from fxprune.runtimes import check_precision, check_runtime, open_in, runtime_of
@@ -28,13 +37,13 @@ if TYPE_CHECKING:
 
     from fxprune.bench_gate import Verdict
     from fxprune.latency_table import LatencyTable
-    from fxprune.measure import Case, Cost
+    from fxprune.measure import Case, Cost, Precision
     from fxprune.workflow import OpenForm
 
 __all__ = ["Workload", "measure_speeds", "run_bench", "run_table"]
 
 _TABLE_REPEATS = 6
-_BENCH_REPEATS = 10
+_BENCH_REPEATS = 10  # JUDGED_REPEATS with a gate
 _WARMUP = 2
 
 
@@ -46,7 +55,8 @@ class Workload:
         prefill: prompt lengths; 128 and 512 (512 for a table) when empty.
         decode: tokens to decode; 0 for none.
         past: length of the cache before decoding.
-        repeats: timed repeats a case; 10 (6 for each variant of a table) when None.
+        repeats: timed repeats a case; when None 10, 6 for each variant of a table, or, behind a gate, 30 and as many
+            more as make the interval narrow (`fxprune.bench_gate.JUDGED_PRECISION`).
         threads: of torch and ONNX Runtime; a table is measured with the first.
         dtype: precision of a torch model; as saved when None.
         batches: numbers of sequences at once.
@@ -106,7 +116,7 @@ def run_bench(
     if "genai" in runtimes and max(work.batches) > 1:
         raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
     rounds = [
-        _run_round(dict(zip(names, forms, strict=True)), cases, work, runtime, threads, out=out, say=say)
+        _run_round(dict(zip(names, forms, strict=True)), cases, work, runtime, threads, out=out, say=say, gated=gated)
         for runtime in runtimes
         for threads in work.threads
     ]
@@ -155,6 +165,7 @@ def _run_round(
     *,
     out: Console,
     say: Callable[[str], None],
+    gated: bool,
 ) -> _Round:
     """Open the forms in a runtime, time them, and close them again."""
     opened = []
@@ -162,10 +173,12 @@ def _run_round(
         say(f"opening {where} in {runtime}")
         opened.append(open_in(where, runtime, threads=threads, dtype=work.dtype, say=say))
     shapes = [_count(form) for form in opened]
-    repeats = work.repeats or _BENCH_REPEATS
-    results = measure_speeds(opened, cases, names=list(forms), threads=threads, repeats=repeats)
+    repeats = work.repeats or (JUDGED_REPEATS if gated else _BENCH_REPEATS)
+    precision = JUDGED_PRECISION if gated and work.repeats is None else None
+    results = measure_speeds(opened, cases, names=list(forms), threads=threads, repeats=repeats, precision=precision)
     speed = [result.to_json() for of_case in results for result in of_case]
-    out.print(_speed_table(speed, f"Speed in {runtime}, {threads} threads, medians of {repeats} interleaved runs"))
+    title = f"{runtime}, {threads} threads"
+    out.print(_speed_table(speed, f"Speed in {title}, medians of {_counts(speed)} interleaved runs"))
     entries = []
     for name, form in zip(forms, opened, strict=True):
         assert form.path is not None
@@ -178,11 +191,17 @@ def _run_round(
             entry |= {"runtime": runtime, "threads": threads, "file_bytes": form_bytes(form.path)}
         entries.append(entry)
     out.print(_forms_table(entries, "Files, loading and memory" if work.footprint else "Files"))
-    return _Round(f"{runtime}, {threads} threads", results, entries, [form.cost for form in opened], shapes)
+    return _Round(title, results, entries, [form.cost for form in opened], shapes)
 
 
 def measure_speeds(
-    forms: Sequence[OpenForm], cases: Sequence[Case], *, names: Sequence[str], threads: int, repeats: int
+    forms: Sequence[OpenForm],
+    cases: Sequence[Case],
+    *,
+    names: Sequence[str],
+    threads: int,
+    repeats: int,
+    precision: Precision | None = None,
 ) -> list[list[SpeedResult]]:
     """Time open forms of one runtime against the first, interleaved.
 
@@ -192,12 +211,16 @@ def measure_speeds(
         names: of the forms; results carry them where there are more than two.
         threads: of the runtime.
         repeats: timed repeats of each form.
+        precision: to go on to, see `fxprune.measure.bench`.
 
     Returns:
         By case, a result for each form but the first.
     """
     runners = [form.runner for form in forms]
-    timed = interleaved_times(runners, cases, threads=threads, repeats=repeats, warmup=_WARMUP)
+    with track_repeats() as progress:
+        timed = interleaved_times(
+            runners, cases, threads=threads, repeats=repeats, precision=precision, warmup=_WARMUP, progress=progress
+        )
     results = []
     for case, (first, *others) in zip(cases, timed, strict=True):
         of_case = []
@@ -244,6 +267,12 @@ def _speed_table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
         figures = (f"{r['dense_ms']:.1f}", f"{r['slim_ms']:.1f}", f"{r['speedup']:.2f}x", f"{low:.2f}-{high:.2f}")
         table.add_row(*([r["form"]] if named else []), r["case"], *figures, bound)
     return table
+
+
+def _counts(results: Sequence[Mapping[str, Any]]) -> str:
+    """How many repeats the cases had."""
+    found = sorted({r["repeats"] for r in results})
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _show_verdict(verdict: Verdict, out: Console) -> None:

@@ -210,7 +210,10 @@ def prune(
     measure_speed: Annotated[
         bool, typer.Option("--measure-speed", help="Time the dense and the pruned model in ONNX Runtime.")
     ] = False,
-    repeats: Annotated[int | None, typer.Option(help="Timed repeats; 10, or 30 for --target-speedup.", min=2)] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Timed repeats; 10, or 30 to 300 for --target-speedup, until it is +-2%.", min=2),
+    ] = None,
     threads: Threads = _DEFAULT_THREADS,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,

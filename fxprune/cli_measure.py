@@ -49,7 +49,12 @@ def bench(
     decode: Annotated[int, typer.Option(help="Tokens to decode; 0 for none.", min=0)] = 32,
     past: Annotated[int, typer.Option(help="Cache length before decoding.", min=1)] = 128,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences at once, 1 by default; repeat.", min=1)] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed repeats; 10, or 6 a width of a table.", min=2)] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            help="Timed repeats; 10, 6 a width of a table, or 30 to 300 with a gate, until it is +-2%.", min=2
+        ),
+    ] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of the runtimes; repeat.", min=1)] = None,
     footprint: Annotated[
         bool, typer.Option(help="Measure load time and peak memory, each form in a process of its own.")

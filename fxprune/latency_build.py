@@ -33,7 +33,7 @@ from fxprune.latency_table import (
     identity_of,
     save_table,
 )
-from fxprune.measure import bench, ratio_interval
+from fxprune.measure import Precision, bench, ratio_interval, uncertainty
 from fxprune.output import write_json
 from fxprune.pipeline import build_pass
 from fxprune.plan import Plan
@@ -94,8 +94,7 @@ class Measurement:
     @property
     def uncertainty(self) -> float:
         """Half the 95% interval of the ratio of the medians, as a share of it."""
-        low, high = ratio_interval(self.dense, self.slim)
-        return (high - low) / (high + low)
+        return uncertainty(self.dense, self.slim)
 
 
 # ---- which widths --------------------------------------------------------------------------------------------------
@@ -239,7 +238,16 @@ def _measure_all(
             plan = Plan.of({group.name: _kept(group, variant.width) for group in alike})
             slim = build_pass("slim", {})(program.replace(plan=plan)).program
             runner = _runner(slim, Path(scratch) / "slim", setting.threads)
-            progress.add([_measure(variant, dense, runner, case, setting) for case in setting.cases])
+            timed = bench(
+                dense,
+                runner,
+                setting.cases,
+                threads=setting.threads,
+                repeats=setting.repeats,
+                precision=Precision(_PRECISION, _ROUNDS * setting.repeats),
+                warmup=_WARMUP,
+            )
+            progress.add([Measurement(variant, one.case.name, one.dense_times, one.slim_times) for one in timed])
             del slim, runner
             gc.collect()
             advance(index + 1)
@@ -250,19 +258,6 @@ def _runner(program: Program, directory: Path, threads: int) -> Runner:
     export = resolve("fxprune.exporters.onnx:export_onnx")(program, directory)
     runner: Runner = resolve("fxprune.exporters.ort:OrtRunner")(export.path, threads=threads)
     return runner
-
-
-def _measure(variant: Variant, dense: Runner, slim: Runner, case: Case, setting: _Setting) -> Measurement:
-    """Time until the ratio is known to 1% (half the 95% interval), at most `_ROUNDS` times."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_ROUNDS):
-        result = bench(dense, slim, [case], threads=setting.threads, repeats=setting.repeats, warmup=_WARMUP)[0]
-        times[0].extend(result.dense_times)
-        times[1].extend(result.slim_times)
-        measured = Measurement(variant, case.name, tuple(times[0]), tuple(times[1]))
-        if measured.uncertainty < _PRECISION:
-            break
-    return measured
 
 
 class _Progress:

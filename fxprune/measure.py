@@ -1,8 +1,9 @@
 """The benchmark: dense against slim, interleaved, with a confidence interval and the bound that counting predicts.
 
 Both forms run in one process, turn about, so that what disturbs the machine disturbs both. The figure is the ratio of
-the medians with a bootstrap interval over the paired repeats. Beside it stands the speed-up that would follow if time
-were proportional to work: MACs for prefill, bytes read for decoding at batch 1 (output projection included in both).
+the medians with a bootstrap interval over the paired repeats; where a precision is asked for, forms are timed until
+the interval is that narrow. Beside it stands the speed-up that would follow if time were proportional to work: MACs for
+prefill, bytes read for decoding at batch 1 (output projection included in both).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "Bound",
     "Case",
     "Cost",
+    "Precision",
     "SpeedResult",
     "bench",
     "bound_of",
@@ -49,6 +51,7 @@ __all__ = [
     "run_once",
     "timed_load",
     "torch_threads",
+    "uncertainty",
 ]
 
 _RESAMPLES = 2000
@@ -182,6 +185,26 @@ def _ratio(dense: float, slim: float, kind: str) -> Bound | None:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """How well a speed-up is to be known.
+
+    When to stop follows from the width of the interval alone and never from where it lies, so that whoever judges the
+    speed-up cannot be helped by it (a sequential interval of fixed width: Chow and Robbins 1965).
+
+    Attributes:
+        share: `uncertainty` to go on until.
+        most: timed repeats of each form after which it ends in any case.
+    """
+
+    share: float
+    most: int
+
+    def reached(self, times: Sequence[Sequence[float]]) -> bool:
+        """Whether all speed-ups over the first form are known so well."""
+        return all(uncertainty(times[0], other) <= self.share for other in times[1:])
+
+
+@dataclass(frozen=True)
 class SpeedResult:
     """Dense against slim in one case.
 
@@ -244,6 +267,7 @@ def bench(
     *,
     threads: int,
     repeats: int = 20,
+    precision: Precision | None = None,
     warmup: int = 3,
     seed: int = 0,
     costs: tuple[Cost, Cost] | None = None,
@@ -265,6 +289,7 @@ def bench(
         threads: torch runs with this number of threads and is set back afterwards. ONNX Runtime sessions are made
             with their own; give the same number, it is what the result states.
         repeats: timed repeats of each form, at least 2.
+        precision: go on by as many repeats until each case is known so well; None for `repeats` and no more.
         warmup: repeats before the clock starts.
         seed: of the tokens and of the bootstrap.
         costs: of the dense and the slim form, for the bounds (see `cost_of`).
@@ -286,6 +311,7 @@ def bench(
         cases,
         threads=threads,
         repeats=repeats,
+        precision=precision,
         warmup=warmup,
         seed=seed,
         device=device,
@@ -304,6 +330,7 @@ def interleaved_times(
     *,
     threads: int,
     repeats: int = 20,
+    precision: Precision | None = None,
     warmup: int = 3,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -319,6 +346,7 @@ def interleaved_times(
         cases: see `bench`, as the rest.
         threads: see `bench`.
         repeats: see `bench`.
+        precision: see `bench`.
         warmup: see `bench`.
         seed: see `bench`.
         device: see `bench`.
@@ -339,14 +367,18 @@ def interleaved_times(
             ]
             times: list[list[float]] = [[] for _ in runners]
             gc.collect()
-            for repeat in range(-warmup, repeats):
+            repeat, wanted = -warmup, repeats
+            while repeat < wanted:
                 order = range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs)))
                 for form in order:
                     milliseconds = runs[form].milliseconds()
                     if repeat >= 0:
                         times[form].append(milliseconds)
-                if progress is not None and repeat >= 0:
-                    progress(case, repeat + 1, repeats)
+                repeat += 1
+                if repeat == wanted and precision is not None and not precision.reached(times):
+                    wanted = max(wanted, min(precision.most, wanted + repeats))
+                if progress is not None and repeat > 0:
+                    progress(case, repeat, wanted)
             timed.append([tuple(each) for each in times])
     return timed
 
@@ -424,6 +456,12 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def uncertainty(dense: Sequence[float], slim: Sequence[float]) -> float:
+    """Half the 95% interval of the speed-up as a share of it (see `ratio_interval`)."""
+    low, high = ratio_interval(dense, slim)
+    return (high - low) / (high + low)
 
 
 def ratio_interval(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxprune.bench_gate import gate, linear_shapes, narrowed_widths
+from fxprune.bench_gate import JUDGED_PRECISION, JUDGED_REPEATS, gate, linear_shapes, narrowed_widths
 from fxprune.errors import UsageError
 from fxprune.latency_table import load_table
 from fxprune.pipeline import build_pass
 from fxprune.program import Form
+from fxprune.progress import track_repeats
 from fxprune.structured_pass import StructuredPass
 from fxprune.workflow import cases_of, export_dense, measure_speed, open_exported
 
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fxprune.bench_gate import Verdict
-    from fxprune.measure import Case, SpeedResult
+    from fxprune.measure import Case, Precision, SpeedResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
 
 __all__ = ["SpeedPlan", "SpeedRun", "speed_plan"]
 
 _PREFILL, _DECODE, _PAST = (128, 512), 32, 128
-_REPEATS, _JUDGED_REPEATS = 10, 30
-"""Timed repeats; where a gate judges the lower end of an interval, more of them make the interval narrower."""
+_REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class SpeedPlan:
         cases: the workloads.
         threads: of ONNX Runtime.
         repeats: timed repeats of each form.
+        precision: to go on to, see `fxprune.measure.bench`.
         mix: weights of the cases, judged as one; None when nothing is judged.
     """
 
     cases: tuple[Case, ...]
     threads: int
     repeats: int = _REPEATS
+    precision: Precision | None = None
     mix: Mapping[str, float] | None = None
 
 
@@ -60,7 +62,8 @@ def speed_plan(step: Pass, threads: int, repeats: int | None = None) -> SpeedPla
     Args:
         step: the pruning pass.
         threads: of ONNX Runtime, where no table says it.
-        repeats: timed repeats of each form; 10, or 30 where the speed-up is judged, when None.
+        repeats: timed repeats of each form; when None, 10, or, where the speed-up is judged, 30 and as many more as
+            make its interval narrow (`fxprune.bench_gate.JUDGED_PRECISION`).
 
     Raises:
         UsageError: the table cannot be read, or the mix does not fit it.
@@ -69,7 +72,8 @@ def speed_plan(step: Pass, threads: int, repeats: int | None = None) -> SpeedPla
         table = load_table(step.table)
         cases = tuple(entry.case for entry in table.cases)
         mix = table.weights(step.mix or {case.name: 1.0 for case in cases})
-        return SpeedPlan(cases, step.threads, repeats or _JUDGED_REPEATS, mix)
+        precision = JUDGED_PRECISION if repeats is None else None
+        return SpeedPlan(cases, step.threads, repeats or JUDGED_REPEATS, precision, mix)
     return SpeedPlan(tuple(cases_of(_PREFILL, _DECODE, _PAST)), threads, repeats or _REPEATS)
 
 
@@ -116,7 +120,16 @@ class SpeedRun:
             exported = build_pass("export_onnx", {"out": str(graph.parent)})(program).program
             checked = build_pass("verify", {"onnx": str(graph), "graph": False})(exported).program
             slim = open_exported(graph, Form(program.graph_module, program.interface), plan.threads)
-            results = measure_speed(self._dense, slim, plan.cases, threads=plan.threads, repeats=plan.repeats)
+            with track_repeats() as progress:
+                results = measure_speed(
+                    self._dense,
+                    slim,
+                    plan.cases,
+                    threads=plan.threads,
+                    repeats=plan.repeats,
+                    precision=plan.precision,
+                    progress=progress,
+                )
             costs = (self._dense.cost, slim.cost)
             del slim
             gc.collect()

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fxprune.evaluate import PerplexityResult
-    from fxprune.measure import SpeedResult
+    from fxprune.measure import Precision, SpeedResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
 
@@ -279,9 +279,16 @@ def cases_of(prefills: Sequence[int], decodes: int, past: int, batches: Sequence
 
 
 def measure_speed(
-    dense: OpenForm, slim: OpenForm, cases: Sequence[Any], *, threads: int, repeats: int, progress: Any = None
+    dense: OpenForm,
+    slim: OpenForm,
+    cases: Sequence[Case],
+    *,
+    threads: int,
+    repeats: int,
+    precision: Precision | None = None,
+    progress: Callable[[Case, int, int], None] | None = None,
 ) -> list[SpeedResult]:
-    """Interleaved benchmark of two forms that run in the same runtime.
+    """Interleaved benchmark of two forms that run in the same runtime; the rest as for `fxprune.measure.bench`.
 
     Raises:
         UsageError: they do not.
@@ -295,6 +302,7 @@ def measure_speed(
         cases,
         threads=threads,
         repeats=repeats,
+        precision=precision,
         warmup=2,
         costs=costs,
         runtime=dense.kind,

@@ -13,12 +13,12 @@ from torch import nn
 
 from fxprune import benchmarking, latency_build
 from fxprune.accounting import MacCount
-from fxprune.bench_gate import gate, linear_shapes, merged, narrowed_widths
+from fxprune.bench_gate import JUDGED_PRECISION, JUDGED_REPEATS, gate, linear_shapes, merged, narrowed_widths
 from fxprune.errors import ExportError, UsageError
 from fxprune.exporters.onnx_cost import cost_of_onnx
 from fxprune.latency_build import Measurement
 from fxprune.latency_table import load_table
-from fxprune.measure import Bound, Case, Cost, SpeedResult, cost_of, decode, prefill, ratio_interval
+from fxprune.measure import Bound, Case, Cost, Precision, SpeedResult, cost_of, decode, prefill, ratio_interval
 from tests.commands import run_command
 from tests.families import located
 from tests.onnx_models import exported
@@ -239,8 +239,11 @@ def test_bench_of_onnx_forms_states_bounds_and_fails_a_target_that_is_out_of_rea
 def test_the_gate_decides_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], speedup: float, status: int
 ) -> None:
+    asked: list[tuple[int, Precision | None]] = []
+
     def measured(*args: Any, **options: Any) -> list[list[SpeedResult]]:
-        del args, options
+        del args
+        asked.append((options["repeats"], options["precision"]))
         return [[result(speedup)]]
 
     monkeypatch.setattr(benchmarking, "measure_speeds", measured)
@@ -248,6 +251,11 @@ def test_the_gate_decides_the_exit_status(
     found, shown, err = run(monkeypatch, capsys, where, where, "--gate", *FAST)
     assert found == status, err
     assert ("faster than dense: passed" in shown) is (status == 0)
+    usual = [part for part in FAST if part not in {"--repeats", 2}]
+    assert run(monkeypatch, capsys, where, where, "--gate", *usual)[0] == status
+    assert run(monkeypatch, capsys, where, where, *usual)[0] == 0
+    # What is judged is timed until it is known well, unless the number was given.
+    assert asked == [(2, None), (JUDGED_REPEATS, JUDGED_PRECISION), (10, None)]
 
 
 def test_bench_table_writes_what_was_measured(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fxprune
 from fxprune import budget_run
 from fxprune.assessment import Wanted
-from fxprune.bench_gate import GatedCase, Verdict
+from fxprune.bench_gate import JUDGED_PRECISION, GatedCase, Verdict
 from fxprune.budget_run import prune_budgets
 from fxprune.errors import CalibrationError, OutputError, UsageError
 from fxprune.exporters.report import read_report
@@ -261,8 +261,9 @@ def test_a_target_speed_up_is_measured_judged_and_told(
     """The forms are exported and proved; the clock alone is a given: no faster at all."""
     asked = []
 
-    def clock(dense: Any, slim: Any, cases: Any, *, threads: int, repeats: int) -> list[SpeedResult]:
-        asked.append((dense.kind, slim.kind, [case.name for case in cases], threads, repeats))
+    def clock(dense: Any, slim: Any, cases: Any, **options: Any) -> list[SpeedResult]:
+        asked.append((dense.kind, slim.kind, [case.name for case in cases], options["repeats"], options["precision"]))
+        threads = options["threads"]
         assert dense.cost.weight_bytes > slim.cost.weight_bytes
         times = tuple(10.0 + 0.01 * index for index in range(8))
         return [SpeedResult("onnxruntime", cases[0], threads, times, times, (0.99, 1.01), Bound(1.1, "macs"))]
@@ -273,7 +274,7 @@ def test_a_target_speed_up_is_measured_judged_and_told(
         model, "--method", "magnitude", "--target-speedup", 1.6, "--table", table, "--threads", 1, "--out", out
     )
     assert status == 1, err
-    assert asked == [("onnxruntime", "onnxruntime", ["prefill-16"], 1, 30)]
+    assert asked == [("onnxruntime", "onnxruntime", ["prefill-16"], 30, JUDGED_PRECISION)]
     assert "the speed gate failed (target 1.6x, within 5%)" in err
     assert "the macs bound is below what is wanted" in err
     report = read_report(out / "report.json")
@@ -284,7 +285,8 @@ def test_a_target_speed_up_is_measured_judged_and_told(
     assert "1.00" in shown
     assert fxprune.load(out)  # the output stays
     step = build_pass("magnitude-units", {"target_speedup": 1.6, "table": str(table), "threads": 1})
-    assert speed_plan(step, 1, repeats=7).repeats == 7
+    exact = speed_plan(step, 1, repeats=7)  # whoever says how many gets no more
+    assert (exact.repeats, exact.precision) == (7, None)
     assert speed_plan(build_pass("magnitude-units", {"ratio": 0.2}), 1).repeats == 10
 
 

@@ -19,6 +19,8 @@ from fxprune.measure import (
     Bound,
     Case,
     Cost,
+    Precision,
+    SpeedResult,
     bench,
     bound_of,
     cache_bytes_per_token,
@@ -30,6 +32,7 @@ from fxprune.measure import (
     ratio_interval,
     timed_load,
     torch_threads,
+    uncertainty,
 )
 from fxprune.program import CacheEntry, Interface
 
@@ -198,6 +201,39 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         low, high = ratio_interval(dense.tolist(), slim.tolist(), seed=trial)
         hits += low <= 1.5 <= high
     assert 0.88 <= hits / 200 <= 1.0
+
+
+def test_a_precision_is_reached_by_further_repeats_and_ends_in_any_case() -> None:
+    """Noise of 10% on one form: the interval narrows until it is narrow enough, or the repeats are used up."""
+    noise = tuple(np.abs(0.1 * np.random.default_rng(1).standard_normal(997)).tolist())
+
+    def timed(precision: Precision | None) -> tuple[SpeedResult, list[int]]:
+        dense, slim, clock, _ = pair(0.2, 0.1, noise=noise)
+        slim.noise = [0.0]
+        seen: list[int] = []
+        (result,) = bench(
+            dense, slim, [prefill(2)], threads=1, repeats=10, precision=precision, warmup=0, clock=clock,
+            progress=lambda _, done, wanted: seen.append(wanted - done),
+        )  # fmt: skip
+        return result, seen
+
+    exact, left = timed(None)
+    assert (len(exact.dense_times), left) == (10, list(range(9, -1, -1)))
+    first = uncertainty(exact.dense_times, exact.slim_times)
+    loose, _ = timed(Precision(first, 500))
+    assert loose == exact
+    known, left = timed(Precision(first / 2, 500))
+    assert 10 < len(known.dense_times) < 500
+    assert len(known.dense_times) % 10 == 0
+    assert left[-1] == 0
+    assert uncertainty(known.dense_times, known.slim_times) <= first / 2
+    assert known.dense_times[:10] == exact.dense_times
+    ten_less = tuple(one[: len(known.dense_times) - 10] for one in (known.dense_times, known.slim_times))
+    assert uncertainty(*ten_less) > first / 2
+    short, _ = timed(Precision(first / 2, 25))
+    assert len(short.dense_times) == 25
+    least, _ = timed(Precision(1e-9, 5))  # fewer at most than at least: the least counts
+    assert len(least.dense_times) == 10
 
 
 HEAD, ATTENTION = 50, AttentionShape("a", heads=2, query_dim=3, value_dim=4)
