@@ -33,7 +33,6 @@ from fxprune.default_model import default_model_path
 from fxprune.l0_model import GatedModel
 from fxprune.l0_training import Learner, next_token_loss
 from fxprune.loading import load_model
-from fxprune.masks import UnitMask
 from fxprune.matmul import fast_products
 from fxprune.measure import machine
 from fxprune.output import write_json
@@ -209,10 +208,7 @@ def _stepper(kind: str, program: Program, tokens: torch.Tensor) -> Callable[[int
                 learner._one(2000 + index)
 
         return learn
-    model = GatedModel(program, _groups(program), rank=8, forward_dtype=precision)
-    for name, module in list(model._graph.named_modules()):
-        if isinstance(module, UnitMask):
-            model._graph.set_submodule(name, torch.nn.Identity())
+    model = GatedModel(program, (), rank=8, forward_dtype=precision)
     optimizer = torch.optim.AdamW(list(model.adapters.values()), lr=1e-3)
 
     def train(index: int) -> None:
@@ -225,16 +221,12 @@ def _stepper(kind: str, program: Program, tokens: torch.Tensor) -> Callable[[int
     return train
 
 
-def _groups(program: Program) -> list[Any]:
-    return [group for group in program.groups if group.kind in {"attention", "mlp"}]
-
-
 def _distil(model: GatedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """The loss against the intact model, all gates open."""
+    """The loss against the intact model."""
     from fxprune.distillation import distillation_loss  # noqa: PLC0415 - one of three kinds
     from fxprune.teachers import Snapshot, worn  # noqa: PLC0415 - as above
 
-    intact = Snapshot(0.0, model.gates.ones(), {name: torch.zeros_like(p) for name, p in model.adapters.items()})
+    intact = Snapshot(0.0, {}, {name: torch.zeros_like(p) for name, p in model.adapters.items()})
     with torch.no_grad(), worn(intact, model.adapters):
         wanted = model(tokens)
     return distillation_loss(model(tokens), wanted).total

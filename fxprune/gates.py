@@ -53,7 +53,7 @@ class ProgramGates(nn.Module):
 
     Args:
         program: the dense, lifted, located program; it is left as it is.
-        kinds: which groups get gates, of `attention`, `mlp`, `hidden` and `layers`.
+        kinds: which groups get gates, of `attention`, `mlp`, `hidden` and `layers`; none for a graph without masks.
         heads: see `HeadGates`.
         drop_rate: probability of each unit to be closed at the start.
 
@@ -79,7 +79,7 @@ class ProgramGates(nn.Module):
         if unknown:
             raise UsageError(f"gates are for attention, mlp, hidden and layers, not for {min(unknown)!r}")
         groups = [group for group in program.groups if group.kind in kinds]
-        if not groups:
+        if kinds and not groups:
             raise PreconditionError(f"no {' or '.join(kinds)} group was found: run the locate passes first")
         device = next(program.graph_module.parameters()).device
         self.members = nn.ModuleList(

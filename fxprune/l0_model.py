@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.passes.split_module import split_module
-from torch.utils.checkpoint import checkpoint
 
 from fxprune.accounting import lm_heads
 from fxprune.channels import get_attribute
@@ -27,11 +25,12 @@ from fxprune.gates import ProgramGates
 from fxprune.graphs import erase_dead, linear_calls, own_projections
 from fxprune.groups import LayerGroup
 from fxprune.matmul import fast_products
+from fxprune.recomputation import before_masks, by_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
     from fxprune.groups import Group
     from fxprune.program import Program
@@ -105,13 +104,14 @@ class GatedModel:
 
     Args:
         program: the dense, lifted, located program; its weights are shared, and frozen inside `frozen`.
-        groups: those that get gates.
+        groups: those that get gates; with none, LoRA is all that is trained.
         heads: see `fxprune.unit_gates.HeadGates`.
         drop_rate: probability of each unit to be closed at the start.
         rank: of LoRA; 0 for none.
         alpha: scale of LoRA; twice the rank by default.
         targets: of LoRA, see `lora_targets`.
-        checkpointing: whether activations inside a block are computed again in the backward pass instead of kept.
+        checkpointing: whether all activations inside a block are computed again in the backward pass instead of kept;
+            without it only those that gates alone would keep (see `fxprune.recomputation`).
         hidden: whether hidden states are returned.
         forward_dtype: precision of the products; None for the graph's own.
         seed: of LoRA's first values.
@@ -163,9 +163,12 @@ class GatedModel:
                 "run locate_layers, or use layer_weight=0 and checkpointing=False"
             )
         self.layers = len(exits) if hidden else 0
-        self._graph: nn.Module = _flat(self.gates.graph_module, program.interface.outputs, exits if hidden else [])
+        flat = _flat(self.gates.graph_module, program.interface.outputs, exits if hidden else [])
+        self._graph: nn.Module = flat
         if checkpointing:
-            self._graph = _checkpointed(self._graph, exits)
+            self._graph = by_block(flat, exits)
+        else:
+            before_masks(flat)
         self.forward_dtype = forward_dtype
         self.refit: dict[str, Tensor] = {}
         self._fixed: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -173,7 +176,7 @@ class GatedModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.gates.parameters()).device
+        return next(self.program.graph_module.parameters()).device
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -300,32 +303,3 @@ def _flat(graph_module: GraphModule, outputs: Sequence[str], exits: Sequence[str
     erase_dead(graph.graph)
     graph.recompile()
     return graph
-
-
-class _Checkpointed(nn.Module):
-    """Runs a piece of a graph and keeps what goes in, not what is computed inside."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *values: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.inner(*values)
-        return checkpoint(self.inner, *values, use_reentrant=False, preserve_rng_state=False)
-
-
-def _checkpointed(graph_module: Any, exits: Sequence[str]) -> nn.Module:
-    """The graph cut behind every layer, each piece with a checkpoint; what follows the last layer runs as it is."""
-    ends = set(exits)
-    part: dict[Node, int] = {}
-    index = 0
-    for node in graph_module.graph.nodes:
-        part[node] = index
-        index += node.name in ends
-    split = split_module(graph_module, graph_module, part.__getitem__, keep_original_order=True)
-    for number in range(index):
-        name = f"submod_{number}"
-        split.set_submodule(name, _Checkpointed(split.get_submodule(name)))
-    found: nn.Module = split
-    return found
