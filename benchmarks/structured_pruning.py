@@ -128,7 +128,7 @@ def speed(arguments: argparse.Namespace, slim: Program, onnx: Path) -> dict[str,
             threads=arguments.threads,
             repeats=arguments.repeats,
         )
-    return {"speed": [result.to_json() for result in results]}
+    return {"speed": [result.to_json() for result in results], "speed_cpu": machine()["cpu"]}
 
 
 def plan_of(program: Program, counts: dict[str, int]) -> Plan:

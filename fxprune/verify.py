@@ -81,7 +81,7 @@ class Rung:
         where = f"; the first module that differs is {self.first_difference}" if self.first_difference else ""
         raise VerificationError(
             f"{self.rung} does not hold: max abs error {self.max_abs_error:.3g} > {self.tolerance:.3g}{where}. "
-            "Nothing was deleted; run `fxprune verify` on the two forms to see every case."
+            "What went in is as it was; where the other form was written, `fxprune verify` on the two shows every case."
         )
 
 
