@@ -16,7 +16,7 @@ from torch import nn
 
 from fxprune.errors import UsageError
 from fxprune.latency_table import case_weights
-from fxprune.measure import Precision
+from fxprune.ratios import Precision, ratio_draws
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,7 +40,6 @@ JUDGED_REPEATS = 30
 JUDGED_PRECISION = Precision(0.02, 10 * JUDGED_REPEATS)
 """How often forms are timed that will be judged. What is to be told apart is the target and 5% less: an interval of 2%
 to each side leaves a speed-up that met the target room to pass."""
-_RESAMPLES = 2000
 _LARGE_HEAD = 0.15
 _WIDE_INTERVAL = 0.05
 _MULTIPLE = 8
@@ -164,14 +163,11 @@ def _label(result: SpeedResult) -> str:
 
 def _mixed(results: Sequence[SpeedResult], shares: Mapping[str, float]) -> tuple[float, tuple[float, float]]:
     """Speed-up of a mix and its percentile bootstrap interval; the pairs of each case are resampled on their own."""
-    random = np.random.default_rng(0)
-    time, draws = 0.0, np.zeros(_RESAMPLES)
-    for result in results:
-        weight = shares[result.case.name]
-        pairs = np.array([result.dense_times, result.slim_times])
-        medians = np.median(pairs[:, random.integers(pairs.shape[1], size=(_RESAMPLES, pairs.shape[1]))], axis=-1)
-        time += weight / result.speedup
-        draws += weight * medians[1] / medians[0]
+    time = sum(shares[one.case.name] / one.speedup for one in results)
+    draws = sum(
+        shares[one.case.name] / ratio_draws(one.dense_times, one.slim_times, seed=seed)
+        for seed, one in enumerate(results)
+    )
     low, high = np.quantile(1 / draws, [0.025, 0.975])
     return 1 / time, (min(float(low), 1 / time), max(float(high), 1 / time))
 

@@ -22,8 +22,9 @@ from fxprune.form_names import form_names
 from fxprune.latency_build import build_table
 from fxprune.loading import load_model
 from fxprune.machine import machine
-from fxprune.measure import SpeedResult, bound_of, interleaved_times, ratio_interval
+from fxprune.measure import SpeedResult, bound_of, interleaved_times
 from fxprune.progress import track_repeats
+from fxprune.ratios import ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
 from fxprune.runtimes import check_precision, check_runtime, open_in, runtime_of
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
     from fxprune.bench_gate import Verdict
     from fxprune.latency_table import LatencyTable
-    from fxprune.measure import Case, Cost, Precision
+    from fxprune.measure import Case, Cost
+    from fxprune.ratios import Precision
     from fxprune.workflow import OpenForm
 
 __all__ = ["Workload", "measure_speeds", "run_bench", "run_table"]

@@ -33,11 +33,12 @@ from fxprune.latency_table import (
     identity_of,
     save_table,
 )
-from fxprune.measure import Precision, bench, ratio_interval, uncertainty
+from fxprune.measure import bench
 from fxprune.output import write_json
 from fxprune.pipeline import build_pass
 from fxprune.plan import Plan
 from fxprune.progress import track
+from fxprune.ratios import Precision, mean_ratio, ratio_interval, uncertainty
 from fxprune.registry import resolve
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from fxprune.program import Program
     from fxprune.runners import Runner
 
-__all__ = ["Variant", "build_table", "table_of", "variants_of"]
+__all__ = ["Variant", "build_table", "exported_runner", "table_of", "variants_of"]
 
 _MLP_SHARES = (3 / 4, 1 / 2, 1 / 8)
 _SET_SHARES = (3 / 4, 1 / 2, 1 / 4, 0.0)
@@ -85,15 +86,12 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """Time of the variant as a share of the dense time: ratio of the first quartiles.
-
-        Other processes only ever add time; the faster runs are those that they disturbed least.
-        """
-        return float(np.quantile(self.slim, 0.25) / np.quantile(self.dense, 0.25))
+        """Time of the variant as a share of the dense time (see `fxprune.measure.mean_ratio`)."""
+        return mean_ratio(self.slim, self.dense)
 
     @property
     def uncertainty(self) -> float:
-        """Half the 95% interval of the ratio of the medians, as a share of it."""
+        """Half the 95% interval of the ratio, as a share of it."""
         return uncertainty(self.dense, self.slim)
 
 
@@ -222,7 +220,7 @@ def _measure_all(
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch, track("timing variants", len(variants)) as advance:
         say("exporting the dense model")
         start = time.perf_counter()
-        dense = _runner(program, Path(scratch) / "dense", setting.threads)
+        dense = exported_runner(program, Path(scratch) / "dense", setting.threads)
         export = time.perf_counter() - start
         start = time.perf_counter()
         bench(dense, dense, setting.cases, threads=setting.threads, repeats=2, warmup=0)
@@ -237,7 +235,7 @@ def _measure_all(
             alike = [g for g in program.groups if has_width(g) and block_shape(g) == variant.shape]
             plan = Plan.of({group.name: _kept(group, variant.width) for group in alike})
             slim = build_pass("slim", {})(program.replace(plan=plan)).program
-            runner = _runner(slim, Path(scratch) / "slim", setting.threads)
+            runner = exported_runner(slim, Path(scratch) / "slim", setting.threads)
             timed = bench(
                 dense,
                 runner,
@@ -253,7 +251,7 @@ def _measure_all(
             advance(index + 1)
 
 
-def _runner(program: Program, directory: Path, threads: int) -> Runner:
+def exported_runner(program: Program, directory: Path, threads: int) -> Runner:
     """Export a program and open it in ONNX Runtime; the file is overwritten by the next one."""
     export = resolve("fxprune.exporters.onnx:export_onnx")(program, directory)
     runner: Runner = resolve("fxprune.exporters.ort:OrtRunner")(export.path, threads=threads)

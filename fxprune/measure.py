@@ -1,9 +1,9 @@
 """The benchmark: dense against slim, interleaved, with a confidence interval and the bound that counting predicts.
 
-Both forms run in one process, turn about, so that what disturbs the machine disturbs both. The figure is the ratio of
-the medians with a bootstrap interval over the paired repeats; where a precision is asked for, forms are timed until
-the interval is that narrow. Beside it stands the speed-up that would follow if time were proportional to work: MACs for
-prefill, bytes read for decoding at batch 1 (output projection included in both).
+Both forms run in one process, turn about, so that what disturbs the machine disturbs both. The figure is a trimmed mean
+of the ratios of neighbouring runs with a bootstrap interval over them; where a precision is asked for, forms are timed
+until the interval is that narrow. Beside it stands the speed-up that would follow if time were proportional to work:
+MACs for prefill, bytes read for decoding at batch 1 (output projection included in both).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from fxprune.accounting import MacCount, bytes_read_per_step, macs_per_token
 from fxprune.errors import UsageError
 from fxprune.machine import file_size, machine, peak_rss_bytes, timed_load
+from fxprune.ratios import mean_ratio, ratio_interval
 from fxprune.runners import position_ids_from_mask
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fxprune.program import Interface
+    from fxprune.ratios import Precision
     from fxprune.runners import Past, Runner
 
 __all__ = [
     "Bound",
     "Case",
     "Cost",
-    "Precision",
     "SpeedResult",
     "bench",
     "bound_of",
@@ -47,14 +47,10 @@ __all__ = [
     "machine",
     "peak_rss_bytes",
     "prefill",
-    "ratio_interval",
     "run_once",
     "timed_load",
     "torch_threads",
-    "uncertainty",
 ]
-
-_RESAMPLES = 2000
 
 
 # ---- cases ---------------------------------------------------------------------------------------------------------
@@ -185,26 +181,6 @@ def _ratio(dense: float, slim: float, kind: str) -> Bound | None:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """How well a speed-up is to be known.
-
-    When to stop follows from the width of the interval alone and never from where it lies, so that whoever judges the
-    speed-up cannot be helped by it (a sequential interval of fixed width: Chow and Robbins 1965).
-
-    Attributes:
-        share: `uncertainty` to go on until.
-        most: timed repeats of each form after which it ends in any case.
-    """
-
-    share: float
-    most: int
-
-    def reached(self, times: Sequence[Sequence[float]]) -> bool:
-        """Whether all speed-ups over the first form are known so well."""
-        return all(uncertainty(times[0], other) <= self.share for other in times[1:])
-
-
-@dataclass(frozen=True)
 class SpeedResult:
     """Dense against slim in one case.
 
@@ -240,8 +216,8 @@ class SpeedResult:
 
     @property
     def speedup(self) -> float:
-        """Ratio of the medians: above 1 the slim form is faster."""
-        return self.dense_ms / self.slim_ms
+        """How many times as fast as the dense form the slim one is, see `mean_ratio`."""
+        return mean_ratio(self.dense_times, self.slim_times)
 
     def to_json(self) -> dict[str, Any]:
         """An entry of the `speed` section of `report.json`; without a bound its two keys are absent."""
@@ -456,31 +432,3 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def uncertainty(dense: Sequence[float], slim: Sequence[float]) -> float:
-    """Half the 95% interval of the speed-up as a share of it (see `ratio_interval`)."""
-    low, high = ratio_interval(dense, slim)
-    return (high - low) / (high + low)
-
-
-def ratio_interval(
-    dense: Sequence[float], slim: Sequence[float], *, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of median(dense) / median(slim) over paired samples.
-
-    Pairs are drawn together: the two runs of a repeat saw the same machine. The interval always holds the ratio of the
-    samples themselves.
-
-    Args:
-        dense: positive times, one per repeat.
-        slim: as many, paired with them.
-        seed: of the resampling.
-        level: confidence level between 0 and 1.
-    """
-    pairs = np.stack([np.asarray(dense, dtype=np.float64), np.asarray(slim, dtype=np.float64)])
-    draws = np.random.default_rng(seed).integers(pairs.shape[1], size=(_RESAMPLES, pairs.shape[1]))
-    medians = np.median(pairs[:, draws], axis=-1)
-    low, high = np.quantile(medians[0] / medians[1], [(1 - level) / 2, (1 + level) / 2])
-    ratio = float(np.median(pairs[0]) / np.median(pairs[1]))
-    return min(float(low), ratio), max(float(high), ratio)

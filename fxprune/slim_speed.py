@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fxprune.bench_gate import Verdict
-    from fxprune.measure import Case, Precision, SpeedResult
+    from fxprune.measure import Case, SpeedResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
+    from fxprune.ratios import Precision
 
 __all__ = ["SpeedPlan", "SpeedRun", "speed_plan"]
 

@@ -22,7 +22,6 @@ Heads and MLP channels are pruned; hidden channels, experts, their channels and 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
@@ -42,7 +41,9 @@ from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, r
 from fxprune.reconstruction import Reconstruction
 from fxprune.runners import GraphRunner
 from fxprune.sparse_pass import dtype_of, forward_precision
+from fxprune.structured_case import Budgets, Case
 from fxprune.targets import Target, budgets_of, cost_model, plans_for
+from fxprune.timed_plans import PlanTimer, corrected_plans
 from fxprune.unit_scores import consumer_names
 
 if TYPE_CHECKING:
@@ -59,69 +60,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Budgets", "Case", "StructuredPass"]
 
+_SPEED_ROUNDS = 2
 _TARGETS = ("ratio", "target_params", "target_macs", "target_bytes", "target_speedup")
-
-
-@dataclass
-class Case:
-    """What a method is given.
-
-    Attributes:
-        program: the dense, located program.
-        groups: the heads and MLP channels that may be pruned.
-        tokens: (samples, length) int64 calibration text; no samples where nobody asks for text.
-        limits: what must stay, by the group's name.
-        forward_dtype: precision of the products of forward passes.
-        batch_size: samples at once; None to find it.
-        seed: of every random choice.
-        grams: X^T X of what consumers read, by consumer, if a method has them; for a reconstruction that wants them.
-        outputs: (out, out) by consumer, mean over tokens of g g^T, g the gradient of the loss by what it puts out, if a
-            method has them.
-        notes: what a method wants to say in the report, JSON data.
-        kept_for_later: what a method's `curves` leaves for its `refine`.
-    """
-
-    program: Program
-    groups: tuple[Group, ...]
-    tokens: Tensor
-    limits: Mapping[str, Limits]
-    forward_dtype: torch.dtype | None
-    batch_size: int | None
-    seed: int
-    grams: Mapping[str, Gram] = field(default_factory=dict)
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    kept_for_later: dict[str, Any] = field(default_factory=dict)
-
-    def weight(self, linear: str) -> Tensor:
-        """The (out, in) weight of a Linear."""
-        weight: Tensor = get_attribute(self.program.graph_module, linear).weight.detach()
-        return weight
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """Plans for one or more budgets, from one calibration.
-
-    Attributes:
-        targets, plans: what was asked for, loosest first, and a plan for each.
-        tokens: the calibration text; no samples where nobody asks for text.
-        description: of that text, for the report; None without one.
-        seconds: by part.
-        notes: of the method.
-        grams, outputs: as a case has them; grams also as the reconstruction `dense` collected them.
-        kept_for_later: what `finish` computes once for all budgets.
-    """
-
-    targets: tuple[Target, ...]
-    plans: tuple[Plan, ...]
-    tokens: Tensor
-    description: Mapping[str, Any] | None
-    seconds: Mapping[str, float]
-    notes: Mapping[str, Any]
-    grams: Mapping[str, Gram] = field(default_factory=dict)
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)
-    kept_for_later: dict[str, Any] = field(default_factory=dict)
 
 
 class StructuredPass(Pass):
@@ -139,6 +79,8 @@ class StructuredPass(Pass):
         mix: what share of the time each case of the table stands for, such as `{"prefill-512": 1}`; all alike by
             default.
         threads: that the deployed model will have, as the table was measured with.
+        speed_rounds: how often at most a plan for a speed-up is timed, and the table corrected by what was measured
+            (see `fxprune.timed_plans`); 0 trusts the table.
         uniform: whether every group of a kind keeps the same counts, as a plain config can say.
         round_to: kept MLP widths are multiples of this.
         min_keep: share of the units of every group that stays whatever the curves say.
@@ -178,6 +120,7 @@ class StructuredPass(Pass):
         table: str | None = None,
         mix: Mapping[str, float] | None = None,
         threads: int = 2,
+        speed_rounds: int = _SPEED_ROUNDS,
         uniform: bool | None = None,
         round_to: int = 8,
         min_keep: float = 0.1,
@@ -201,6 +144,7 @@ class StructuredPass(Pass):
         self.table = table
         self.mix = mix
         self.threads = threads
+        self.speed_rounds = speed_rounds
         self.uniform = self.own_uniform if uniform is None else uniform
         self.round_to = round_to
         self.min_keep = min_keep
@@ -251,11 +195,18 @@ class StructuredPass(Pass):
                 f"reconstruct={self.reconstruct} runs nothing again, so drift={self.drift} has no part in it; use "
                 "bias, ridge, auto or scale"
             )
-        if (self.table is not None) != (self.target_speedup is not None):
-            raise UsageError("a latency table goes with target_speedup, and target_speedup with a latency table")
+        self._check_speed()
         if self.forward_dtype != "auto":
             resolve_dtype(self.forward_dtype)
         CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
+
+    def _check_speed(self) -> None:
+        if self.speed_rounds < 0:
+            raise UsageError(f"speed_rounds must be 0 or more, got {self.speed_rounds}")
+        if (self.table is not None) != (self.target_speedup is not None):
+            raise UsageError("a latency table goes with target_speedup, and target_speedup with a latency table")
+        if self.target_speedup is None and self.speed_rounds != _SPEED_ROUNDS:
+            raise UsageError("speed_rounds are of target_speedup: leave them out")
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """The curves of a case's groups, by name. All losses must be in one unit.
@@ -310,10 +261,23 @@ class StructuredPass(Pass):
         seconds["curves"] = time.perf_counter() - start
         start = time.perf_counter()
         values = [target.value for target in self.targets]
-        refined: list[Plan] = []
-        for plan in plans_for(case.groups, curves, costs, values, uniform=self.uniform):
-            refined.append(self.refine(case, plan, refined[-1] if refined else None))
+
+        def planned(values: Sequence[float]) -> list[Plan]:
+            return plans_for(case.groups, curves, costs, values, uniform=self.uniform)
+
+        plans = planned(values)
         seconds["allocate"] = time.perf_counter() - start
+        if self.table is not None and self.speed_rounds:
+            start = time.perf_counter()
+            with PlanTimer(case.program, load_table(self.table), self.mix) as timer:
+                plans, timed = corrected_plans(
+                    planned, values, costs, groups=case.groups, clock=timer.time, rounds=self.speed_rounds
+                )
+            case.notes["timed_plans"] = [each.to_json() for each in timed]
+            seconds["timing plans"] = time.perf_counter() - start
+        refined: list[Plan] = []
+        for plan in plans:
+            refined.append(self.refine(case, plan, refined[-1] if refined else None))
         return refined
 
     @property

@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fxprune.evaluate import PerplexityResult
-    from fxprune.measure import Precision, SpeedResult
+    from fxprune.measure import SpeedResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
+    from fxprune.ratios import Precision
 
 __all__ = [
     "Stopwatch",

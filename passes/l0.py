@@ -211,6 +211,7 @@ class L0Prune(StructuredPass):
         """Refuse what was asked for and has no part in this training. Sizes of parts that are left out may stay."""
         hard, progressive = self.budget == "hard", self.distillation == "progressive"
         idle = (
+            (True, "gates, whose size is what the latency table says", ("speed_rounds",)),
             (hard, "budget=hard", ("multiplier_lr", "tolerance")),
             (hard and self.warm_start, "a warm start and budget=hard", ("drop_rate",)),
             (not self.warm_start, "warm_start=false", ("spread",)),

@@ -18,7 +18,8 @@ from fxprune.errors import ExportError, UsageError
 from fxprune.exporters.onnx_cost import cost_of_onnx
 from fxprune.latency_build import Measurement
 from fxprune.latency_table import load_table
-from fxprune.measure import Bound, Case, Cost, Precision, SpeedResult, cost_of, decode, prefill, ratio_interval
+from fxprune.measure import Bound, Case, Cost, SpeedResult, cost_of, decode, prefill
+from fxprune.ratios import Precision, ratio_interval
 from tests.commands import run_command
 from tests.families import located
 from tests.onnx_models import exported

@@ -28,6 +28,7 @@ from fxprune.pipeline import build_pass
 from fxprune.pruning import Destination, prune_model
 from fxprune.slim_speed import speed_plan
 from fxprune.structured_pass import StructuredPass
+from fxprune.timed_plans import PlanTimer
 from fxprune.workflow import Stopwatch, front_end
 from tests.commands import run_command
 
@@ -269,6 +270,8 @@ def test_a_target_speed_up_is_measured_judged_and_told(
         return [SpeedResult("onnxruntime", cases[0], threads, times, times, (0.99, 1.01), Bound(1.1, "macs"))]
 
     monkeypatch.setattr("fxprune.slim_speed.measure_speed", clock)
+    found = iter((1.4, 1.6))
+    monkeypatch.setattr(PlanTimer, "time", lambda *_: next(found))
     out = tmp_path / "out"
     status, shown, err = run(
         model, "--method", "magnitude", "--target-speedup", 1.6, "--table", table, "--threads", 1, "--out", out
@@ -279,6 +282,9 @@ def test_a_target_speed_up_is_measured_judged_and_told(
     assert "the macs bound is below what is wanted" in err
     report = read_report(out / "report.json")
     assert not report["gate"]["passed"]
+    first, second = report["structured"]["timed_plans"]
+    assert (first["wanted"], first["measured"], second["measured"]) == (1.6, 1.4, 1.6)
+    assert second["predicted"] > first["predicted"] > 1.59  # what the table saves was worth less than it says
     assert report["speed"][0]["case"] == "prefill-16"
     assert any("ONNX" in rung["rung"] for rung in report["verify"])
     assert "Speed gate: failed" in (out / "report.html").read_text()

@@ -263,13 +263,13 @@ def test_the_builder_times_exported_variants(tmp_path: Path, monkeypatch: pytest
     found = located("llama")
     found = found.replace(groups=tuple(g for g in found.groups if g.kind == "mlp"))
     opened: list[Any] = []
-    runner = latency_build._runner
+    runner = latency_build.exported_runner
 
     def noting(program: Program, directory: Path, threads: int) -> Runner:
         opened.append(program.graph_module.get_submodule("model.layers.1.mlp.up_proj").out_features)
         return runner(program, directory, threads)
 
-    monkeypatch.setattr(latency_build, "_runner", noting)
+    monkeypatch.setattr(latency_build, "exported_runner", noting)
     times = build_table(found, tmp_path / "table.json", [prefill(4)], threads=1, repeats=2)
     assert opened == [20, 10]
     again = load_table(tmp_path / "table.json")
@@ -300,7 +300,7 @@ def test_the_builder_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: p
         before, after = ((time,) * options["repeats"] for time in times)
         return [SpeedResult("none", case, 1, before, after, (1.0, 1.0)) for case in cases]
 
-    monkeypatch.setattr(latency_build, "_runner", runner)
+    monkeypatch.setattr(latency_build, "exported_runner", runner)
     monkeypatch.setattr(latency_build, "bench", bench)
     found = program().replace(groups=tuple(g for g in program().groups if g.kind == "mlp"))
     out = tmp_path / "table.json"

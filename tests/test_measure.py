@@ -19,7 +19,6 @@ from fxprune.measure import (
     Bound,
     Case,
     Cost,
-    Precision,
     SpeedResult,
     bench,
     bound_of,
@@ -29,12 +28,11 @@ from fxprune.measure import (
     machine,
     peak_rss_bytes,
     prefill,
-    ratio_interval,
     timed_load,
     torch_threads,
-    uncertainty,
 )
 from fxprune.program import CacheEntry, Interface
+from fxprune.ratios import Precision, ratio_interval, uncertainty
 
 if TYPE_CHECKING:
     from pathlib import Path

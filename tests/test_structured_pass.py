@@ -82,6 +82,8 @@ class Reads(Last):
         ({"ratio": [0.1, float("nan")]}, "ratio must lie between 0 and 1"),
         ({"target_params": -5}, "target_params must be positive"),
         ({"target_speedup": 0.9, "table": "t.json"}, "larger than 1"),
+        ({"target_speedup": 1.5, "table": "t.json", "speed_rounds": -1}, "speed_rounds must be 0 or more"),
+        ({"ratio": 0.1, "speed_rounds": 0}, "speed_rounds are of target_speedup"),
         ({"target_speedup": 1.5}, "a latency table goes with target_speedup"),
         ({"ratio": 0.1, "table": "t.json"}, "a latency table goes with target_speedup"),
         ({"ratio": 0.1, "round_to": 0}, "round_to must be at least 1"),
