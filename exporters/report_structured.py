@@ -70,6 +70,9 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
     if "removed_share" in section:
         value = percent(section["removed_share"])
         facts.append(Fact(value, "Removed", f"{value} of the block Linears' parameters removed"))
+    if timed := section.get("timed_plans"):
+        value = ", then ".join(f"{times(one['predicted'])}, measured {times(one['measured'])}" for one in timed)
+        facts.append(Fact(value, "Plans timed", f"plans that the latency table predicted at {value}"))
     if "reconstruct" in section:
         facts.append(Fact(section["reconstruct"], "Reconstruction", f"reconstruction: {section['reconstruct']}"))
     facts += learning_facts(section.get("learning", {}))

@@ -41,7 +41,7 @@ __all__ = ["PlanTimer", "TimedPlan", "corrected_plans"]
 
 _CLOSE = 0.01
 """How far a measured speed-up may be from the wanted one, as a share of it, for the plan to stay."""
-_REPEATS, _PRECISION = 20, Precision(0.015, 120)
+_REPEATS, _PRECISION = 20, Precision(0.02, 80)
 _LEAST, _MOST = 0.5, 2.0
 """Between what the table's savings are taken to be worth: beyond it is a disturbed measurement."""
 

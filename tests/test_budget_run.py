@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -285,6 +286,7 @@ def test_a_target_speed_up_is_measured_judged_and_told(
     first, second = report["structured"]["timed_plans"]
     assert (first["wanted"], first["measured"], second["measured"]) == (1.6, 1.4, 1.6)
     assert second["predicted"] > first["predicted"] > 1.59  # what the table saves was worth less than it says
+    assert re.search(r"1\.6\d.?, measured 1\.40.?, then \d\.\d\d.?, measured 1\.60", (out / "report.html").read_text())
     assert report["speed"][0]["case"] == "prefill-16"
     assert any("ONNX" in rung["rung"] for rung in report["verify"])
     assert "Speed gate: failed" in (out / "report.html").read_text()
