@@ -32,6 +32,7 @@ __all__ = [
     "gate",
     "linear_shapes",
     "merged",
+    "mixed_speedup",
     "narrowed_widths",
 ]
 
@@ -161,15 +162,25 @@ def _label(result: SpeedResult) -> str:
     return result.case.name if result.form is None else f"{result.form}, {result.case.name}"
 
 
+def mixed_speedup(results: Sequence[SpeedResult], shares: Mapping[str, float]) -> float:
+    """Speed-up of a mix of cases.
+
+    Args:
+        results: of its cases.
+        shares: of the dense time that the cases stand for, by name; their sum is 1.
+    """
+    return 1 / sum(shares[one.case.name] / one.speedup for one in results)
+
+
 def _mixed(results: Sequence[SpeedResult], shares: Mapping[str, float]) -> tuple[float, tuple[float, float]]:
     """Speed-up of a mix and its percentile bootstrap interval; the pairs of each case are resampled on their own."""
-    time = sum(shares[one.case.name] / one.speedup for one in results)
+    speedup = mixed_speedup(results, shares)
     draws = sum(
         shares[one.case.name] / ratio_draws(one.dense_times, one.slim_times, seed=seed)
         for seed, one in enumerate(results)
     )
     low, high = np.quantile(1 / draws, [0.025, 0.975])
-    return 1 / time, (min(float(low), 1 / time), max(float(high), 1 / time))
+    return speedup, (min(float(low), speedup), max(float(high), speedup))
 
 
 def _why(result: SpeedResult, target: float | None, costs: tuple[Cost | None, Cost | None]) -> list[str]:

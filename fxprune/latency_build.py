@@ -86,7 +86,7 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """Time of the variant as a share of the dense time (see `fxprune.measure.mean_ratio`)."""
+        """Time of the variant as a share of the dense time (see `fxprune.ratios.mean_ratio`)."""
         return mean_ratio(self.slim, self.dense)
 
     @property

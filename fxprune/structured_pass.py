@@ -275,9 +275,11 @@ class StructuredPass(Pass):
                 )
             case.notes["timed_plans"] = [each.to_json() for each in timed]
             seconds["timing plans"] = time.perf_counter() - start
+        start = time.perf_counter()
         refined: list[Plan] = []
         for plan in plans:
             refined.append(self.refine(case, plan, refined[-1] if refined else None))
+        seconds["allocate"] += time.perf_counter() - start
         return refined
 
     @property

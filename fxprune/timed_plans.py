@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fxprune.bench_gate import mixed_speedup
 from fxprune.errors import PlanError, UsageError
 from fxprune.latency_build import exported_runner
 from fxprune.measure import bench
@@ -125,7 +126,7 @@ class PlanTimer:
             )
         del slim, runner
         gc.collect()
-        return 1 / sum(self.shares[one.case.name] / one.speedup for one in results)
+        return mixed_speedup(results, self.shares)
 
 
 def corrected_plans(
