@@ -20,6 +20,7 @@ from rich.progress import track
 
 from fxprune.errors import CalibrationError, UsageError, VerificationError
 from fxprune.loading import expand_user
+from fxprune.runners import scoring_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -267,7 +268,8 @@ def window_losses(
         positions = torch.arange(batch.shape[1], device=inputs.device).expand_as(inputs).contiguous()
         where = f"{runner.name}, windows from {len(losses)} of {text}"
         try:
-            logits = runner.step(inputs, torch.ones_like(inputs), positions, None)[0]
+            with scoring_products(runner, device):
+                logits = runner.step(inputs, torch.ones_like(inputs), positions, None)[0]
             losses += _window_losses(logits, inputs)
         except IndexError as error:
             raise CalibrationError(

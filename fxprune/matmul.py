@@ -1,8 +1,11 @@
-"""Fast products: which kernels torch may use for float32, and whether bfloat16 is faster.
+"""Fast products: which kernels torch may use for float32, whether bfloat16 is faster, and what to do where it is slow.
 
 On CPUs torch sends float32 products to a library whose kernels may not use what the machine has; oneDNN's do, and torch
 takes them only when float32 products may be computed in bfloat16. Whether this machine's oneDNN then really rounds is
 found out by multiplying two matrices.
+
+A CPU without instructions for bfloat16 converts each number for each product. `wide_products` converts each operand
+once instead: products of bfloat16 numbers are exact in float32, sums are float32 either way, and one rounding follows.
 """
 
 from __future__ import annotations
@@ -14,13 +17,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["fast_products", "multiplies_bfloat16", "product_rate"]
+__all__ = ["fast_products", "multiplies_bfloat16", "product_rate", "wide_products"]
 
 _X86 = {"x86_64", "amd64"}
+_PRODUCTS = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "convolution"),
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+}
+"""What a forward pass on the CPU multiplies with, below autograd."""
 
 
 @functools.cache
@@ -78,6 +90,46 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if platform.machine().lower() in _X86:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates neither it nor its making
+    """Products of bfloat16 tensors on the CPU in float32, rounded to bfloat16."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        narrow = func in _PRODUCTS and any(_slow(value) for value in (*args, *kwargs.values()))
+        if not narrow:
+            return func(*args, **kwargs)
+        given = [value.float() if _slow(value) else value for value in args]
+        found = func(*given, **{name: value.float() if _slow(value) else value for name, value in kwargs.items()})
+        if isinstance(found, tuple):  # attention: its second output is float32 in any case
+            return (found[0].bfloat16(), *found[1:])
+        return found.bfloat16()
+
+
+def _slow(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 and value.device.type == "cpu"
+
+
+@contextmanager
+def wide_products(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Multiply bfloat16 tensors in float32 while the block runs, where bfloat16 has no instructions of its own.
+
+    For forward passes whose results count; not for timing them. Beside the order of sums one thing differs: attention's
+    probabilities are not rounded before they weigh the values.
+
+    Args:
+        device: nothing changes on other devices than the CPU, or on CPUs that multiply bfloat16.
+    """
+    device = torch.device(device)
+    if device.type != "cpu" or multiplies_bfloat16(device):
+        yield
+        return
+    with fast_products(), _Wide():  # type: ignore[no-untyped-call]
+        yield
 
 
 @functools.cache

@@ -6,18 +6,22 @@ the benchmark are written once against this protocol and serve every form.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from fxprune.matmul import wide_products
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
     from fxprune.program import Interface
 
-__all__ = ["EagerRunner", "GraphRunner", "Past", "Runner", "greedy", "position_ids_from_mask"]
+__all__ = ["EagerRunner", "GraphRunner", "Past", "Runner", "greedy", "position_ids_from_mask", "scoring_products"]
 
 Past = list[torch.Tensor]
 """A cache as flat tensors: key and value of layer 0, key and value of layer 1, ... (batch, KV heads, length, dim)."""
@@ -105,6 +109,16 @@ class GraphRunner:
         outputs = self.graph_module(*(given[name] for name in self.interface.inputs))
         named = dict(zip(self.interface.outputs, outputs, strict=True))
         return named["logits"], [named[entry.output] for entry in self.interface.cache]
+
+
+def scoring_products(runner: Runner, device: torch.device | str) -> AbstractContextManager[None]:
+    """Where a runner's figures count and not its time: see `fxprune.matmul.wide_products`.
+
+    Args:
+        runner: forms that torch runs as they are get these products; compiled ones and other runtimes keep theirs.
+        device: where the runner wants its inputs.
+    """
+    return wide_products(device) if type(runner) in {EagerRunner, GraphRunner} else nullcontext()
 
 
 def greedy(runner: Runner, input_ids: Tensor, new_tokens: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from fxprune.batching import BatchSize, run_batches
 from fxprune.errors import CalibrationError, VerificationError
 from fxprune.loading import max_positions
 from fxprune.progress import track
-from fxprune.runners import EagerRunner, position_ids_from_mask
+from fxprune.runners import EagerRunner, position_ids_from_mask, scoring_products
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -192,10 +192,12 @@ class Scorer:
         try:
             if self._leaves_out:
                 assert isinstance(self.runner, EagerRunner)
-                output: Any = self.runner.model(**inputs, logits_to_keep=kept, use_cache=False)
+                with scoring_products(self.runner, self.device):
+                    output: Any = self.runner.model(**inputs, logits_to_keep=kept, use_cache=False)
                 logits: Tensor = output.logits
                 return logits
-            logits = self.runner.step(**inputs, past=None)[0]
+            with scoring_products(self.runner, self.device):
+                logits = self.runner.step(**inputs, past=None)[0]
             return logits[:, kept.to(logits.device)]
         except IndexError as error:
             raise CalibrationError(
