@@ -235,12 +235,32 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if (cell["method"], cell["seed"], cell["conditions"]) == (method, seed, here) and cell["ratio"] in ratios
         ]
         missing = [ratio for ratio in ratios if ratio not in {cell["ratio"] for cell in known}]
-        untimed = [cell for cell in known if arguments.speed and method != "dense" and "speed" not in cell]
         if missing:
             cells = collect(arguments, cells, ["prune", method, seed, missing])
-        if untimed:
-            cells = collect(arguments, cells, ["time", untimed])
+        if arguments.speed and method != "dense":
+            found = {key(cell): timed_alike(cell, cells) for cell in known}
+            cells = [found.get(key(cell), cell) for cell in cells]
+            write(arguments, cells)
+            if untimed := [cell for cell in found.values() if "speed" not in cell]:
+                cells = collect(arguments, cells, ["time", untimed])
     return cells
+
+
+def write(arguments: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
+    """Keep what is there."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out, {"cells": cells, "machine": machine()})
+
+
+def timed_alike(cell: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """A cell with the speed of another one of the same shapes, if one was timed on this processor."""
+    if "speed" in cell:
+        return cell
+    for other in cells:
+        same = other["conditions"]["model"] == cell["conditions"]["model"] and other.get("kept") == cell["kept"]
+        if same and other.get("speed_cpu") == machine()["cpu"]:
+            return {**cell, "speed": other["speed"], "speed_cpu": other["speed_cpu"]}
+    return cell
 
 
 def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: list[Any]) -> list[dict[str, Any]]:
@@ -256,8 +276,7 @@ def collect(arguments: argparse.Namespace, cells: list[dict[str, Any]], work: li
             cells = [old for old in cells if key(old) != key(cell)] + [cell]
             told = ("method", "ratio", "seed", "perplexity", "lambada_openai", "seconds")
             print({name: cell.get(name) for name in told}, flush=True)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.out, {"cells": cells, "machine": machine()})
+            write(arguments, cells)
     if worker.returncode:
         raise SystemExit(f"{work[0]}: the measuring process ended with {worker.returncode}")
     return cells
