@@ -258,18 +258,23 @@ def _resident(what: str = "VmRSS") -> int:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row for each method and ratio, seeds together."""
+    """A Markdown table: a row for each method, further options and ratio, seeds together."""
     lines = ["| row | removed | perplexity | LAMBADA | ARC-easy | minutes | seeds |", "|---|---|---|---|---|---|---|"]
     for method in METHODS:
-        mine = [cell for cell in cells if cell["method"] == method]
-        for ratio in sorted({cell["ratio"] for cell in mine}):
-            rows = [cell for cell in mine if cell["ratio"] == ratio]
+        mine = [(cell, further_options(cell)) for cell in cells if cell["method"] == method]
+        for further, ratio in sorted({(further, cell["ratio"]) for cell, further in mine}):
+            rows = [cell for cell, same in mine if (same, cell["ratio"]) == (further, ratio)]
             minutes = spread([row["seconds"] / 60 for row in rows if "seconds" in row], ".0f")
             minutes = ("+" if any(row.get("continued") for row in rows) else "") + minutes
             figures = [figure(rows, "perplexity", ".1f"), *(figure(rows, task, ".3f") for task in TASKS), minutes]
             removed = f"{ratio:.0%}" if ratio else "-"
-            lines.append(f"| {LABELS.get(method, method)} | {removed} | {' | '.join(figures)} | {len(rows)} |")
+            lines.append(f"| {LABELS.get(method, method)}{further} | {removed} | {' | '.join(figures)} | {len(rows)} |")
     return "\n".join(lines)
+
+
+def further_options(cell: dict[str, Any]) -> str:
+    """What a cell was told with `--options`."""
+    return "".join(f", {name}={value}" for name, value in cell["conditions"]["options"].items())
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, UsageError
 from fxprune.groups import AttentionGroup
 from fxprune.structured_obs import sweep
 
@@ -26,7 +26,26 @@ if TYPE_CHECKING:
     from fxprune.groups import Group
     from fxprune.structured_obs import Elimination
 
-__all__ = ["Curve", "Level", "Limits", "head_curve", "obs_channel_curve", "obs_head_curve", "scaled", "score_curve"]
+__all__ = [
+    "ATTENTION",
+    "EVENNESS",
+    "Curve",
+    "Level",
+    "Limits",
+    "balanced",
+    "check_evenness",
+    "evened",
+    "head_curve",
+    "obs_channel_curve",
+    "obs_head_curve",
+    "scaled",
+    "score_curve",
+]
+
+ATTENTION = 10.0
+"""Factor on the loss of heads, unless told otherwise (see `balanced`)."""
+EVENNESS = 0.5
+"""How much the MLPs of layers are put on one scale, unless told otherwise (see `evened`)."""
 
 
 @dataclass(frozen=True)
@@ -246,3 +265,59 @@ def scaled(curves: Mapping[str, Curve], factor: Mapping[str, float]) -> dict[str
         name: Curve(name, tuple(Level(level.kept, level.loss * factor[name]) for level in curve.levels))
         for name, curve in curves.items()
     }
+
+
+def balanced(
+    curves: Mapping[str, Curve], groups: Sequence[Group], *, attention: float = ATTENTION, evenness: float = EVENNESS
+) -> dict[str, Curve]:
+    """Curves of the end loss as a knapsack over all groups should see them.
+
+    To second order, and on calibration text, the loss says too little of what heads do and of what many layers lose
+    together (see `fxprune.passes.channel` for figures).
+
+    Args:
+        curves: by the group's name.
+        groups: that they are of.
+        attention: factor on the losses of heads.
+        evenness: of the other groups' scales, see `evened`.
+    """
+    heads = {group.name for group in groups if isinstance(group, AttentionGroup)}
+    others = evened({name: curve for name, curve in curves.items() if name not in heads}, evenness)
+    return others | scaled({name: curves[name] for name in sorted(heads)}, dict.fromkeys(heads, attention))
+
+
+def check_evenness(evenness: float) -> None:
+    """Whether curves can be evened by this.
+
+    Raises:
+        UsageError: it is out of range.
+    """
+    if not 0 <= evenness <= 1:
+        raise UsageError(f"evenness must lie in [0, 1], got {evenness}")
+
+
+def evened(curves: Mapping[str, Curve], evenness: float) -> dict[str, Curve]:
+    """Curves whose scales differ less, so that a knapsack takes more evenly from all of them.
+
+    A curve's scale is its loss at the widest level that keeps at most half of the units. Losses are multiplied by
+    (geometric mean of the scales / own scale) ** evenness: at 0 they stay, at 1 all scales are one. Curves that are 0
+    there stay as they are.
+
+    Args:
+        curves: of groups of one kind, by name.
+        evenness: from 0 to 1.
+    """
+    scales = {name: _half_loss(curve) for name, curve in curves.items()}
+    logs = [math.log(scale) for scale in scales.values() if scale > 0]
+    if not logs:
+        return dict(curves)
+    mean = math.exp(math.fsum(logs) / len(logs))
+    return scaled(curves, {name: (mean / one) ** evenness if one > 0 else 1.0 for name, one in scales.items()})
+
+
+def _half_loss(curve: Curve) -> float:
+    """The loss at the widest level that keeps at most half of the units, else at the narrowest."""
+    whole = len(curve.levels[0].kept)
+    least = min(curve.levels, key=lambda level: len(level.kept))
+    half = [level for level in curve.levels if 2 * len(level.kept) <= whole]
+    return max(half, key=lambda level: (len(level.kept), -level.loss), default=least).loss

@@ -153,6 +153,7 @@ class Run:
             step.targets[0].value if alone else None,
             limits=limits,
             uniform=step.uniform,
+            evenness=step.evenness,
             forward_dtype=self.dtype,
             seed=step.seed,
         )

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fxprune.curves import scaled, score_curve
-from fxprune.groups import AttentionGroup
+from fxprune.curves import EVENNESS, balanced, score_curve
 from fxprune.loss_signals import collect_loss_signals
 from fxprune.progress import track
 from fxprune.targets import plans_for
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from fxprune.targets import CostModel
 
 __all__ = ["OneShot", "one_shot"]
-
-ATTENTION = 10.0
-"""Factor on the loss of heads, as in the method `channel`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,7 @@ def one_shot(
     *,
     limits: Mapping[str, Limits],
     uniform: bool = False,
+    evenness: float = EVENNESS,
     forward_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> OneShot:
@@ -69,6 +66,7 @@ def one_shot(
         value: of the target; None for scores alone.
         limits: what must stay, by group.
         uniform: whether widths of a kind are the same everywhere.
+        evenness: of the plan, see `fxprune.curves.evened`.
         forward_dtype: precision of the products.
         seed: of the tokens that the model draws.
 
@@ -91,6 +89,5 @@ def one_shot(
     if value is None:
         return OneShot(None, scores)
     curves = {g.name: score_curve(g, scores[g.name].cpu().numpy(), limits[g.name]) for g in groups}
-    factor = {g.name: ATTENTION if isinstance(g, AttentionGroup) else 1.0 for g in groups}
-    (plan,) = plans_for(groups, scaled(curves, factor), costs, [value], uniform=uniform)
+    (plan,) = plans_for(groups, balanced(curves, groups, evenness=evenness), costs, [value], uniform=uniform)
     return OneShot(plan, scores)

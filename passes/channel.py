@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from fxprune.curves import obs_channel_curve, obs_head_curve, scaled, score_curve
+from fxprune.curves import ATTENTION, EVENNESS, balanced, check_evenness, obs_channel_curve, obs_head_curve, score_curve
 from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
 from fxprune.loss_signals import collect_loss_signals, moments
@@ -74,6 +74,12 @@ class ChannelPrune(StructuredPass):
         signal_samples: how many of the calibration samples the backward pass uses; None for all.
         attention: factor on the loss of heads. What heads do (copying names from far back) shows little on ordinary
             calibration text and much on other text; above 1, channels go instead where they can.
+        evenness: from 0 to 1, how much the layers' MLPs are put on one scale before the knapsack (see
+            `fxprune.curves.evened`): at 0 the loss alone decides, at 1 all layers lose nearly as many channels. The
+            loss of single units empties the layers in the middle, and what these lose together is more. SmolLM2-135M,
+            64 samples, perplexity on wiki.valid (30 windows) / of the last words of LAMBADA's documents 401 to 1000:
+            31.3 / 127 at 0, 31.0 / 119 at 0.5 and 32.6 / 135 at 1 with 20% removed, 40.2 / 260, 39.7 / 226 and
+            44.4 / 258 with 30%.
         swaps: of `obs`: rounds in which channels change places once their number is known. After a sweep in steps of 8
             channels they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
         steps: how many second-order steps toward the dense model's predictions follow the reconstruction, at most (see
@@ -96,7 +102,8 @@ class ChannelPrune(StructuredPass):
         criterion: Criterion = "fisher",
         damping: float = 0.01,
         signal_samples: int | None = None,
-        attention: float = 10.0,
+        attention: float = ATTENTION,
+        evenness: float = EVENNESS,
         swaps: int = 0,
         steps: int = 2,
         step_samples: int | None = None,
@@ -113,6 +120,7 @@ class ChannelPrune(StructuredPass):
             raise UsageError(f"signal_samples must be at least 1, got {signal_samples}")
         if not 0 < attention < float("inf"):
             raise UsageError(f"attention must be positive, got {attention}")
+        check_evenness(evenness)
         if swaps < 0:
             raise UsageError(f"swaps must be 0 or more, got {swaps}")
         if swaps and criterion != "obs":
@@ -129,6 +137,7 @@ class ChannelPrune(StructuredPass):
         self.damping = damping
         self.signal_samples = signal_samples
         self.attention = attention
+        self.evenness = evenness
         self.swaps = swaps
         self.steps = steps
         self.step_samples = max(_STEP_SAMPLES, 3 * self.samples // 16) if step_samples is None else step_samples
@@ -163,7 +172,7 @@ class ChannelPrune(StructuredPass):
             }
         else:
             found = self._sweeps(signals, case)
-        return scaled(found, {g.name: self.attention if isinstance(g, AttentionGroup) else 1.0 for g in case.groups})
+        return balanced(found, case.groups, attention=self.attention, evenness=self.evenness)
 
     def _sweeps(self, signals: Mapping[str, GroupSignals], case: Case) -> dict[str, Curve]:
         """The curves of optimal brain surgeon."""

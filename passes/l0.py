@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fxprune.curves import EVENNESS, check_evenness
 from fxprune.errors import PreconditionError, UsageError
 from fxprune.expected_size import ExpectedSize, independent_units
 from fxprune.l0_model import lora_targets
@@ -70,6 +71,7 @@ class L0Prune(StructuredPass):
         settle: see there; 0.3 in mode `fixed`, 0 otherwise.
         warm_start: see there; by default in mode `fixed`.
         start_samples: how many samples the one-shot scores are of.
+        evenness: of the one-shot plan, see `fxprune.passes.channel.ChannelPrune`.
         spread: see there.
         drop_rate: see there.
         heads: see there.
@@ -121,6 +123,7 @@ class L0Prune(StructuredPass):
         settle: float | None = None,
         warm_start: bool | None = None,
         start_samples: int = 64,
+        evenness: float = EVENNESS,
         spread: float = 8.0,
         drop_rate: float = 0.01,
         heads: HeadScheme = "both",
@@ -163,6 +166,7 @@ class L0Prune(StructuredPass):
         self.budget: BudgetMode = budget or ("hard" if fixed else "lagrangian")
         self.schedule, self.warm_up = schedule, warm_up
         self.warm_start = fixed if warm_start is None else warm_start
+        self.evenness = evenness
         self.start_samples, self.spread, self.drop_rate, self.heads = start_samples, spread, drop_rate, heads
         self.mask_lr, self.multiplier_lr = mask_lr, multiplier_lr
         self.lora_rank, self.lora_alpha, self.lora_lr = lora_rank, lora_alpha, lora_lr
@@ -183,6 +187,7 @@ class L0Prune(StructuredPass):
             raise UsageError(f"held_out must be at least 1 and less than the {self.samples} samples")
         if self.start_samples < 1 or self.fit_samples < 1 or self.fit_steps < 0:
             raise UsageError("start_samples and fit_samples must be at least 1, and fit_steps at least 0")
+        check_evenness(self.evenness)
         if self.post_steps < 0 or not 0 < self.post_lr < float("inf"):
             raise UsageError(
                 f"post_steps must be 0 or more and post_lr positive, got {self.post_steps}, {self.post_lr}"
@@ -214,7 +219,7 @@ class L0Prune(StructuredPass):
             (True, "gates, whose size is what the latency table says", ("speed_rounds",)),
             (hard, "budget=hard", ("multiplier_lr", "tolerance")),
             (hard and self.warm_start, "a warm start and budget=hard", ("drop_rate",)),
-            (not self.warm_start, "warm_start=false", ("spread",)),
+            (not self.warm_start, "warm_start=false", ("spread", "evenness")),
             (not progressive, f"distillation={self.distillation}", ("gap", "interval", "teacher_bytes")),
             (self.distillation == "none", "distillation=none", ("temperature", "layer_weight")),
             (not self.lora_rank, "lora_rank=0", ("lora_lr", "lora_alpha")),

@@ -195,6 +195,23 @@ def test_the_factor_on_heads_decides_between_heads_and_channels(program: Program
         assert [level.loss for level in scaled] == pytest.approx([factor * level.loss for level in plain])
 
 
+def test_evenness_brings_the_widths_of_layers_together() -> None:
+    model = build("llama", num_hidden_layers=2, intermediate_size=64)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.2)  # its channels count for little
+    uneven = Pipeline(LOCATE)(trace(model)).program
+    apart = []
+    for evenness in (0.0, 0.5, 1.0):
+        options: dict[str, Any] = {"ratio": 0.2, "kinds": ["mlp"], "reconstruct": "none", "round_to": 2}
+        (plan,) = ChannelPrune(evenness=evenness, **options, **SMALL).budgets(uneven).plans
+        first, second = (len(plan.kept_units(group)) for group in uneven.groups if isinstance(group, MlpGroup))
+        apart.append(first - second)
+    assert apart[0] > apart[1] > abs(apart[2])
+    assert abs(apart[2]) <= 8
+    with pytest.raises(UsageError, match=r"evenness must lie in \[0, 1\]"):
+        ChannelPrune(ratio=0.2, evenness=1.5)
+
+
 def test_fewer_samples_may_be_used_for_the_gradients(program: Program, text: str) -> None:
     options: dict[str, Any] = {"ratio": 0.3, "calibration": text, "reconstruct": "none", **SMALL}
     plans = [ChannelPrune(signal_samples=count, **options).budgets(program).plans for count in (2, 16, None)]

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.curves import Curve, Level, Limits, head_curve, obs_channel_curve, obs_head_curve, scaled, score_curve
+from fxprune.curves import (
+    Curve,
+    Level,
+    Limits,
+    evened,
+    head_curve,
+    obs_channel_curve,
+    obs_head_curve,
+    scaled,
+    score_curve,
+)
 from fxprune.errors import PlanError
 from fxprune.plan import Plan
 from fxprune.structured_obs import Elimination
@@ -94,6 +104,23 @@ def test_within_leaves_the_levels_that_keep_nothing_else() -> None:
 def test_losses_can_be_scaled() -> None:
     curves = scaled({"m": Curve("m", (Level((0,), 1.5),)), "n": Curve("n", (Level((1,), 1.0),))}, {"m": 2, "n": 3})
     assert [curve.levels[0].loss for curve in curves.values()] == [3.0, 3.0]
+
+
+def test_evened_curves_keep_their_form_and_come_to_one_scale() -> None:
+    small = Curve("small", (Level((0, 1, 2, 3), 0.0), Level((0, 1, 2), 0.5), Level((0, 1), 1.0), Level((0,), 4.0)))
+    large = scaled({"small": dataclasses.replace(small, group="large")}, {"small": 16.0})["small"]
+    free = Curve("free", (Level((0, 1), 0.0), Level((0,), 0.0)))
+    curves = {"small": small, "large": large, "free": free}
+    for evenness, factor in ((0.0, 1.0), (0.5, 2.0), (1.0, 4.0)):  # the geometric mean of 1 and 16 is 4
+        found = evened(curves, evenness)
+        for name, times in (("small", factor), ("large", 1 / factor), ("free", 1.0)):
+            assert [one.kept for one in found[name].levels] == [one.kept for one in curves[name].levels]
+            assert [one.loss for one in found[name].levels] == pytest.approx(
+                [one.loss * times for one in curves[name].levels]
+            )
+    assert evened({"free": free}, 1.0) == {"free": free}
+    odd = Curve("odd", (Level((0, 1, 2), 0.0), Level((0, 1), 2.0)))  # never half: the narrowest counts
+    assert evened({"odd": odd, "small": small}, 1.0)["odd"].levels[1].loss == pytest.approx(2.0**0.5)
 
 
 # --- optimal brain surgeon -----------------------------------------------------------------------------------------

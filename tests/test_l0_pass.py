@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fxprune import load
+from fxprune import l0_start, load
 from fxprune.cli_l0 import clear_state, learned_options, with_state
+from fxprune.curves import balanced
 from fxprune.errors import CalibrationError, CheckpointError, PreconditionError, TrainingError, UsageError
 from fxprune.l0_finish import Finished, choose
 from fxprune.l0_post import read_instructions
@@ -160,6 +161,18 @@ def test_warm_starts_keep_the_order_of_the_one_shot_scores() -> None:
     assert warm.plan is not None
     assert cold.plan is not None
     assert warm.plan.kept != cold.plan.kept
+
+
+def test_the_start_is_as_even_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*given: Any, evenness: float) -> Any:
+        seen.append(evenness)
+        return balanced(*given, evenness=evenness)
+
+    monkeypatch.setattr(l0_start, "balanced", watched)
+    pruned(evenness=0.25, lora_rank=0, reconstruct="none")
+    assert seen == [0.25]
 
 
 def test_other_targets_and_uniform_widths_are_met() -> None:
@@ -337,6 +350,8 @@ def test_what_makes_no_sense_is_refused_before_any_work(monkeypatch: pytest.Monk
         ({"tolerance": 0.1}, "tolerance=0.1 has no part in a training with budget=hard"),
         ({"drop_rate": 0.1}, "a warm start and budget=hard"),
         ({"warm_start": False, "spread": 2.0}, "warm_start=false"),
+        ({"warm_start": False, "evenness": 0.1}, "warm_start=false"),
+        ({"evenness": -0.1}, "evenness must lie"),
         ({"distillation": "plain", "interval": 0.1}, "distillation=plain"),
         ({"distillation": "none", "layer_weight": 0.1}, "distillation=none"),
         ({"distillation": "none", "gap": 0.2}, "distillation=none"),
