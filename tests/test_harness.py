@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxprune.batching import BatchSize
 from fxprune.errors import CalibrationError, CheckpointError, UsageError, VerificationError
+from fxprune.matmul import wide_products
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.scoring import Scorer, context_length
 from fxprune.tracing import trace
@@ -216,7 +217,8 @@ def test_bfloat16_is_scored_in_float32(tiny_llama: LlamaForCausalLM) -> None:
     scorer = Scorer(EagerRunner(model), max_length=128)
     assert scorer.dtype == "bfloat16"
     (score,) = scorer.score([([4, 5, 6], [7])])
-    logits = model(torch.tensor([[4, 5, 6]])).logits[0, -1]
+    with torch.no_grad(), wide_products():
+        logits = model(torch.tensor([[4, 5, 6]])).logits[0, -1]
     assert score.loglikelihood == pytest.approx(logits.float().log_softmax(-1)[7].item(), abs=1e-6)
     assert score.loglikelihood != logits.log_softmax(-1)[7].item()
 
