@@ -44,7 +44,7 @@ __all__ = [
 
 ATTENTION = 10.0
 """Factor on the loss of heads, unless told otherwise (see `balanced`)."""
-EVENNESS = 0.5
+EVENNESS = 0.0
 """How much the MLPs of layers are put on one scale, unless told otherwise (see `evened`)."""
 
 
