@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.common import add_leaderboard_options, conditions, spread
-from benchmarks.structured_pruning import TASKS, figure, key, quality
+from benchmarks.structured_pruning import TASKS, figure, key, quality, unusual
 from benchmarks.structured_pruning import measure as one_shot_cells
 from fxprune.default_model import default_model_path
 from fxprune.l0_model import GatedModel
@@ -258,23 +258,22 @@ def _resident(what: str = "VmRSS") -> int:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row for each method, further options and ratio, seeds together."""
+    """A Markdown table: a row for each method, its unusual conditions and ratio, seeds together."""
     lines = ["| row | removed | perplexity | LAMBADA | ARC-easy | minutes | seeds |", "|---|---|---|---|---|---|---|"]
     for method in METHODS:
-        mine = [(cell, further_options(cell)) for cell in cells if cell["method"] == method]
-        for further, ratio in sorted({(further, cell["ratio"]) for cell, further in mine}):
-            rows = [cell for cell, same in mine if (same, cell["ratio"]) == (further, ratio)]
+        mine = [
+            (", ".join([LABELS.get(method, method), *unusual(cell)]), cell)
+            for cell in cells
+            if cell["method"] == method
+        ]
+        for label, ratio in sorted({(label, cell["ratio"]) for label, cell in mine}):
+            rows = [cell for own, cell in mine if (own, cell["ratio"]) == (label, ratio)]
             minutes = spread([row["seconds"] / 60 for row in rows if "seconds" in row], ".0f")
             minutes = ("+" if any(row.get("continued") for row in rows) else "") + minutes
             figures = [figure(rows, "perplexity", ".1f"), *(figure(rows, task, ".3f") for task in TASKS), minutes]
             removed = f"{ratio:.0%}" if ratio else "-"
-            lines.append(f"| {LABELS.get(method, method)}{further} | {removed} | {' | '.join(figures)} | {len(rows)} |")
+            lines.append(f"| {label} | {removed} | {' | '.join(figures)} | {len(rows)} |")
     return "\n".join(lines)
-
-
-def further_options(cell: dict[str, Any]) -> str:
-    """What a cell was told with `--options`."""
-    return "".join(f", {name}={value}" for name, value in cell["conditions"]["options"].items())
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:

@@ -189,12 +189,17 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def label(cell: dict[str, Any]) -> str:
     """The method, and what of its conditions is not usual."""
+    return ", ".join([cell["method"], *unusual(cell)])
+
+
+def unusual(cell: dict[str, Any]) -> list[str]:
+    """What of a cell's conditions is not usual."""
     here = cell["conditions"]
-    parts = [cell["method"]]
+    parts = []
     if cell["method"] != "dense" and here["samples"] != USUAL_SAMPLES:
         parts.append(f"{here['samples']} samples")
     parts += [f"{name}={value}" for name, value in here["options"].items()]
-    return ", ".join(parts + (["wiki.valid"] if here["text"] == "wiki.valid.raw" else []))
+    return parts + (["wiki.valid"] if here["text"] == "wiki.valid.raw" else [])
 
 
 def figure(rows: list[dict[str, Any]], name: str, form: str) -> str:
@@ -238,9 +243,10 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if missing:
             cells = collect(arguments, cells, ["prune", method, seed, missing])
         if arguments.speed and method != "dense":
-            found = {key(cell): timed_alike(cell, cells) for cell in known}
-            cells = [found.get(key(cell), cell) for cell in cells]
-            write(arguments, cells)
+            found = {key(cell): timed_alike(cell, cells, arguments.threads) for cell in known}
+            if list(found.values()) != known:
+                cells = [found.get(key(cell), cell) for cell in cells]
+                write(arguments, cells)
             if untimed := [cell for cell in found.values() if "speed" not in cell]:
                 cells = collect(arguments, cells, ["time", untimed])
     return cells
@@ -252,13 +258,14 @@ def write(arguments: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
     write_json(arguments.out, {"cells": cells, "machine": machine()})
 
 
-def timed_alike(cell: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+def timed_alike(cell: dict[str, Any], cells: list[dict[str, Any]], threads: int) -> dict[str, Any]:
     """A cell with the speed of another one of the same shapes, if one was timed on this processor."""
     if "speed" in cell:
         return cell
-    for other in cells:
-        same = other["conditions"]["model"] == cell["conditions"]["model"] and other.get("kept") == cell["kept"]
-        if same and other.get("speed_cpu") == machine()["cpu"]:
+    processor = machine()["cpu"]
+    for other in (one for one in cells if one.get("speed_cpu") == processor):
+        same = other["conditions"]["model"] == cell["conditions"]["model"] and other["kept"] == cell["kept"]
+        if same and all(case["threads"] == threads for case in other["speed"]):
             return {**cell, "speed": other["speed"], "speed_cpu": other["speed_cpu"]}
     return cell
 

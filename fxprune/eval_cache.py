@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationCache", "FormFiles", "digest", "form_files", "tokenizer_files"]
 
 _LOGGER = logging.getLogger(__name__)
-_FORMAT = 1  # of the entries and of what is measured: to be raised when the same key would mean another figure
+_FORMAT = 2  # of the entries and of what is measured: to be raised when the same key would mean another figure
 _NOT_READ = frozenset(
     {"report.json", "report.html", "report.md", "README.md", ".gitattributes"}
 )  # no loader reads them

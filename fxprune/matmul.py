@@ -100,18 +100,20 @@ class _Wide(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annota
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        narrow = func in _PRODUCTS and any(_slow(value) for value in (*args, *kwargs.values()))
-        if not narrow:
+        if func not in _PRODUCTS or not any(map(_is_slow, (*args, *kwargs.values()))):
             return func(*args, **kwargs)
-        given = [value.float() if _slow(value) else value for value in args]
-        found = func(*given, **{name: value.float() if _slow(value) else value for name, value in kwargs.items()})
+        found = func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
         if isinstance(found, tuple):  # attention: its second output is float32 in any case
             return (found[0].bfloat16(), *found[1:])
         return found.bfloat16()
 
 
-def _slow(value: object) -> bool:
+def _is_slow(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16 and value.device.type == "cpu"
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if _is_slow(value) else value
 
 
 @contextmanager

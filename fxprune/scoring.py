@@ -190,13 +190,12 @@ class Scorer:
         }
         kept = kept.to(self.device)
         try:
-            if self._leaves_out:
-                assert isinstance(self.runner, EagerRunner)
-                with scoring_products(self.runner, self.device):
-                    output: Any = self.runner.model(**inputs, logits_to_keep=kept, use_cache=False)
-                logits: Tensor = output.logits
-                return logits
             with scoring_products(self.runner, self.device):
+                if self._leaves_out:
+                    assert isinstance(self.runner, EagerRunner)
+                    output: Any = self.runner.model(**inputs, logits_to_keep=kept, use_cache=False)
+                    logits: Tensor = output.logits
+                    return logits
                 logits = self.runner.step(**inputs, past=None)[0]
             return logits[:, kept.to(logits.device)]
         except IndexError as error:
