@@ -7,7 +7,8 @@ DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.js
 text and, for `post`, `instruct/` for the instructions. Each cell is a process of its own: prune, slim, verify, save,
 load in bfloat16, evaluate; it is written as soon as it is measured, and a run that is interrupted goes on with what is
 missing. Trainings are kept beside the results, so `post` starts from what `lora` has learned, and an interrupted
-training goes on too; minutes with a plus are then what came on top. `--plain` prints the tables of what is there.
+training goes on too; so are the gradients of the loss, which are the same in all cells of a seed. Minutes with a plus
+are then what came on top. `--plain` prints the tables of what is there.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def options_of(arguments: argparse.Namespace, method: str, seed: int, ratio: flo
         own |= {"post_steps": arguments.post_steps}
         if arguments.instructions:
             own |= {"post_data": str(arguments.instructions)}
-    return {**common, **own, "state": str(state), **further}
+    signals = str(arguments.out.with_suffix(".signals"))
+    return {**common, **own, "signals": signals, "state": str(state), **further}
 
 
 def one_shot_arguments(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -115,6 +117,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int, ratios: list[
     assert pruned.plan is not None
     section = pruned.results["structured"]
     learned = section.get("learning", {})
+    entry["continued"] |= "signals_read_from" in section
     entry |= {
         "removed_share": section["removed_share"],
         "seconds": time.perf_counter() - start,

@@ -21,7 +21,8 @@ from fxprune.distillation import token_kl
 from fxprune.engine import text_samples
 from fxprune.errors import TrainingError
 from fxprune.gates import fold_gates
-from fxprune.loss_signals import collect_loss_signals, moments
+from fxprune.kept_signals import kept_loss_signals
+from fxprune.loss_signals import moments
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.second_order import second_order_steps
 
@@ -98,6 +99,7 @@ def refit(
     forward_dtype: torch.dtype | None,
     batch_size: int | None,
     seed: int,
+    kept_in: str | None = None,
 ) -> Finished:
     """Fit what is left of the consumers (see `fxprune.reconstruction` and `fxprune.second_order`).
 
@@ -114,6 +116,7 @@ def refit(
         forward_dtype: precision of the products.
         batch_size: samples at once; None to find it.
         seed: of the tokens that the model draws.
+        kept_in: directory of loss signals, see `fxprune.kept_signals`.
     """
     plan = fold_gates(merged, binary).plan
     assert plan is not None
@@ -131,9 +134,11 @@ def refit(
             batch_size=batch_size,
         )
         return Finished(rebuilt.replace(plan=plan), mode, {}, done)
-    signals = collect_loss_signals(
-        merged, groups, tokens, grams=True, labels="mixed", forward_dtype=forward_dtype, seed=seed
+    signals, read = kept_loss_signals(
+        kept_in, merged, groups, tokens, grams=True, labels="mixed", forward_dtype=forward_dtype, seed=seed
     )
+    if read:
+        notes["signals_read_from"] = kept_in
     grams, outputs = moments(signals)
     del signals
     rebuilt, done = reconstruct_on_grams(merged, consumers, grams)

@@ -61,6 +61,7 @@ class Run:
         learner: the training.
         groups: those that have gates.
         measured: divergences on held-out text before the end.
+        notes: what else the report says.
         post: the log of the fine-tuning, thinned out; None without.
     """
 
@@ -73,6 +74,7 @@ class Run:
         self.options = step.training_options(layers=any(group.kind == "layers" for group in program.groups))
         self.dtype = forward_precision(step.forward_dtype, dtype_of(program), tokens.device)
         self.measured: dict[str, float] = {}
+        self.notes: dict[str, Any] = {}
         self.post: dict[str, Any] | None = None
         # Read now: what is wrong with them is told before the training, not after.
         self.instructions = None if step.post_data is None else self._instructions(step.post_data)
@@ -101,7 +103,7 @@ class Run:
     def _settings(self, tokens: Tensor) -> dict[str, Any]:
         """What the training follows from."""
         own = {name: getattr(self.step, name) for name in option_names(type(self.step)) if hasattr(self.step, name)}
-        after = {"state", "save_every", "biases", "drift", "batch_size"}
+        after = {"state", "save_every", "biases", "drift", "batch_size", "signals"}
         if not self.step.refits_decided:
             after |= {"reconstruct", "fit_samples", "fit_steps"}
         after |= {name for name in own if name.startswith("post_")}
@@ -156,7 +158,10 @@ class Run:
             evenness=step.evenness,
             forward_dtype=self.dtype,
             seed=step.seed,
+            kept=step.signals,
         )
+        if start.read:
+            self.notes["signals_read_from"] = step.signals
         # With a Lagrangian the size starts dense and is drawn down.
         counts = {group.name: group.units * (1 - self.options.drop_rate) for group in units}
         if start.plan is not None:
@@ -211,6 +216,8 @@ class Run:
             forward_dtype=self.dtype,
             batch_size=step.batch_size,
             seed=step.seed,
+            # Weights that were learned are nobody else's.
+            kept_in=step.signals if program is self.program or not step.lora_rank else None,
         )
 
     def _refit_decided(self, binary: Mapping[str, Tensor]) -> dict[str, Tensor]:

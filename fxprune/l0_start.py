@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fxprune.curves import EVENNESS, balanced, score_curve
-from fxprune.loss_signals import collect_loss_signals
+from fxprune.kept_signals import kept_loss_signals
 from fxprune.progress import track
 from fxprune.targets import plans_for
 
@@ -37,10 +37,12 @@ class OneShot:
     Attributes:
         plan: within the budget; None where none was asked for.
         scores: (units,) float64 by group, the Fisher information.
+        read: whether they were kept from an earlier run.
     """
 
     plan: Plan | None
     scores: Mapping[str, Tensor]
+    read: bool = False
 
 
 def one_shot(
@@ -55,6 +57,7 @@ def one_shot(
     evenness: float = EVENNESS,
     forward_dtype: torch.dtype | None = None,
     seed: int = 0,
+    kept: str | None = None,
 ) -> OneShot:
     """Score the units and plan.
 
@@ -69,13 +72,15 @@ def one_shot(
         evenness: of the plan, see `fxprune.curves.evened`.
         forward_dtype: precision of the products.
         seed: of the tokens that the model draws.
+        kept: directory of loss signals, see `fxprune.kept_signals`.
 
     Raises:
         PlanError: no plan reaches the target.
         CalibrationError: values are not finite.
     """
     with track("one-shot scores", len(tokens)) as advance:
-        signals = collect_loss_signals(
+        signals, read = kept_loss_signals(
+            kept,
             program,
             groups,
             tokens,
@@ -87,7 +92,7 @@ def one_shot(
         )
     scores = {name: one.fisher for name, one in signals.items()}
     if value is None:
-        return OneShot(None, scores)
+        return OneShot(None, scores, read)
     curves = {g.name: score_curve(g, scores[g.name].cpu().numpy(), limits[g.name]) for g in groups}
     (plan,) = plans_for(groups, balanced(curves, groups, evenness=evenness), costs, [value], uniform=uniform)
-    return OneShot(plan, scores)
+    return OneShot(plan, scores, read)

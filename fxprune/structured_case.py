@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fxprune.channels import get_attribute
+from fxprune.kept_signals import kept_loss_signals
+from fxprune.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from fxprune.curves import Limits
     from fxprune.gram import Gram
     from fxprune.groups import Group
+    from fxprune.loss_head import Labels
+    from fxprune.loss_signals import GroupSignals
     from fxprune.plan import Plan
     from fxprune.program import Program
     from fxprune.targets import Target
@@ -35,6 +39,7 @@ class Case:
         forward_dtype: precision of the products of forward passes.
         batch_size: samples at once; None to find it.
         seed: of every random choice.
+        signals: directory where loss signals are kept; None keeps none.
         grams: X^T X of what consumers read, by consumer, if a method has them; for a reconstruction that wants them.
         outputs: (out, out) by consumer, mean over tokens of g g^T, g the gradient of the loss by what it puts out, if a
             method has them.
@@ -49,6 +54,7 @@ class Case:
     forward_dtype: torch.dtype | None
     batch_size: int | None
     seed: int
+    signals: str | None = None
     grams: Mapping[str, Gram] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +64,35 @@ class Case:
         """The (out, in) weight of a Linear."""
         weight: Tensor = get_attribute(self.program.graph_module, linear).weight.detach()
         return weight
+
+    def loss_signals(
+        self, tokens: Tensor, *, grams: bool, labels: Labels = "data", taylor: bool = False
+    ) -> dict[str, GroupSignals]:
+        """Signals of the groups, collected or kept from an earlier run (see `fxprune.kept_signals`).
+
+        Args:
+            tokens: (samples, length) int64, of the calibration text.
+            grams: see `fxprune.loss_signals.collect_loss_signals`, as what follows.
+            labels: see there.
+            taylor: see there.
+        """
+        with track("gradients of the loss", len(tokens)) as advance:
+            signals, read = kept_loss_signals(
+                self.signals,
+                self.program,
+                self.groups,
+                tokens,
+                batch_size=self.batch_size,
+                taylor=taylor,
+                grams=grams,
+                labels=labels,
+                seed=self.seed,
+                forward_dtype=self.forward_dtype,
+                on_batch=advance,
+            )
+        if read:
+            self.notes["signals_read_from"] = self.signals
+        return signals
 
 
 @dataclass(frozen=True)

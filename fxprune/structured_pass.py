@@ -97,6 +97,8 @@ class StructuredPass(Pass):
             `fxprune.reconstruction`).
         forward_dtype: precision of the forward passes' products; `auto` is bfloat16 where the machine is faster in it.
         batch_size: calibration samples at once; None finds it.
+        signals: directory where the gradients of the loss are kept for later runs, and found again if text, weights and
+            all else are the same (see `fxprune.kept_signals`); for methods that read them.
     """
 
     reconstruction: ClassVar[Reconstruction] = "none"
@@ -106,6 +108,8 @@ class StructuredPass(Pass):
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
     needs_data: ClassVar[bool] = True
     """Whether `curves` reads the calibration text."""
+    reads_loss: ClassVar[bool] = False
+    """Whether the method reads gradients of the loss, which may be kept in `signals`."""
     inverts: bool = False
     """Whether the curves need the inverse of the Gram matrices."""
 
@@ -135,6 +139,7 @@ class StructuredPass(Pass):
         drift: float = 0.0,
         forward_dtype: str = "auto",
         batch_size: int | None = None,
+        signals: str | None = None,
     ) -> None:
         self.ratio = ratio
         self.target_params = target_params
@@ -161,6 +166,7 @@ class StructuredPass(Pass):
         self.drift = drift
         self.forward_dtype = forward_dtype
         self.batch_size = batch_size
+        self.signals = signals
         self.targets = self._targets()
         self._check()
 
@@ -195,6 +201,8 @@ class StructuredPass(Pass):
                 f"reconstruct={self.reconstruct} runs nothing again, so drift={self.drift} has no part in it; use "
                 "bias, ridge, auto or scale"
             )
+        if self.signals is not None and not self.reads_loss:
+            raise UsageError(f"{self.name} reads no gradients of the loss: leave signals out")
         self._check_speed()
         if self.forward_dtype != "auto":
             resolve_dtype(self.forward_dtype)
@@ -334,7 +342,7 @@ class StructuredPass(Pass):
         self._require_enough(program, groups, tokens)
         limits = {group.name: self._limits(group) for group in groups}
         dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
-        case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed)
+        case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed, self.signals)
         plans = self.plans(case, costs, seconds)
         if self.reconstruct == "dense" and not case.grams:
             start = time.perf_counter()

@@ -28,7 +28,7 @@ import torch
 from fxprune.curves import ATTENTION, EVENNESS, balanced, check_evenness, obs_channel_curve, obs_head_curve, score_curve
 from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
-from fxprune.loss_signals import collect_loss_signals, moments
+from fxprune.loss_signals import moments
 from fxprune.plan import Plan
 from fxprune.progress import track
 from fxprune.second_order import head_inputs, second_order_steps
@@ -97,6 +97,7 @@ class ChannelPrune(StructuredPass):
 
     name = "channel"
     reconstruction: ClassVar[Reconstruction] = "dense"
+    reads_loss: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -152,18 +153,11 @@ class ChannelPrune(StructuredPass):
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """One backward pass; then the units' scores, or a sweep for each group."""
         tokens = case.tokens[: self.signal_samples]
-        with track("gradients of the loss", len(tokens)) as advance:
-            signals = collect_loss_signals(
-                case.program,
-                case.groups,
-                tokens,
-                grams=self.criterion == "obs" or self.reconstruct == "dense" or self._steps,
-                labels="mixed" if self.criterion == "fisher" else "data",
-                batch_size=case.batch_size,
-                forward_dtype=case.forward_dtype,
-                seed=case.seed,
-                on_batch=advance,
-            )
+        signals = case.loss_signals(
+            tokens,
+            grams=self.criterion == "obs" or self.reconstruct == "dense" or self._steps,
+            labels="mixed" if self.criterion == "fisher" else "data",
+        )
         if self.swaps:
             case.kept_for_later.update(signals)
         case.grams, case.outputs = moments(signals)

@@ -25,7 +25,6 @@ import numpy as np
 
 from fxprune.curves import score_curve
 from fxprune.groups import AttentionGroup
-from fxprune.loss_signals import collect_loss_signals
 from fxprune.plan import Plan
 from fxprune.structured_pass import StructuredPass
 
@@ -143,17 +142,11 @@ class Fisher(StructuredPass):
 
     name = "fisher"
     reconstruction: ClassVar[Reconstruction] = "scale"
+    reads_loss: ClassVar[bool] = True
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """Sums of the diagonal; one backward pass."""
-        signals = collect_loss_signals(
-            case.program,
-            case.groups,
-            case.tokens,
-            batch_size=case.batch_size,
-            grams=False,
-            forward_dtype=case.forward_dtype,
-        )
+        signals = case.loss_signals(case.tokens, grams=False)
         found = {}
         for group in case.groups:
             gradients = signals[group.name].gradients.double().cpu().numpy()

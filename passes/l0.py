@@ -105,6 +105,7 @@ class L0Prune(StructuredPass):
 
     name = "l0"
     needs_data: ClassVar[bool] = True
+    reads_loss: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -215,6 +216,7 @@ class L0Prune(StructuredPass):
     def _check_idle(self) -> None:
         """Refuse what was asked for and has no part in this training. Sizes of parts that are left out may stay."""
         hard, progressive = self.budget == "hard", self.distillation == "progressive"
+        starts = self.warm_start and bool(set(self.kinds) - set(EXTRA_KINDS))
         idle = (
             (True, "gates, whose size is what the latency table says", ("speed_rounds",)),
             (hard, "budget=hard", ("multiplier_lr", "tolerance")),
@@ -224,6 +226,7 @@ class L0Prune(StructuredPass):
             (self.distillation == "none", "distillation=none", ("temperature", "layer_weight")),
             (not self.lora_rank, "lora_rank=0", ("lora_lr", "lora_alpha")),
             (not self.post_steps, "post_steps=0", ("post_lr",)),
+            (not starts and self.reconstruct != "dense", "neither one-shot scores nor a fit", ("signals",)),
         )
         defaults = constructor_options(L0Prune)
         for name, why in ((name, why) for is_so, why, names in idle if is_so for name in names):
@@ -325,6 +328,7 @@ class L0Prune(StructuredPass):
             "consumers": list(finished.consumers),
             "seconds": seconds,
             "learning": learning,
+            **run.notes,
             **finished.notes,
         }
         results = {} if description is None else {"calibration": description}

@@ -10,10 +10,9 @@ Graph and refusals are those of `fxprune.structured_pass`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fxprune.curves import score_curve
-from fxprune.loss_signals import collect_loss_signals
 from fxprune.structured_pass import StructuredPass
 
 if TYPE_CHECKING:
@@ -29,18 +28,11 @@ class Taylor(StructuredPass):
     """Remove the units of least |w dL/dw| (see the module's docstring). Options are those of `StructuredPass`."""
 
     name = "taylor"
+    reads_loss: ClassVar[bool] = True
 
     def curves(self, case: Case) -> Mapping[str, Curve]:
         """Sums of scores; one backward pass."""
-        signals = collect_loss_signals(
-            case.program,
-            case.groups,
-            case.tokens,
-            batch_size=case.batch_size,
-            taylor=True,
-            grams=False,
-            forward_dtype=case.forward_dtype,
-        )
+        signals = case.loss_signals(case.tokens, grams=False, taylor=True)
         found = {}
         for group in case.groups:
             scores = signals[group.name].taylor
