@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,25 +154,38 @@ def facts(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
 # ---- what a step costs ---------------------------------------------------------------------------------------------
 
 
-def overhead(arguments: argparse.Namespace, kind: str) -> None:
-    """Seconds and memory of a step of one kind: a line of JSON on standard output."""
+def overhead(arguments: argparse.Namespace, kinds: list[str]) -> None:
+    """What a step of each kind costs: lines of JSON on standard output.
+
+    One kind alone gives its memory too. Several take turns, step by step and each first as often as the others, so that
+    a machine that grows slower or faster does so for all of them.
+    """
     torch.set_num_threads(arguments.threads)
-    loaded = load_model(arguments.model or str(default_model_path()))
     tokens = torch.randint(0, 1000, (arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
-    plain = kind == STEPS[0]
-    steps = _plain(loaded.model, tokens) if plain else _stepper(kind, front_end(loaded, Stopwatch()), tokens)
+    steps = {}
+    for kind in kinds:
+        loaded = load_model(arguments.model or str(default_model_path()))
+        plain = kind == STEPS[0]
+        steps[kind] = _plain(loaded.model, tokens) if plain else _stepper(kind, front_end(loaded, Stopwatch()), tokens)
     before = _resident()
     _forget_peak()
-    took, busy = [], []
-    for index in range(arguments.repeats + 1):  # the first one warms up
-        start, work = time.perf_counter(), time.process_time()
-        steps(index)
-        took.append(time.perf_counter() - start)
-        busy.append(time.process_time() - work)
-    after = _resident("VmHWM")
-    row = {"kind": kind, "seconds": median(took[1:]), "all_seconds": took[1:], "peak_bytes": after}
-    row["cpu_seconds"] = median(busy[1:])  # of all threads: what other processes take does not count
-    print(json.dumps({**row, "held_bytes": before, "threads": arguments.threads}), flush=True)
+    took: dict[str, list[float]] = {kind: [] for kind in kinds}
+    busy: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for index in range((arguments.repeats if len(kinds) > 1 else 2) + 1):  # the first round warms up
+        for turn in range(len(kinds)):
+            kind = kinds[(index + turn) % len(kinds)]
+            start, work = time.perf_counter(), time.process_time()
+            steps[kind](index)
+            took[kind].append(time.perf_counter() - start)
+            busy[kind].append(time.process_time() - work)  # of all threads: other processes do not count
+    for kind in kinds:
+        row: dict[str, Any] = {"kind": kind, "threads": arguments.threads}
+        if len(kinds) == 1:
+            row |= {"peak_bytes": _resident("VmHWM"), "held_bytes": before}
+        else:
+            row |= {"seconds": median(took[kind][1:]), "all_seconds": took[kind][1:]}
+            row |= {"cpu_seconds": median(busy[kind][1:]), "all_cpu_seconds": busy[kind][1:]}
+        print(json.dumps(row), flush=True)
 
 
 def _plain(model: Any, tokens: torch.Tensor) -> Callable[[int], None]:
@@ -280,16 +293,23 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 
 def overhead_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of steps, each against the first."""
+    """A Markdown table of steps: each against the first, and against the one before.
+
+    Ratios are medians over rounds in which all took their turn, with the quartiles of the rounds.
+    """
     if not rows:
         return ""
-    lines = ["| step | seconds | times | CPU seconds | peak memory, GB | times |", "|---|---|---|---|---|---|"]
-    first = rows[0]
-    for row in rows:
-        times = row["seconds"] / first["seconds"], row["peak_bytes"] / max(1, first["peak_bytes"])
-        memory = f"{row['peak_bytes'] / 1e9:.2f} | {times[1]:.2f}"
-        lines.append(f"| {row['kind']} | {row['seconds']:.2f} | {times[0]:.2f} | {row['cpu_seconds']:.2f} | {memory} |")
+    lines = ["| step | seconds | to the first | to the one before | peak memory, GB |", "|---|---|---|---|---|"]
+    for index, row in enumerate(rows):
+        found = [_ratio(row, rows[other]) if index else "1" for other in (0, max(0, index - 1))]
+        lines.append(f"| {row['kind']} | {row['seconds']:.2f} | {' | '.join(found)} | {row['peak_bytes'] / 1e9:.2f} |")
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any], other: dict[str, Any]) -> str:
+    found = [one / its for one, its in zip(row["all_seconds"], other["all_seconds"], strict=True)]
+    low, middle, high = quantiles(found, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def worker(arguments: list[Any]) -> list[dict[str, Any]]:
@@ -308,7 +328,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return dict(data)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.overhead:
-        data["overhead"] = [row for kind in STEPS for row in worker(["overhead", kind])]
+        alone = [row for kind in STEPS for row in worker(["overhead", [kind]])]
+        together = worker(["overhead", list(STEPS)])
+        data["overhead"] = [{**one, **own} for one, own in zip(alone, together, strict=True)]
         data["overhead_shape"] = [arguments.batch, arguments.length]
         write_json(arguments.out, {**data, "machine": machine()})
         return dict(data)
@@ -342,7 +364,7 @@ def main() -> None:
     parser.add_argument("--post-steps", type=int, default=150)
     parser.add_argument("--instructions", type=Path, help="instruction set of post; the calibration text by default")
     parser.add_argument("--overhead", action="store_true", help="time steps instead")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each kind")
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each kind, in turns")
     arguments = parser.parse_args()
     if arguments.cell:
         cell = json.loads(arguments.cell)
