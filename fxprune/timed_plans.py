@@ -43,6 +43,8 @@ __all__ = ["PlanTimer", "TimedPlan", "corrected_plans"]
 _CLOSE = 0.01
 """How far a measured speed-up may be from the wanted one, as a share of it, for the plan to stay."""
 _REPEATS, _PRECISION = 20, Precision(0.02, 80)
+_APART = 1e-3
+"""How much one speed-up that is asked of the table exceeds the one before at least, as a share of it."""
 _LEAST, _MOST = 0.5, 2.0
 """Between what the table's savings are taken to be worth: beyond it is a disturbed measurement."""
 
@@ -138,15 +140,18 @@ def corrected_plans(
     clock: Callable[[Plan], float],
     rounds: int,
 ) -> tuple[list[Plan], list[TimedPlan]]:
-    """Plans for speed-ups of which the tightest was timed, and all were made anew by what was measured.
+    """Plans for speed-ups, each timed, and made anew by what was measured.
+
+    What the table's savings are worth depends on how much is saved, so every speed-up has its own correction, the mean
+    of its timings. A plan whose speed-up is as wanted stays, unless the one before it, which it lies within, changes.
 
     Args:
-        planned: plans for the speed-ups that the table shall predict.
+        planned: plans for the speed-ups that the table shall predict, in ascending order.
         values: the speed-ups that are wanted, loosest first.
         costs: of the target `speedup`: shares of the dense model's time.
         groups: that the plans speak of.
         clock: the measured speed-up of a plan.
-        rounds: how often a plan is timed at most.
+        rounds: how often a plan for one value is timed at most.
 
     Returns:
         The plans, and what was timed.
@@ -154,21 +159,36 @@ def corrected_plans(
     Raises:
         PlanError: by what was measured no plan reaches a value.
     """
-    plans = planned(values)
-    timed: list[TimedPlan] = []
+    asked = list(values)
+    plans = planned(asked)
+    timed: list[list[TimedPlan]] = [[] for _ in values]
+    shapes: list[set[tuple[int, ...]]] = [set() for _ in values]
     for _ in range(rounds):
-        share = costs.fixed + sum(costs.cost(group, plans[-1].kept_units(group)) for group in groups)
-        one = TimedPlan(values[-1], 1 / share, clock(plans[-1]))
-        timed.append(one)
-        if abs(one.measured / one.wanted - 1) <= _CLOSE:
+        far: list[int] = []
+        for index, plan in enumerate(plans):
+            shape = tuple(len(plan.kept_units(group)) for group in groups)
+            if shape in shapes[index]:
+                continue  # nothing that is not known
+            shapes[index].add(shape)
+            share = costs.fixed + sum(costs.cost(group, plan.kept_units(group)) for group in groups)
+            one = TimedPlan(values[index], 1 / share, clock(plan))
+            timed[index].append(one)
+            if abs(one.measured / one.wanted - 1) > _CLOSE:
+                far.append(index)
+        if not far:
             break
-        worth = float(np.mean([each.worth for each in timed]))
-        asked = [1 / max(1e-3, 1 - (1 - 1 / value) / worth) for value in values]
+        for index in far:
+            worth = float(np.mean([each.worth for each in timed[index]]))
+            asked[index] = 1 / max(1e-3, 1 - (1 - 1 / values[index]) / worth)
+        for index in range(1, len(asked)):  # noise must not turn them round
+            asked[index] = max(asked[index], asked[index - 1] * (1 + _APART))
         try:
             plans = planned(asked)
         except PlanError as error:
+            last = timed[far[-1]][-1]
             raise PlanError(
-                f"a plan that the latency table predicts to be {one.predicted:.2f} times as fast was measured at "
-                f"{one.measured:.2f}; for {one.wanted:g} times the table would have to predict {asked[-1]:.2f}: {error}"
+                f"a plan that the latency table predicts to be {last.predicted:.2f} times as fast was measured at "
+                f"{last.measured:.2f}; for {last.wanted:g} times the table would have to predict {asked[far[-1]]:.2f}: "
+                f"{error}"
             ) from error
-    return plans, timed
+    return plans, [one for each in timed for one in each]

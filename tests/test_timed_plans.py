@@ -67,12 +67,37 @@ def test_a_table_that_is_right_is_left_alone_and_rounds_end() -> None:
     groups = program().groups
     plans, timed = corrected_plans(planned, [1.2, 1.3], costs, groups=groups, clock=worth(1.0), rounds=3)
     assert plans == planned([1.2, 1.3])
-    assert len(timed) == 1
-    noisy = iter((1.1, 1.5, 1.1))
+    assert [one.wanted for one in timed] == [1.2, 1.3]  # each once
+    noisy = iter((1.1, 1.1, 1.35, 1.5))
     plans, timed = corrected_plans(planned, [1.2, 1.3], costs, groups=groups, clock=lambda _: next(noisy), rounds=2)
-    assert [one.measured for one in timed] == [1.1, 1.5]
+    assert [(one.wanted, one.measured) for one in timed] == [(1.2, 1.1), (1.2, 1.35), (1.3, 1.1), (1.3, 1.5)]
     for plan in plans:
         plan.validate(groups)
+    assert all(set(plans[1].kept_units(g)) <= set(plans[0].kept_units(g)) for g in groups)
+
+
+def test_each_of_several_speed_ups_has_its_own_correction() -> None:
+    """A machine on which the first savings are worth less than the later ones."""
+    planned, costs = planner()
+    groups = program().groups
+
+    def clock(plan: Plan) -> float:
+        return float(worth(0.7 if predicted(plan) < 1.33 else 1.0)(plan))
+
+    values = [1.15, 1.4]
+    plans, timed = corrected_plans(planned, values, costs, groups=groups, clock=clock, rounds=3)
+    for plan, value in zip(plans, values, strict=True):
+        assert abs(clock(plan) / value - 1) < 0.02
+    assert [one.wanted for one in timed].count(1.4) == 1  # it was as wanted
+    assert all(set(plans[1].kept_units(g)) <= set(plans[0].kept_units(g)) for g in groups)
+
+
+def test_noise_does_not_turn_speed_ups_round() -> None:
+    planned, costs = planner()
+    groups = program().groups
+    found = iter((1.05, 1.5))  # the looser one seems to need far more than the tighter one
+    plans, _ = corrected_plans(planned, [1.2, 1.25], costs, groups=groups, clock=lambda _: next(found), rounds=1)
+    assert predicted(plans[1]) >= predicted(plans[0]) > 1.3
     assert all(set(plans[1].kept_units(g)) <= set(plans[0].kept_units(g)) for g in groups)
 
 
