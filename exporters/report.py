@@ -432,7 +432,8 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
                 entry["rung"],
                 f"{entry['max_abs_error']:.2g}" if "max_abs_error" in entry else "",
                 f"{entry['tolerance']:.2g}" if "tolerance" in entry else "",
-                "passed" if entry["passed"] else "**failed**",
+                ("passed" if entry["passed"] else "**failed**")
+                + (f" ({cell(entry['detail'])})" if entry.get("detail") else ""),
             )
             for entry in data.get("verify", [])
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fxprune.groups import AttentionGroup
@@ -97,5 +98,7 @@ def show_rungs(rungs: Sequence[dict[str, Any]], out: Console) -> None:
         table.add_column(column)
     for rung in rungs:
         passed = "[green]passed[/]" if rung["passed"] else "[red]failed[/]"
+        if rung.get("detail"):  # why an error above the tolerance passed, or what stands beside one that did not
+            passed += f" ({escape(rung['detail'])})"
         table.add_row(rung["rung"], f"{rung['max_abs_error']:.2e}", f"{rung['tolerance']:.0e}", passed)
     out.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import re
@@ -10,7 +11,9 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
+from fxprune.cli_tables import show_rungs
 from fxprune.errors import ExportError, OutputError
 from fxprune.evaluate import PerplexityResult
 from fxprune.exporters.report import markdown_summary, perplexity_entry, read_report, validate_report, write_report
@@ -388,6 +391,17 @@ def test_a_failed_rung_cannot_be_overlooked(tmp_path: Path) -> None:
     assert 'class="badge bad"' in html
     assert "verification FAILED at masked = slim" in html
     assert "**failed**" in markdown_summary(report)
+
+
+def test_an_error_above_the_tolerance_says_why_it_passed() -> None:
+    why = "float32 rounding alone; max abs error in float64: 3.0e-12"
+    rung = {"rung": "slim = masked", "max_abs_error": 1.4e-4, "tolerance": 1e-4, "passed": True, "detail": why}
+    assert f"| passed ({why}) |" in markdown_summary({"verify": [rung]})
+    out = Console(record=True, width=200, file=io.StringIO())
+    show_rungs([rung, {**rung, "rung": "traced = eager", "detail": "[red]not a colour"}], out)
+    said = out.export_text()
+    assert f"passed ({why})" in said
+    assert "passed ([red]not a colour)" in said
 
 
 def test_experts_of_a_layer_add_up_and_groups_without_layers_are_counted() -> None:
