@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,15 +24,15 @@ from safetensors.torch import save_file
 from fxprune.errors import CheckpointError, OutputError
 from fxprune.eval_cache import digest
 from fxprune.evaluate import hash_tokens
-from fxprune.loss_signals import GroupSignals, collect_loss_signals
+from fxprune.loss_signals import GroupSignals, SignalOptions, collect_loss_signals
+from fxprune.shards import separate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from fxprune.groups import Group
-    from fxprune.loss_head import Labels
     from fxprune.program import Program
 
 __all__ = ["kept_loss_signals"]
@@ -46,14 +46,7 @@ def kept_loss_signals(
     program: Program,
     groups: Sequence[Group],
     tokens: Tensor,
-    *,
-    batch_size: int | None = None,
-    taylor: bool = False,
-    grams: bool = True,
-    labels: Labels = "data",
-    seed: int = 0,
-    forward_dtype: torch.dtype | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    **how: Unpack[SignalOptions],
 ) -> tuple[dict[str, GroupSignals], bool]:
     """Read the signals from a directory, or collect them and leave them there.
 
@@ -62,13 +55,7 @@ def kept_loss_signals(
         program: see `fxprune.loss_signals.collect_loss_signals`, as all that follows.
         groups: see there.
         tokens: see there.
-        batch_size: see there.
-        taylor: see there.
-        grams: see there; a file with second moments also serves where none are asked for.
-        labels: see there.
-        seed: see there.
-        forward_dtype: see there.
-        on_batch: see there.
+        **how: see there; a file with second moments also serves where none are asked for.
 
     Returns:
         Signals by the name of the group, bit by bit what collecting gives, on the device of the tokens; whether they
@@ -78,23 +65,9 @@ def kept_loss_signals(
         OutputError: the directory cannot be used (told before anything runs), or not be written to.
         CheckpointError: a kept file cannot be read.
     """
-
-    def collected() -> dict[str, GroupSignals]:
-        return collect_loss_signals(
-            program,
-            groups,
-            tokens,
-            batch_size=batch_size,
-            taylor=taylor,
-            grams=grams,
-            labels=labels,
-            seed=seed,
-            forward_dtype=forward_dtype,
-            on_batch=on_batch,
-        )
-
     if directory is None:
-        return collected(), False
+        return collect_loss_signals(program, groups, tokens, **how), False
+    grams, labels = how.get("grams", True), how.get("labels", "data")
     folder = _usable(Path(directory).expanduser())
     facts = {
         "format": _FORMAT,
@@ -104,9 +77,9 @@ def kept_loss_signals(
         "groups": [_facts_of(group) for group in groups],
         "text": hash_tokens(tokens),
         "labels": labels,
-        "seed": None if labels == "data" else seed,
-        "precision": str(forward_dtype),
-        "taylor": taylor,
+        "seed": None if labels == "data" else how.get("seed", 0),
+        "precision": str(how.get("forward_dtype")),
+        "taylor": how.get("taylor", False),
     }
     key = digest(facts)[:32]
     scores, full = folder / f"{key}.scores.safetensors", folder / f"{key}.grams.safetensors"
@@ -114,10 +87,10 @@ def kept_loss_signals(
         if file.is_file():
             _LOGGER.info("loss signals of %d samples are read from %s", len(tokens), file)
             found = _read(file, tokens.device, grams=grams)
-            if on_batch is not None:
+            if (on_batch := how.get("on_batch")) is not None:
                 on_batch(len(tokens))
             return found, True
-    signals = collected()
+    signals = collect_loss_signals(program, groups, tokens, **how)
     _write(full if grams else scores, signals, facts)
     return signals, False
 
@@ -160,15 +133,10 @@ def _write(file: Path, signals: Mapping[str, GroupSignals], facts: Mapping[str, 
         for part in ("inputs", "outputs", "means"):
             tensors |= {f"{part}/{consumer}": value for consumer, value in getattr(one, part).items()}
         listed[name] = {"consumers": list(one.means), "tokens": one.tokens}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        # Consumers that have one weight have one sum; a file wants it once for each.
-        tensors[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={"groups": json.dumps(listed), "facts": json.dumps(facts)})
+        # Consumers that have one weight have one sum; the file has it once for each.
+        save_file(separate(tensors), temporary, metadata={"groups": json.dumps(listed), "facts": json.dumps(facts)})
         os.replace(temporary, file)  # noqa: PTH105 - what Path.replace does
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{file}: loss signals cannot be written: {error}") from error

@@ -158,7 +158,7 @@ class Run:
             evenness=step.evenness,
             forward_dtype=self.dtype,
             seed=step.seed,
-            kept=step.signals,
+            kept_in=step.signals,
         )
         if start.read:
             self.notes["signals_read_from"] = step.signals

@@ -57,7 +57,7 @@ def one_shot(
     evenness: float = EVENNESS,
     forward_dtype: torch.dtype | None = None,
     seed: int = 0,
-    kept: str | None = None,
+    kept_in: str | None = None,
 ) -> OneShot:
     """Score the units and plan.
 
@@ -72,7 +72,7 @@ def one_shot(
         evenness: of the plan, see `fxprune.curves.evened`.
         forward_dtype: precision of the products.
         seed: of the tokens that the model draws.
-        kept: directory of loss signals, see `fxprune.kept_signals`.
+        kept_in: directory of loss signals, see `fxprune.kept_signals`.
 
     Raises:
         PlanError: no plan reaches the target.
@@ -80,7 +80,7 @@ def one_shot(
     """
     with track("one-shot scores", len(tokens)) as advance:
         signals, read = kept_loss_signals(
-            kept,
+            kept_in,
             program,
             groups,
             tokens,

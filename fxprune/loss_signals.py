@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,19 @@ if TYPE_CHECKING:
     from fxprune.loss_head import Labels
     from fxprune.program import Program
 
-__all__ = ["GroupSignals", "collect_loss_signals", "moments"]
+__all__ = ["GroupSignals", "SignalOptions", "collect_loss_signals", "moments"]
+
+
+class SignalOptions(TypedDict, total=False):
+    """Options of `collect_loss_signals`, for what hands them on."""
+
+    batch_size: int | None
+    taylor: bool
+    grams: bool
+    labels: Labels
+    seed: int
+    forward_dtype: torch.dtype | None
+    on_batch: Callable[[int], None] | None
 
 
 @dataclass(frozen=True)

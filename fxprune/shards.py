@@ -26,6 +26,7 @@ __all__ = [
     "hash_header",
     "read_shapes",
     "read_tensors",
+    "separate",
     "verify_hashes",
     "verify_headers",
     "write_shards",
@@ -62,7 +63,7 @@ def write_shards(
     hashes: dict[str, str] = {}
     try:
         for file, names in split.filename_to_tensors.items():
-            save_file(_separate({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"})
+            save_file(separate({name: tensors[name] for name in names}), directory / file, metadata={"format": "pt"})
             hashes[file] = hash_file(directory / file)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -73,9 +74,9 @@ def write_shards(
     return hashes
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors, each alone in its storage: safetensors refuses shared ones."""
-    separate: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
@@ -83,8 +84,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if storage.nbytes() != own.numel() * own.element_size() or storage.data_ptr() in storages:
             own = own.clone()
         storages.add(own.untyped_storage().data_ptr())
-        separate[name] = own
-    return separate
+        found[name] = own
+    return found
 
 
 def hash_file(path: Path) -> str:

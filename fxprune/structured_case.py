@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from fxprune.channels import get_attribute
 from fxprune.kept_signals import kept_loss_signals
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from fxprune.curves import Limits
     from fxprune.gram import Gram
     from fxprune.groups import Group
-    from fxprune.loss_head import Labels
-    from fxprune.loss_signals import GroupSignals
+    from fxprune.loss_signals import GroupSignals, SignalOptions
     from fxprune.plan import Plan
     from fxprune.program import Program
     from fxprune.targets import Target
@@ -65,31 +64,21 @@ class Case:
         weight: Tensor = get_attribute(self.program.graph_module, linear).weight.detach()
         return weight
 
-    def loss_signals(
-        self, tokens: Tensor, *, grams: bool, labels: Labels = "data", taylor: bool = False
-    ) -> dict[str, GroupSignals]:
+    def loss_signals(self, tokens: Tensor, **how: Unpack[SignalOptions]) -> dict[str, GroupSignals]:
         """Signals of the groups, collected or kept from an earlier run (see `fxprune.kept_signals`).
 
         Args:
             tokens: (samples, length) int64, of the calibration text.
-            grams: see `fxprune.loss_signals.collect_loss_signals`, as what follows.
-            labels: see there.
-            taylor: see there.
+            **how: see `fxprune.loss_signals.collect_loss_signals`; seed, precision and batch size are the case's.
         """
+        own: SignalOptions = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "forward_dtype": self.forward_dtype,
+        }
         with track("gradients of the loss", len(tokens)) as advance:
-            signals, read = kept_loss_signals(
-                self.signals,
-                self.program,
-                self.groups,
-                tokens,
-                batch_size=self.batch_size,
-                taylor=taylor,
-                grams=grams,
-                labels=labels,
-                seed=self.seed,
-                forward_dtype=self.forward_dtype,
-                on_batch=advance,
-            )
+            options: SignalOptions = {**how, **own, "on_batch": advance}
+            signals, read = kept_loss_signals(self.signals, self.program, self.groups, tokens, **options)
         if read:
             self.notes["signals_read_from"] = self.signals
         return signals
