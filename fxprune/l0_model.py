@@ -1,6 +1,7 @@
 """The model that learned pruning trains: gates in the masks, LoRA on frozen weights, logits and hidden states out.
 
-    ProgramGates ─ LoRA (peft) into its graph ─ logits and what every layer hands on ─ one checkpoint a block
+    ProgramGates ─ LoRA (peft) into its graph ─ logits and what every layer hands on ─ each gate, Linear and LoRA as one
+                 ─ one checkpoint a block
 
 Student and teachers are this one module with other gates and other adapters: the weights are held once, and are those
 of the program it was made from. They are frozen while it is in use.
@@ -24,6 +25,7 @@ from fxprune.errors import PreconditionError, UsageError
 from fxprune.gates import ProgramGates
 from fxprune.graphs import erase_dead, linear_calls, own_projections
 from fxprune.groups import LayerGroup
+from fxprune.lora_product import fuse_lora
 from fxprune.matmul import fast_products
 from fxprune.recomputation import before_masks, by_block
 
@@ -164,6 +166,7 @@ class GatedModel:
             )
         self.layers = len(exits) if hidden else 0
         flat = _flat(self.gates.graph_module, program.interface.outputs, exits if hidden else [])
+        fuse_lora(flat, self.linears, _ADAPTER)
         self._graph: nn.Module = flat
         if checkpointing:
             self._graph = by_block(flat, exits)

@@ -46,7 +46,7 @@ class L0Options:
         lora_targets: see `fxprune.l0_model.lora_targets`.
         lora_lr: learning rate of LoRA.
         distillation: `none` is the next-token loss; the teacher of `plain` is the intact model, the teachers of
-            `progressive` are `fxprune.teachers`.
+            `progressive` are `fxprune.teachers`, until the gates are decided and the intact model takes their place.
         layer_weight: of the loss over hidden states.
         temperature: of the divergence.
         gap: by how much teachers are denser than the student.

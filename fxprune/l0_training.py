@@ -278,9 +278,8 @@ class Learner:
             return self.teachers.intact
         if not schedule.reached(step):
             return self.teachers.while_pruning(sparsity)
-        # What was fitted is better than weak teachers: their part ends with the gates'.
-        end = options.steps if self.refit is None else options.learning_steps
-        done = (step - schedule.warm_up_steps) / max(1, end - 1 - schedule.warm_up_steps)
+        # Weak teachers are for gates that move: once they are decided, the student is held to the intact model.
+        done = (step - schedule.warm_up_steps) / max(1, options.learning_steps - 1 - schedule.warm_up_steps)
         return self.teachers.afterwards(min(1.0, done), schedule.target)
 
     def _wanted(self, tokens: Tensor, teacher: Snapshot) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -237,6 +237,10 @@ def test_gates_stop_when_they_are_decided_and_adapters_go_on() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(gates[1], gates[4], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[4][1], seen[8][1], strict=True))
     assert all(set(value.unique().tolist()) <= {0, 1} for value in one.settled().values.values())
+    # Decided gates need no weak teachers: adapters are held to the intact model to the end.
+    taught = [row["teacher"] for row in one.rows]
+    assert max(taught) > 0
+    assert taught[4:] == [0.0] * 6
 
 
 def test_masks_alone_learn_to_the_end() -> None:
