@@ -110,6 +110,7 @@ def measure(name: str, plans: int) -> dict[str, Any]:
     family["refused"] = {
         event.name: dict(event.details["refused"]) for event in program.history if event.details.get("refused")
     }
+    double = program_in_double(program)
     for kind in (*kinds_of(program), "all"):
         chosen = random_plans(program, kind, plans)
         start = time.perf_counter()
@@ -119,8 +120,8 @@ def measure(name: str, plans: int) -> dict[str, Any]:
             "found": sum(group.kind == kind for group in program.groups) or len(program.groups),
             "plans": len(chosen),
             "slim": max(forward_error(slim) for slim in slims),
-            "gradient": max(backward_error(slim) for slim in slims),
-            "gradient_float64": max(backward_error(slimmed(program_in_double(program), plan)) for plan in chosen[:5]),
+            "gradient": max(backward_error(slim, program) for slim in slims),
+            "gradient_float64": max(backward_error(slimmed(double, plan), double) for plan in chosen[:5]),
             "same_text": all(same_text(slim) is not False for slim in slims[:3]),
             "seconds": seconds,
         }

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxprune.channel_ids import ChannelMap
-from fxprune.channels import Weight, walk
+from fxprune.channels import Weight
 from fxprune.cut import decide
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
@@ -96,12 +95,13 @@ def assert_slim_is_masked(program: Program, plan: Plan) -> Program:
     Those are slimmed once more, in float64 from the start, where nothing but a wrong graph can differ.
     """
     slim = slimmed(program, plan)
-    if forward_error(slim) <= 1e-5 and backward_error(slim) <= 1e-5:
+    if forward_error(slim) <= 1e-5 and backward_error(slim, program) <= 1e-5:
         return slim
     assert forward_error(slim) <= 1e-3
-    exact = slimmed(program_in_double(program), plan)
+    dense = program_in_double(program)
+    exact = slimmed(dense, plan)
     assert forward_error(exact) <= 1e-10
-    assert backward_error(exact) <= 1e-9
+    assert backward_error(exact, dense) <= 1e-9
     return slim
 
 
@@ -112,30 +112,35 @@ def program_in_double(program: Program) -> Program:
     return program.replace(graph_module=form.module, interface=form.interface)
 
 
-def backward_error(program: Program) -> float:
+def backward_error(program: Program, dense: Program) -> float:
     """Largest difference of a gradient between slim and masked, relative to the largest one of its parameter.
 
     A slim parameter's gradient must be what is kept of the masked one's; that of a norm's weight w' = w/sqrt(r) is
     larger by sqrt(r), as the chain rule says.
+
+    Args:
+        program: the slim one.
+        dense: the located one it comes from, whose channels are known and say what is kept.
     """
     masked: Form = program.references["masked"]
     module, interface = masked.module, masked.interface
     assert isinstance(module, GraphModule)
     assert program.plan is not None
-    channels = ChannelMap(walk(module, interface))
-    cut = decide(module, channels, program.groups, program.plan)
-    builder = GraphBuilder(module, interface, channels, cut)
-    _, dense = _gradients(module, interface)
+    channels = dense.channels
+    assert channels is not None
+    cut = decide(dense.graph_module, channels, dense.groups, program.plan)
+    builder = GraphBuilder(dense.graph_module, dense.interface, channels, cut)
+    _, whole = _gradients(module, interface)
     parameters, slim = _gradients(program.graph_module, program.interface)
     names = {id(p): n for n, p in reversed(list(module.named_parameters(remove_duplicate=False)))}
     worst = 0.0
     for name, gradient in slim.items():
         owner = names[id(module.get_parameter(name))]
-        expected = builder._narrowed(dense[owner], Weight(owner, tuple(dense[owner].shape)))
+        expected = builder._narrowed(whole[owner], Weight(owner, tuple(whole[owner].shape)))
         expected = expected.reshape(parameters[name].shape)
         if owner in cut.norms:
             expected = expected * cut.norms[owner][1] ** 0.5
-        scale = max(float(expected.abs().max()), 1e-2 * _largest(dense))
+        scale = max(float(expected.abs().max()), 1e-2 * _largest(whole))
         worst = max(worst, float((gradient - expected).abs().max()) / scale)
     return worst
 
