@@ -61,7 +61,7 @@ def get_attribute(root: nn.Module, target: str) -> Any:
 
 
 class _Walk:
-    """State of one walk: fake values and ids of the nodes that are still needed."""
+    """State of one walk: fake values and ids of the nodes that are still needed, or of all."""
 
     def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface) -> None:
         self.root = graph_module
@@ -295,6 +295,8 @@ def _evaluate(walk: _Walk, node: Node) -> Any:
     if isinstance(module, (nn.Linear, GroupedLinear)):
         shape = (*args[0].shape[:-1], module.out_features)
         return args[0].new_empty(shape, dtype=torch.promote_types(args[0].dtype, module.weight.dtype))
+    if isinstance(module, UnitMask):  # keeps shape and dtype, whatever it does
+        return torch.empty_like(args[0])
     state = {name: walk.fake(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     return torch.func.functional_call(module, state, args, kwargs)
 
@@ -303,7 +305,8 @@ def walk(
     graph_module: torch.fx.GraphModule,
     interface: Interface,
     visitor: Visitor | None = None,
-    results: dict[Node, Any] | None = None,
+    *,
+    keep: bool = False,
 ) -> ChannelLedger:
     """Walk a graph with ids beside its values.
 
@@ -311,12 +314,12 @@ def walk(
         graph_module: a lifted flat graph.
         interface: how it is called; its example inputs set the size of the walk.
         visitor: called after each node with the call and the ids of its result.
-        results: fake results of the calls: filled by one walk, they spare the next one the work.
+        keep: the calls that the visitor was given still answer when the walk is over. Otherwise values and ids go as
+            soon as no later node needs them.
 
     Returns:
         The ledger. Two walks of one graph hand out the same ids.
     """
-    results = {} if results is None else results
     state = _Walk(graph_module, interface)
     uses = Counter(source for node in graph_module.graph.nodes for source in node.all_input_nodes)
     for node in graph_module.graph.nodes:
@@ -331,10 +334,8 @@ def walk(
         elif node.op == "get_attr":
             value, ids = _get_attr(state, node)
         else:
-            if node not in results:
-                with state.mode, torch.no_grad():  # ids are real tensors: the rules run outside the fake mode
-                    results[node] = _evaluate(state, node)
-            value = results[node]
+            with state.mode, torch.no_grad():  # ids are real tensors: the rules run outside the fake mode
+                value = _evaluate(state, node)
         state.values[node] = value
         call = Call(state, node, value)
         if node.op not in {"placeholder", "get_attr"}:
@@ -344,7 +345,7 @@ def walk(
             visitor(call, ids)
         for source in node.all_input_nodes:
             uses[source] -= 1
-            if not uses[source]:
+            if not uses[source] and not keep:
                 state.ids.pop(source, None)
                 state.values.pop(source, None)
     return state.ledger

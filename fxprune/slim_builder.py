@@ -1,7 +1,8 @@
 """Writing a slim graph node by node, for a decision about what stays (`fxprune.cut.Cut`).
 
-A visitor of the channel walk. For every node of the old graph it writes the same node for smaller operands: narrower
-projections and parameters, rewritten constants, and a selection where an operand keeps more than the result does.
+It is given the calls of the channel walk in their order. For every node of the old graph it writes the same node for
+smaller operands: narrower projections and parameters, rewritten constants, and a selection where an operand keeps more
+than the result does.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ aten = torch.ops.aten
 
 
 class GraphBuilder:
-    """Writes the new graph node by node; a visitor of the walk."""
+    """Writes the new graph node by node, as it is given the calls of the walk."""
 
     def __init__(self, graph_module: GraphModule, interface: Interface, channels: ChannelMap, cut: Cut) -> None:
         self.old = graph_module

@@ -2,13 +2,13 @@
 
     decide (cut.py)  ->  write node by node (slim_builder.py)  ->  assemble and check (slim_assembly.py)
 
-The old graph is walked once more with ids beside its values; now it is known which ids stay. At the end the new graph
-is run on fake tensors and every shape is compared with what was predicted.
+The old graph is walked with ids beside its values; once it is known which ids stay, the builder sees the same calls in
+the same order. At the end the new graph is run on fake tensors and every shape is compared with what was predicted.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fxprune.channel_ids import ChannelMap
 from fxprune.channels import walk
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
+    from fxprune.channel_rules import Ids
+    from fxprune.channels import Call
     from fxprune.groups import Group
     from fxprune.plan import Plan
     from fxprune.program import Interface
@@ -54,10 +56,11 @@ def slim_graph(
         UnsupportedOpError: an operator cannot be rewritten for what stays.
     """
     plan.validate(groups)
-    results: dict[Node, Any] = {}
-    channels = ChannelMap(walk(graph_module, interface, results=results))
+    seen: list[tuple[Call, Ids]] = []
+    channels = ChannelMap(walk(graph_module, interface, lambda call, ids: seen.append((call, ids)), keep=True))
     builder = GraphBuilder(graph_module, interface, channels, decide(graph_module, channels, groups, plan))
-    walk(graph_module, interface, builder.visit, results)
+    for call, ids in seen:
+        builder.visit(call, ids)
     slim, slim_interface = assemble(builder)
     called = {str(node.target) for node in slim.graph.nodes if node.op == "call_module"}  # layers may be gone
     masks = {name: builder.narrowed_like(name, mask) for name, mask in (weight_masks or {}).items() if name in called}
