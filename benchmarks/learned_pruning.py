@@ -4,11 +4,11 @@
     python -m benchmarks.learned_pruning --data DIR --overhead [--batch 4 --length 256]
 
 DIR is laid out as for `fxprune eval --data`, with `calibration/sample_c4-rp1.jsonl` for the calibration and training
-text and, for `post`, `instruct/` for the instructions. Each cell is a process of its own: prune, slim, verify, save,
-load in bfloat16, evaluate; it is written as soon as it is measured, and a run that is interrupted goes on with what is
-missing. Trainings are kept beside the results, so `post` starts from what `lora` has learned, and an interrupted
-training goes on too; so are the gradients of the loss, which are the same in all cells of a seed. Minutes with a plus
-are then what came on top. `--plain` prints the tables of what is there.
+text; `post` reads the same text, or with `--instructions FILE` an instruction set. Each cell is a process of its own:
+prune, slim, verify, save, load in bfloat16, evaluate; it is written as soon as it is measured, and a run that is
+interrupted goes on with what is missing. Trainings are kept beside the results, so `post` starts from what `lora` has
+learned, and an interrupted training goes on too; so are the gradients of the loss, which are the same in all cells of a
+seed. Minutes with a plus are then what came on top. `--plain` prints the tables of what is there.
 """
 
 from __future__ import annotations
