@@ -295,7 +295,7 @@ def _evaluate(walk: _Walk, node: Node) -> Any:
     if isinstance(module, (nn.Linear, GroupedLinear)):
         shape = (*args[0].shape[:-1], module.out_features)
         return args[0].new_empty(shape, dtype=torch.promote_types(args[0].dtype, module.weight.dtype))
-    if isinstance(module, UnitMask):  # keeps shape and dtype, whatever it does
+    if isinstance(module, UnitMask):  # by its contract, so that its arithmetic need not be run
         return torch.empty_like(args[0])
     state = {name: walk.fake(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     return torch.func.functional_call(module, state, args, kwargs)

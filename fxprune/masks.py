@@ -22,7 +22,7 @@ __all__ = ["ChannelMask", "ChoiceMask", "ExpertChannelMask", "LayerGate", "UnitM
 
 
 class UnitMask(nn.Module):
-    """A mask of one value per unit.
+    """A mask of one value per unit; what comes out has the shape and dtype of the first argument.
 
     Attributes:
         mask: floating point; 1 keeps a unit, 0 removes it, anything between is a soft gate.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import trace_channels
+from fxprune.channels import Call, trace_channels, walk
 from fxprune.errors import PreconditionError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.passes.locate_attention import LocateAttention
@@ -198,3 +198,22 @@ def test_heads_that_an_unknown_operator_mixes_are_refused_by_its_name() -> None:
 def test_locating_needs_lifted_projections(locate: LocateAttention | LocateMlp) -> None:
     with pytest.raises(PreconditionError, match="run lift_linears first"):
         locate(trace(Mlp(nn.SiLU()), example_inputs=(X,)))
+
+
+def test_calls_of_a_walk_answer_afterwards_what_they_did_during_it_where_they_are_kept() -> None:
+    program = located("llama")
+
+    def told(call: Call) -> list[tuple[object, ...]]:
+        inputs = call.node.all_input_nodes
+        return [(n.name, getattr(call.value_of(n), "shape", None), _listed(call.ids_of(n))) for n in inputs]
+
+    during: list[list[tuple[object, ...]]] = []
+    calls: list[Call] = []
+    walk(program.graph_module, program.interface, lambda call, _: during.append(told(call)))
+    walk(program.graph_module, program.interface, lambda call, _: calls.append(call), keep=True)
+    assert [told(call) for call in calls] == during
+    assert any(ids is not None for asked in during for *_, ids in asked)
+
+
+def _listed(ids: Tensor | None) -> object:
+    return None if ids is None else ids.tolist()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, has_masks
+from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask, has_masks
 
 
 def test_a_channel_mask_scales_the_channels_of_each_unit() -> None:
@@ -42,6 +43,21 @@ def test_a_layer_gate_blends_what_went_in_with_what_came_out() -> None:
     for value, expected in ((1.0, after), (0.0, before), (0.25, torch.tensor([4.0, 8.0]))):
         gate = LayerGate(torch.tensor(value), "layers.0")
         assert torch.equal(gate(before, after), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_out_has_the_shape_and_dtype_of_what_went_in(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4).to(dtype)
+    calls: list[tuple[UnitMask, tuple[torch.Tensor, ...]]] = [
+        (ChannelMask(torch.ones(2), torch.tensor([0, 1, 1, -1])), (x,)),
+        (ExpertChannelMask(torch.ones(2, 2), torch.tensor([0, 1, 1, 0])), (x, torch.tensor([1, 3]))),
+        (ChoiceMask(torch.ones(4), -1), (x,)),
+        (LayerGate(torch.tensor(0.5), "layers.0"), (x, x)),
+    ]
+    assert {type(mask) for mask, _ in calls} == set(UnitMask.__subclasses__())  # the walk counts on all of them
+    for mask, arguments in calls:
+        out = mask(*arguments)
+        assert (out.shape, out.dtype) == (x.shape, dtype)
 
 
 def test_gradients_reach_every_unit_that_something_flows_through() -> None:
