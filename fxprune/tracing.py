@@ -24,6 +24,7 @@ from fxprune.errors import TraceError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
+from fxprune.unreached import find_shared, find_unreached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -103,7 +104,9 @@ def trace(
             generation_config=getattr(model, "generation_config", None),
             path=path,
         )
-    return Program(graph_module, interface, source=source).with_reference("eager", model)
+    unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
+    program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)
+    return program.with_reference("eager", model)
 
 
 def sample_inputs(model: nn.Module) -> dict[str, Any]:
@@ -195,6 +198,8 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
     """Export through transformers' own exporter, which knows the library's untraceable corners."""
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # noqa: PLC0415 - heavy
 
+    from fxprune.rope_tables import stateless_rope  # noqa: PLC0415 - imports transformers
+
     shapes: dict[str, Any] = {}
     for key, value in inputs.items():
         if isinstance(value, torch.Tensor):
@@ -205,7 +210,7 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
             shapes[key] = _dynamic_axes_of_cache(model, value)
     device = next(model.parameters()).device
     lists = _ListsAsSlices() if device.type == "meta" else nullcontext()
-    with _quiet_exporter(), _cheap_shapes(device), lists:
+    with _quiet_exporter(), _cheap_shapes(device), lists, stateless_rope(model):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
     return exported

@@ -111,7 +111,7 @@ class Save(Pass):
         """Save; `details` says which kind of checkpoint it became and why."""
         assert program.source is not None
         info = save(
-            state_tensors(program.graph_module),
+            {**program.unreached, **state_tensors(program.graph_module)},
             Path(self.out),
             source=program.source,
             plan=program.plan.to_json() if program.plan else {},
@@ -119,6 +119,7 @@ class Save(Pass):
             epsilons=_epsilons(program),
             expected=_expected(program),
             weight_masks=masks_of_state(program.graph_module, program.weight_masks),
+            buffers={name for name, _ in program.graph_module.named_buffers(remove_duplicate=False)},
             overwrite=self.overwrite,
             max_shard_size=self.max_shard_size,
         )
