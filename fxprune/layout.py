@@ -123,7 +123,8 @@ def classify(
             `epsilon * d_old / d_new`.
         expected: logits that the slim model gives. With them the integers are found that a class derives from its
             dense widths and that no field gives a layer (head counts, split sizes), and a configuration that has the
-            right shapes and computes something else is passed over.
+            right shapes and computes something else is passed over. Logits on the meta device ask with shapes alone,
+            and the tensors may be there too: what runs and has their shape is taken to be right.
         buffers: names of those tensors that are buffers of a graph. What the class builds without them, it computes
             while it runs (rotary tables of long sequences): they are the graph's constants and are left out.
 
@@ -160,7 +161,8 @@ def classify(
         base = build_skeleton(model_class, config, torch.float32)
     wanted = numbers_expected(numbers_of(dense), kept, new_numbers)
     named = {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, kept)) is not None}
-    given, added = _canonical(named, base)
+    trial = expected is not None and expected.logits.is_meta  # shapes alone
+    given, added = _canonical(named, base, trial=trial)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     before = state_shapes(base)
     changed = {name: (before[name], shape) for name, shape in shapes.items() if before.get(name, shape) != shape}
@@ -290,7 +292,9 @@ def _without_constants(
     }
 
 
-def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _canonical(
+    tensors: Mapping[str, Tensor], dense: PreTrainedModel, *, trial: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Sort given tensors into the class's state (tied ones once) and added biases, without what it computes itself."""
     name_of = aliases(dense)
     computed = {name for name, _ in dense.named_non_persistent_buffers()}
@@ -298,7 +302,7 @@ def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[d
     added: list[str] = []
     unknown: list[str] = []
     for name, tensor in tensors.items():
-        if tensor.is_meta:
+        if tensor.is_meta and not trial:
             raise CheckpointError(f"{name} is on the meta device and has no data; load the model's weights first")
         owner = name_of.get(name, name)
         if owner in given and not same_bits(given[owner], tensor):

@@ -399,7 +399,7 @@ def fill_skeleton(model: PreTrainedModel, tensors: Mapping[str, Tensor], device:
         model: a skeleton whose state has the names and shapes of `tensors`.
         tensors: every parameter and persistent buffer, a tied one once, on `device`; they are taken, not copied.
         device: where non-persistent buffers (rotary frequencies, masks) are created, by the class's own
-            initialisation.
+            initialisation; on the meta device they stay as they are.
 
     Raises:
         CheckpointError: names or shapes differ, or the class leaves a non-persistent buffer uninitialised.
@@ -417,6 +417,8 @@ def fill_skeleton(model: PreTrainedModel, tensors: Mapping[str, Tensor], device:
             parent, _, attribute = name.rpartition(".")
             source, _, source_attribute = owner.rpartition(".")
             setattr(model.get_submodule(parent), attribute, getattr(model.get_submodule(source), source_attribute))
+    if device.type == "meta":
+        return
     initialize_buffers(model, device)
     rest = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if rest:
