@@ -81,9 +81,7 @@ def write_genai_config(directory: str | Path, source: Source) -> Path:
     layers = sum(name.endswith(".key") for name in inputs)
     if "logits" not in outputs or not layers:
         raise ExportError(f"{graph} is not a causal language model with a cache, which onnxruntime-genai needs")
-    ends = _ends(source)
-    if not ends:
-        raise ExportError(f"{source.name} names no end-of-text token; set eos_token_id in its generation_config.json")
+    ends = require_end_of_text(source)
     config = source.config.get_text_config()
     keys = [inputs[f"past_key_values.{layer}.key"] for layer in range(layers)]
     length = max_positions(source.config) or _POSITIONS
@@ -126,6 +124,18 @@ def write_genai_config(directory: str | Path, source: Source) -> Path:
 def _shape(value: onnx.ValueInfoProto) -> list[int]:
     """The extents, 0 for those that may change."""
     return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def require_end_of_text(source: Source) -> list[int]:
+    """The tokens that end a text.
+
+    Raises:
+        ExportError: the model names none.
+    """
+    ends = _ends(source)
+    if not ends:
+        raise ExportError(f"{source.name} names no end-of-text token; set eos_token_id in its generation_config.json")
+    return ends
 
 
 def _owners(source: Source) -> list[Any]:

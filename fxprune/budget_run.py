@@ -24,7 +24,7 @@ from fxprune.assessment import Assessor
 from fxprune.errors import OutputError, UsageError
 from fxprune.loading import expand_user, load_model
 from fxprune.manifest import read_manifest
-from fxprune.output import prepare_output, write_json
+from fxprune.output import prepare_output, require_apart, write_json
 from fxprune.pass_base import Pass, PassResult
 from fxprune.pipeline import build_pass
 from fxprune.pruning import pass_of
@@ -146,6 +146,7 @@ def prune_budgets(
     if not isinstance(step, StructuredPass):
         raise UsageError(f"{method} takes one target at a time")
     wanted.check(step, place.device)
+    require_apart(place.out, [model])
     budgets = _budgets(step, _facts(model, step, place, wanted))
     todo = _open_output(place, budgets)
     watch = Stopwatch()
@@ -175,6 +176,8 @@ def _run(
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
     dense = front_end(loaded, watch)
+    saving = build_pass("save", {"out": str(place.out / budgets[todo[0]].name), "overwrite": True})
+    dense = saving.precheck(dense, step)
     step.requires(dense)
     say(f"{step.name}: one calibration for {len(budgets)} budgets")
     planned = step.budgets(dense)

@@ -27,9 +27,10 @@ from fxprune.channel_rules import Ids, find_rule
 from fxprune.errors import UnsupportedOpError
 from fxprune.grouped import GroupedLinear
 from fxprune.masks import UnitMask
+from fxprune.unreached import pin_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fxprune.program import Interface
 
@@ -387,14 +388,19 @@ def _record_outputs(state: _Walk, node: Node) -> None:
             state.ledger.outputs.append(Pin(unique, "output", module_of(source), "the caller receives this axis"))
 
 
-def trace_channels(graph_module: torch.fx.GraphModule, interface: Interface) -> ChannelMap:
+def trace_channels(
+    graph_module: torch.fx.GraphModule, interface: Interface, shared: Mapping[str, str] | None = None
+) -> ChannelMap:
     """Find which channels of a lifted graph belong together.
 
     Args:
         graph_module: a lifted flat graph.
         interface: how it is called.
+        shared: parameters that a module outside the graph owns too, with that module's name; their channels must stay.
 
     Returns:
         The channel map.
     """
-    return ChannelMap(walk(graph_module, interface))
+    ledger = walk(graph_module, interface)
+    pin_shared(ledger, shared or {})
+    return ChannelMap(ledger)

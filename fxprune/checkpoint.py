@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from fxprune.build_limits import bounded_build
+from fxprune.config_fields import get_field, has_field, set_layer_fields
 from fxprune.constants import apply_constants, float_changes
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
@@ -57,7 +58,7 @@ from fxprune.trial import ExpectedLogits, relative_error, run_once, tolerance_of
 from fxprune.weight_masks import write_masks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -115,6 +116,7 @@ def save(
     epsilons: Mapping[str, float] | None = None,
     expected: ExpectedLogits | None = None,
     weight_masks: Mapping[str, Tensor] | None = None,
+    buffers: Collection[str] = (),
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointInfo:
@@ -134,6 +136,7 @@ def save(
         epsilons: as for `classify`: the epsilon of each norm that needs another one, by dense module name.
         expected: inputs, and the logits that the slim model gives for them.
         weight_masks: bool masks of pruned weights by dense name, written beside the weights (`fxprune.weight_masks`).
+        buffers: as for `classify`: those of the tensors that are buffers of a graph.
         overwrite: whether an earlier output may be replaced.
         max_shard_size: largest weight file, in bytes or as `"5GB"`.
 
@@ -147,7 +150,7 @@ def save(
         UsageError: `max_shard_size` is not a size.
     """
     with staged_directory(directory, overwrite=overwrite) as staging:
-        layout = classify(tensors, source, epsilons, expected)
+        layout = classify(tensors, source, epsilons, expected, buffers=buffers)
         # Plain loading refuses other shapes, but not other numbers, and leaves out biases that it does not know: where
         # shapes are those of config.json, it must not find the weights.
         overlooked = layout.kind == "mixed" and not layout.changed
@@ -184,7 +187,7 @@ def _write_config(layout: Layout, path: Path) -> None:
     config = layout.config
     if layout.layer_overrides and not layout.config_overrides and not layout.constants:
         candidate = copy.deepcopy(config)
-        candidate.per_layer_config = {index: dict(fields) for index, fields in layout.layer_overrides.items()}
+        set_layer_fields(candidate, layout.layer_overrides)
         try:
             type(config).from_dict(candidate.to_dict())
             config = candidate
@@ -349,7 +352,7 @@ def _configure(model: PreTrainedModel, manifest: Manifest, path: Path) -> None:
     if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
         model.set_experts_implementation("eager")
     if manifest.layer_overrides:
-        model.config.per_layer_config = {index: dict(fields) for index, fields in manifest.layer_overrides.items()}
+        set_layer_fields(model.config, manifest.layer_overrides)
     model.config.name_or_path = str(path)
 
 
@@ -405,7 +408,7 @@ def _fit_mixed(
     numbers = float_changes(plain, model)
     for name, values in manifest.constants.items():
         numbers.setdefault(name, {}).update(values)
-    mark_config(model.config, {name: getattr(plain.config, name) for name in manifest.config_overrides}, numbers)
+    mark_config(model.config, {name: get_field(plain.config, name) for name in manifest.config_overrides}, numbers)
     return model
 
 
@@ -415,9 +418,10 @@ def _overridden(config: PreTrainedConfig, overrides: Mapping[str, Any], where: s
     Fields with other values decide which code runs: a checkpoint may choose them through the configuration class only.
     """
     for name, value in overrides.items():
-        old = getattr(config, name, None)
+        old = get_field(config, name)
         allowed = {int: (int, type(None)), float: (float,)}.get(type(value), ())
-        if name.startswith("_") or not hasattr(config, name) or not isinstance(old, allowed) or isinstance(old, bool):
+        hidden = any(part.startswith("_") for part in name.split("."))
+        if hidden or not has_field(config, name) or not isinstance(old, allowed) or isinstance(old, bool):
             raise CheckpointError(
                 f"{where}: {type(config).__name__} has no number {name} that {value!r} could replace; restore the file "
                 "that was changed, or write the checkpoint again"
@@ -438,7 +442,7 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[s
 def _prove(staging: Path, layout: Layout, source: Source, expected: ExpectedLogits | None) -> None:
     """Load a staged checkpoint back and compare it, and what it computes, with what was given."""
     model = load(staging, verify_hash="headers")
-    _compare(model, layout, source, "fxprune.load")
+    _compare(model, layout, source, "fxprune.load", proved=expected is not None)
     _compute(model, layout, expected, "fxprune.load")
     if layout.kind == "uniform":
         del model
@@ -448,7 +452,7 @@ def _prove(staging: Path, layout: Layout, source: Source, expected: ExpectedLogi
                 plain = model_class.from_pretrained(staging, local_files_only=True, use_safetensors=True)
         except (OSError, *BUILD_ERRORS) as error:
             raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
-        _compare(plain, layout, source, "from_pretrained")
+        _compare(plain, layout, source, "from_pretrained", proved=expected is not None)
         _compute(plain, layout, expected, "from_pretrained")
 
 
@@ -467,16 +471,25 @@ def _compute(model: PreTrainedModel, layout: Layout, expected: ExpectedLogits | 
         raise wrong_result(model, error, how)
 
 
-def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str) -> None:
-    """Raise unless a reloaded model has the class and the very tensors that were given, and no others."""
+def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str, *, proved: bool) -> None:
+    """Raise unless a reloaded model has the class and the very tensors that were given, and no others.
+
+    Tables that the class computes itself are no weights: they may have been cast, and the class may change them while
+    it runs. With `proved`, the logits say whether they are right.
+    """
     classes = (type(model), source.model_class)
     if classes[0] is not classes[1]:
         raise CheckpointError(f"{how} gave a {classes[0].__name__}, not a {classes[1].__name__}")
     state: dict[str, Tensor] = model.state_dict()
     computed = dict(model.named_non_persistent_buffers())
+    tables = {name: table for name, table in computed.items() if name in layout.given}
     wrong = [
-        name for name, tensor in layout.given.items() if not same_bits(state.get(name, computed.get(name)), tensor)
+        name for name, tensor in layout.given.items() if name not in tables and not same_bits(state.get(name), tensor)
     ]
+    for name, table in tables.items() if not proved else ():
+        given = layout.given[name]
+        if not same_bits(table.to(given.dtype), given):
+            wrong.append(name)
     wrong += [name for name in layout.zero_biases if bool(state[name].any())]
     known = {*layout.tensors, *(name for name, owner in aliases(model).items() if owner in layout.tensors)}
     wrong += sorted(state.keys() - known)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fxprune.config_fields import fields_of, get_field, nested_configs, path_of, values_with
 from fxprune.skeleton import BUILD_ERRORS, Shape, build_skeleton, config_with, layer_list, state_shapes
 
 if TYPE_CHECKING:
@@ -145,10 +146,15 @@ def probe_fields(
 
 def _integer_fields(config: PreTrainedConfig) -> Iterator[tuple[str, int | None]]:
     """Integer fields that may be widths or counts; the value is None for an optional one that is unset."""
-    types = {item.name: str(item.type) for item in dataclasses.fields(config)}
-    depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for name, value in config.to_dict().items():
-        if name == depth or name.startswith("_") or name.endswith(("head_dim", "token_id")):
+    types: dict[str, str] = {}
+    depths = set()
+    for path, each in nested_configs(config).items():
+        types |= {f"{path}.{item.name}".removeprefix("."): str(item.type) for item in dataclasses.fields(each)}
+        depth = each.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        depths.add(f"{path}.{depth}".removeprefix("."))
+    for name, value in fields_of(config):
+        last = name.rpartition(".")[2]
+        if name in depths or last.startswith("_") or last.endswith(("head_dim", "token_id")):
             continue
         if type(value) is int and value > 1:
             yield name, value
@@ -272,9 +278,11 @@ def find_uniform(
 def _bases(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, dict[str, int]]]:
     """The configuration as it is, and with the size of a head made explicit where the class may derive it."""
     yield config, {}
-    hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if getattr(config, "head_dim", None) is None and isinstance(hidden, int) and isinstance(heads, int):
-        pins = {"head_dim": hidden // heads}
+    path = path_of(config, config.get_text_config())
+    names = (f"{path}.{name}".removeprefix(".") for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    name, hidden, heads = next(names), *(get_field(config, each) for each in names)
+    if get_field(config, name) is None and isinstance(hidden, int) and isinstance(heads, int):
+        pins = {name: hidden // heads}
         yield config_with(config, pins), pins
 
 
@@ -287,8 +295,8 @@ def _bias_flags(
     if not rest:
         return flags, ""
     dense = state_shapes(build_skeleton(model_class, config)).keys()
-    for name, value in config.to_dict().items():
-        if value is not False or "bias" not in name or name.startswith("_"):
+    for name, value in fields_of(config):
+        if value is not False or "bias" not in name or name.rpartition(".")[2].startswith("_"):
             continue
         try:
             added = state_shapes(build_skeleton(model_class, config_with(config, {name: True}))).keys() - dense
@@ -312,7 +320,7 @@ def _proved(
 ) -> UniformMatch | NoMatch:
     """Construct the configuration anew, as reading `config.json` does, build the class and compare every shape."""
     try:
-        slim = type(config).from_dict({**config.to_dict(), **overrides})
+        slim = type(config).from_dict(values_with(config, overrides))
         model = build_skeleton(model_class, slim, torch.float32)
     except BUILD_ERRORS as error:
         return NoMatch(f"{type(config).__name__} refuses {dict(overrides)}: {str(error).strip()}")
@@ -324,7 +332,7 @@ def _proved(
     wrong = objection(model)
     if wrong:
         return NoMatch(f"{model_class.__name__} built with {dict(overrides)}: {wrong}")
-    changed = {name: value for name, value in overrides.items() if getattr(config, name, None) != value}
+    changed = {name: value for name, value in overrides.items() if get_field(config, name) != value}
     return UniformMatch(slim, changed, extra)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.config_fields import fields_of
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
 from fxprune.skeleton import BUILD_ERRORS, build_skeleton, config_with, initialize_buffers
@@ -314,7 +315,7 @@ def find_float_fields(
     target = {(name, key): value for name, values in wanted.items() for key, value in values.items()}
     values = {value for key, value in target.items() if dense.get(key, value) != value}
     found: dict[str, float] = {}
-    for name, old in config.to_dict().items():
+    for name, old in fields_of(config):
         for value in values if type(old) is float else ():
             try:
                 floats = _float_attributes(build_skeleton(model_class, config_with(config, {name: value})))

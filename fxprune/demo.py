@@ -62,7 +62,7 @@ def run_demo(
     Raises:
         FxpruneError: anything went wrong; an earlier output is whole.
     """
-    prepare_output(out, overwrite=overwrite)
+    prepare_output(out, overwrite=overwrite, inputs=[model])
     watch = Stopwatch()
     with staged_directory(out, overwrite=overwrite) as staging:
         say(

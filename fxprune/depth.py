@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from fxprune.config_fields import fields_of, get_field, values_with
 from fxprune.errors import CheckpointError
 from fxprune.skeleton import BUILD_ERRORS, Shape, build_skeleton, config_with, outer_lists
 
@@ -88,14 +89,14 @@ def reduce_depth(
     for overrides in _candidates(model_class, config, dense, kept):
         try:
             # As reading config.json does: validated, and what is derived from the fields is derived anew.
-            reduced = type(config).from_dict({**config.to_dict(), **overrides})
+            reduced = type(config).from_dict(values_with(config, overrides))
             slim = build_skeleton(model_class, reduced)
         except BUILD_ERRORS as error:
             reason = reason or f"{type(config).__name__} refuses {overrides}: {str(error).strip()}"
             continue
         difference = _difference(dense, slim, kept)
         if not difference:
-            changed = {name: value for name, value in overrides.items() if getattr(config, name, None) != value}
+            changed = {name: value for name, value in overrides.items() if get_field(config, name) != value}
             return reduced, changed
         reason = reason or difference
     raise CheckpointError(
@@ -122,7 +123,10 @@ def _candidates(
     fields = _depth_fields(model_class, config, lengths, kept)
     base: dict[str, Any] = {fields[name]: len(indices) for name, indices in kept.items()}
     positions: dict[str, list[int]] = {}  # fields that may list the indices of some layers
+    beside = {field.rpartition(".")[0] for field in fields.values()}  # of other towers' layers they do not speak
     for name, value in _lists(config):
+        if name.rpartition(".")[0] not in beside:
+            continue
         owner = next((layers for layers in kept if len(value) == lengths[layers]), None)
         if owner is not None:
             base[name] = [value[index] for index in kept[owner]]
@@ -145,8 +149,9 @@ def _candidates(
 
 def _lists(config: PreTrainedConfig) -> Iterator[tuple[str, list[Any]]]:
     """List-valued fields that may speak of layers."""
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and not name.startswith("_") and name != "architectures" and "token" not in name:
+    for name, value in fields_of(config):
+        last = name.rpartition(".")[2]
+        if isinstance(value, list) and not last.startswith("_") and last != "architectures" and "token" not in last:
             yield name, value
 
 
@@ -155,7 +160,7 @@ def _depth_fields(
 ) -> dict[str, str]:
     """The integer field that decides the length of each module list that loses layers."""
     fields: dict[str, str] = {}
-    for name, value in config.to_dict().items():
+    for name, value in fields_of(config):
         if type(value) is not int or value not in {lengths[layers] for layers in kept}:
             continue
         shorter = {key: items[: value - 1] for key, items in _lists(config) if len(items) == value}
@@ -182,7 +187,7 @@ def _position_fields(
     """Small integer fields that decide what a layer is by its position: periods, offsets and bounds."""
     depth = max(len(layers) for layers in outer_lists(dense).values())
     found: list[str] = []
-    for name, value in config.to_dict().items():
+    for name, value in fields_of(config):
         if type(value) is not int or not 0 <= value <= depth or name in known or "token" in name:
             continue
         for probe in (value + 1, value - 1):

@@ -71,7 +71,7 @@ def run_export(model: str, request: ExportRequest, say: Callable[[str], None]) -
         ExportError: the runtime is not installed, has no kernels for the precision, or the graph cannot be exported.
         VerificationError: the exported form does not compute what the model does.
     """
-    prepare_output(request.out, overwrite=request.overwrite)
+    prepare_output(request.out, overwrite=request.overwrite, inputs=[model])
     if request.to == "genai":
         resolve("fxprune.exporters.genai:require_genai")()
     if request.int4 is not None:
@@ -101,7 +101,8 @@ def export_program(program: Program, request: ExportRequest, say: Callable[[str]
     Returns:
         The program with `results["onnx"]`, `results["verify"]` and, with int4, `results["int4"]`.
     """
-    target = prepare_output(request.out, overwrite=request.overwrite)
+    inputs = [] if program.source is None else [program.source.path]
+    target = prepare_output(request.out, overwrite=request.overwrite, inputs=inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.float-", dir=target.parent) as scratch:
         plain = Path(scratch) / "float"

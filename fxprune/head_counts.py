@@ -16,6 +16,7 @@ import inspect
 import itertools
 import math
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +74,7 @@ def find_head_counts(
     if best <= allowed:
         return {}
     kinds = block_kinds(model, skeleton, expected.inputs) if search else []
+    kinds = [_without(kind, expected.fixed) for kind in kinds]
     rules: list[list[Rule]] = []
     calls: list[_Call | None] = []
     with ExitStack() as stack:
@@ -97,6 +99,12 @@ def find_head_counts(
     if failure is not None and math.isinf(best):
         raise failure
     raise wrong_result(model, best, "numbers that follow from its slim shapes")
+
+
+def _without(kind: BlockKind, fixed: frozenset[int]) -> BlockKind:
+    """The kind without attributes that must keep their value."""
+    options = {name: each for name, each in kind.options.items() if not fixed.intersection(kind.values[name])}
+    return replace(kind, options=options)
 
 
 def _attempt(

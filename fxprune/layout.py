@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fxprune.config_fields import get_field
 from fxprune.config_search import NoMatch, UniformMatch, find_layer_overrides, find_uniform
 from fxprune.constants import (
     Constants,
@@ -48,7 +49,7 @@ from fxprune.skeleton import (
 from fxprune.trial import relative_error, tolerance_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,6 +107,8 @@ def classify(
     source: Source,
     epsilons: Mapping[str, float] | None = None,
     expected: ExpectedLogits | None = None,
+    *,
+    buffers: Collection[str] = (),
 ) -> Layout:
     """Find out how a slim state dict can be written; nothing is read or written.
 
@@ -120,7 +123,10 @@ def classify(
             `epsilon * d_old / d_new`.
         expected: logits that the slim model gives. With them the integers are found that a class derives from its
             dense widths and that no field gives a layer (head counts, split sizes), and a configuration that has the
-            right shapes and computes something else is passed over.
+            right shapes and computes something else is passed over. Logits on the meta device ask with shapes alone,
+            and the tensors may be there too: what runs and has their shape is taken to be right.
+        buffers: names of those tensors that are buffers of a graph. What the class builds without them, it computes
+            while it runs (rotary tables of long sequences): they are the graph's constants and are left out.
 
     Returns:
         The layout.
@@ -142,7 +148,7 @@ def classify(
         dense = build_skeleton(model_class, config, torch.float32)
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{model_class.__name__} cannot be built from the source's config: {error}") from error
-    tensors = _without_constants(tensors)
+    tensors = _without_constants(tensors, dense, buffers)
     new_numbers = _new_numbers(tensors, dense, epsilons or {}, carried)
     kept = kept_layers(tensors, dense)
     gone = [name for name in epsilons or {} if renumbered(name, kept) is None]
@@ -155,7 +161,8 @@ def classify(
         base = build_skeleton(model_class, config, torch.float32)
     wanted = numbers_expected(numbers_of(dense), kept, new_numbers)
     named = {new: tensor for name, tensor in tensors.items() if (new := renumbered(name, kept)) is not None}
-    given, added = _canonical(named, base)
+    trial = expected is not None and expected.logits.is_meta  # shapes alone
+    given, added = _canonical(named, base, trial=trial)
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     before = state_shapes(base)
     changed = {name: (before[name], shape) for name, shape in shapes.items() if before.get(name, shape) != shape}
@@ -190,7 +197,7 @@ def classify(
     overrides, constants = _mixed(
         model_class, config_with(layers.config, everywhere), layers.overrides, given, wanted, expected=expected
     )
-    unpinned = {name: getattr(config, name) for name in pins}
+    unpinned = {name: get_field(config, name) for name in pins}
     return Layout(
         "mixed",
         match.reason,
@@ -273,12 +280,21 @@ def _unmarked(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Constants]:
     return config_with(config, mark["accepted"]), floats
 
 
-def _without_constants(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what `torch.export` lifts out of a model's code, scalars and empty tensors: they are the graph's."""
-    return {name: tensor for name, tensor in tensors.items() if not (_CONSTANT.fullmatch(name) and tensor.numel() <= 1)}
+def _without_constants(
+    tensors: Mapping[str, Tensor], dense: PreTrainedModel, buffers: Collection[str]
+) -> dict[str, Tensor]:
+    """Leave out a graph's own constants: what `torch.export` lifts out of code, and buffers that the class has not."""
+    known = {*aliases(dense), *(name for name, _ in dense.named_non_persistent_buffers())}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (_CONSTANT.fullmatch(name) and tensor.numel() <= 1) and not (name in buffers and name not in known)
+    }
 
 
-def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _canonical(
+    tensors: Mapping[str, Tensor], dense: PreTrainedModel, *, trial: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Sort given tensors into the class's state (tied ones once) and added biases, without what it computes itself."""
     name_of = aliases(dense)
     computed = {name for name, _ in dense.named_non_persistent_buffers()}
@@ -286,7 +302,7 @@ def _canonical(tensors: Mapping[str, Tensor], dense: PreTrainedModel) -> tuple[d
     added: list[str] = []
     unknown: list[str] = []
     for name, tensor in tensors.items():
-        if tensor.is_meta:
+        if tensor.is_meta and not trial:
             raise CheckpointError(f"{name} is on the meta device and has no data; load the model's weights first")
         owner = name_of.get(name, name)
         if owner in given and not same_bits(given[owner], tensor):

@@ -44,7 +44,7 @@ def with_channels(program: Program) -> Program:
     """Return the program with its channel map, tracing channels if no pass did so before."""
     if program.channels is not None:
         return program
-    return program.replace(channels=trace_channels(program.graph_module, program.interface))
+    return program.replace(channels=trace_channels(program.graph_module, program.interface, program.shared))
 
 
 def elements_per_index(program: Program) -> dict[str, dict[int, int]]:

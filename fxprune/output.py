@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from fxprune.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["prepare_output", "staged_directory", "swap", "write_json", "write_text"]
+__all__ = ["prepare_output", "require_apart", "staged_directory", "swap", "write_json", "write_text"]
 
 _LOGGER = logging.getLogger(__name__)
 _MARKERS = ("fxprune.json", "report.json", "genai_config.json", "export.json", "*.onnx")
 
 
-def prepare_output(path: str | Path, *, overwrite: bool) -> Path:
+def prepare_output(path: str | Path, *, overwrite: bool, inputs: Sequence[str | Path | None] = ()) -> Path:
     """Check, before any work is done, that a directory can be written at `path`. Nothing is created or changed.
 
     Args:
@@ -34,15 +34,19 @@ def prepare_output(path: str | Path, *, overwrite: bool) -> Path:
         overwrite: whether a directory that is there, and is not empty, may be replaced. Only what looks like a model,
             an export or an earlier output is ever replaced: it holds `fxprune.json`, `report.json`,
             `genai_config.json`, `export.json`, a `.onnx` file, or a `config.json` with a `model_type`.
+        inputs: what the work reads: directories that the output must not be, hold, or lie in, overwriting allowed or
+            not. Names of nothing that is there (a hub id) do not matter.
 
     Returns:
         The absolute path, symbolic links followed.
 
     Raises:
-        OutputError: `path` is a file, is not empty and may not be replaced, or its place cannot be written to.
+        OutputError: `path` is a file, is not empty and may not be replaced, its place cannot be written to, or it is an
+            input, holds one or lies in one.
     """
     try:
         target = Path(path).expanduser().resolve()
+        require_apart(target, inputs)
         if target.is_dir():
             if any(target.iterdir()):
                 _check_replaceable(target, overwrite=overwrite)
@@ -56,6 +60,32 @@ def prepare_output(path: str | Path, *, overwrite: bool) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory for `~`, a loop of symbolic links
         raise OutputError(f"cannot use {path} for output: {error}") from error
     return target
+
+
+def require_apart(path: str | Path, inputs: Sequence[str | Path | None]) -> None:
+    """Refuse an output that is an input, holds one or lies in one, symbolic links followed.
+
+    Args:
+        path: where the output shall be.
+        inputs: what the work reads; names of nothing that is there (a hub id) do not matter.
+
+    Raises:
+        OutputError: they would be in each other's way.
+    """
+    target = Path(path).expanduser().resolve()
+    for each in inputs:
+        try:
+            known = None if each is None or str(each) == "" else Path(each).expanduser().resolve()
+        except RuntimeError:  # no home directory for `~`: a hub id, or nothing
+            continue
+        if known is None or not known.exists():
+            continue
+        way = "is" if known == target else "holds" if target in known.parents else "lies in"
+        if known == target or target in known.parents or known in target.parents:
+            raise OutputError(
+                f"the output {target} {way} the input {known}, which is never replaced nor written to; name another "
+                "directory"
+            )
 
 
 def _check_writable(directory: Path, target: Path) -> None:

@@ -68,6 +68,26 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    prunes: ClassVar[bool] = False
+    """Whether the pass chooses what goes, so that others are asked before it works (see `precheck`)."""
+
+    def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
+        """Say what can be known of this pass before the passes in front of it have worked.
+
+        A pipeline asks every pass before it starts, and those behind a pass that `prunes` once more before that one.
+
+        Args:
+            program: what comes in at that point.
+            pruning: the pass that is about to prune, if one is.
+
+        Returns:
+            The program, without groups that this pass could not take if they were pruned.
+
+        Raises:
+            FxpruneError: this pass could not do its work whatever the others do.
+        """
+        del pruning
+        return program
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
         """Check what the pass needs; raise `PreconditionError` with what to do when it is missing."""

@@ -52,14 +52,26 @@ class Pipeline(Pass):
         return {"passes": [step.name for step in self.passes]}
 
     def call(self, program: Program) -> PassResult:
-        """Run the passes."""
-        modified = False
-        for step in self.passes:
+        """Run the passes, after all of them were asked for what can be known before."""
+        before = program
+        program = self.precheck(program)
+        modified = program is not before
+        for index, step in enumerate(self.passes):
+            if step.prunes:
+                for later in self.passes[index + 1 :]:
+                    asked = later.precheck(program, step)
+                    program, modified = asked, modified or asked is not program
             if self._on_pass is not None:
                 self._on_pass(step)
             result = step(program)
             program, modified = result.program, modified or result.modified
         return PassResult(program, modified)
+
+    def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
+        """Ask every pass."""
+        for step in self.passes:
+            program = step.precheck(program, pruning)
+        return program
 
     def __call__(self, program: Program) -> PassResult:
         """Run the passes; each writes its own entry of the history, the pipeline adds none."""

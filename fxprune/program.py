@@ -77,6 +77,7 @@ class Source:
         tokenizer: its tokenizer, if there is one.
         generation_config: its generation config, if there is one.
         path: local directory that holds the dense checkpoint, if it was loaded from one.
+        unsavable: why no checkpoint can be written of this model, with what can be done; empty if one can.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Source:
     tokenizer: Any = None
     generation_config: Any = None
     path: Path | None = None
+    unsavable: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ class Program:
         weight_masks: bool masks of projections whose weights were pruned, in the layout of the weight, True for kept,
             by qualified name; later passes hold them.
         results: measurements that passes leave for the report, JSON-able, by section of `report.json`.
+        unreached: weights of the model that the traced sample does not reach, by qualified name (`fxprune.unreached`);
+            a checkpoint holds them as they are.
+        shared: names of parameters of the graph that a module outside it owns too, with that module's name.
     """
 
     graph_module: torch.fx.GraphModule
@@ -140,6 +145,8 @@ class Program:
     references: Mapping[str, Form] = field(default_factory=dict)
     weight_masks: Mapping[str, Tensor] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
+    unreached: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Program:
         """Return a copy with some attributes changed."""

@@ -12,6 +12,7 @@ from fxprune.output import prepare_output
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
+from fxprune.savable import require_savable
 from fxprune.sparse_pass import NO_SPEED_UP, SparsePass
 from fxprune.sparse_speed import measure_sparse_speed
 from fxprune.streaming_run import prune_streaming
@@ -101,13 +102,14 @@ def prune_model(
     wanted.check(step, place.device)
     if isinstance(step, StructuredPass) and len(step.targets) > 1:
         raise UsageError(f"{method} has {len(step.targets)} targets; one checkpoint has one (see prune_budgets)")
-    prepare_output(place.out, overwrite=place.overwrite)
+    prepare_output(place.out, overwrite=place.overwrite, inputs=[model])
     watch = Stopwatch()
     say(f"loading {model}")
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
     program = front_end(loaded, watch)
+    require_savable(program.source)
     seed = int(options.get("seed", 0))
     if isinstance(step, SparsePass):
         return _prune_weights(program, step, place, wanted, seed=seed, watch=watch, say=say)

@@ -28,6 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from fxprune.build_limits import check_depth
+from fxprune.config_fields import get_field, has_field, nested_configs, path_of, set_field
 from fxprune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "config_with",
     "fill_skeleton",
     "initialize_buffers",
+    "layer_config_path",
     "layer_list",
     "outer_lists",
     "read_config",
@@ -102,12 +104,21 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
             "comes with a checkpoint is never run)"
         )
-    values = {key: value for key, value in values.items() if key not in _NOT_READ}
+    values = _readable(values)
     check_depth(values, path)
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{path}: the configuration class refuses these values: {error}") from error
+
+
+def _readable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json`, or what is nested in it, without what a checkpoint may not choose."""
+    return {
+        key: _readable(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _NOT_READ
+    }
 
 
 def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel]:
@@ -135,11 +146,15 @@ def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[Pre
 
 
 def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return an independent, homogeneous copy with some fields changed; like per-layer configs it is not validated."""
+    """Return an independent, homogeneous copy with some fields changed; like per-layer configs it is not validated.
+
+    Fields of nested configurations have dotted names.
+    """
     changed = copy.deepcopy(config)
-    changed.per_layer_config = None
+    for each in nested_configs(changed).values():
+        each.per_layer_config = None
     for name, value in overrides.items():
-        setattr(changed, name, value)
+        set_field(changed, name, value)
     return changed
 
 
@@ -182,11 +197,32 @@ def state_shapes(model: nn.Module) -> dict[str, Shape]:
 def layer_list(model: PreTrainedModel) -> str | None:
     """Qualified name of the module list that holds the decoder layers, or None if there is no single one.
 
-    It is the outermost `ModuleList` with one module, of one class, for each of the configuration's hidden layers.
+    It is the outermost `ModuleList` with one module, of one class, for each of the configuration's hidden layers. Where
+    configurations are nested, that of the text decides, and the list lies in a module that was built from one like it.
     """
-    depth = getattr(model.config, "num_hidden_layers", None)
-    found = [name for name, layers in outer_lists(model).items() if len(layers) == depth]
+    text = get_field(model.config, layer_config_path(model)) if layer_config_path(model) else model.config
+    depth = getattr(text, "num_hidden_layers", None)
+    found = [
+        name
+        for name, layers in outer_lists(model).items()
+        if len(layers) == depth and isinstance(_config_around(model, name), type(text))
+    ]
     return found[0] if len(found) == 1 else None
+
+
+def layer_config_path(model: PreTrainedModel) -> str:
+    """Dotted name of the configuration that decoder layers are built from; empty where it is the model's own."""
+    return path_of(model.config, model.config.get_text_config())
+
+
+def _config_around(model: PreTrainedModel, name: str) -> PreTrainedConfig:
+    """The configuration of the innermost module that holds the one called `name` and has any."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if isinstance(config, PreTrainedConfig):
+            return config
+    return model.config
 
 
 def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -227,7 +263,8 @@ def build_layered_skeleton(
     Args:
         model_class: the class.
         config: the dense configuration.
-        overrides: for each layer index that differs, configuration fields with their values.
+        overrides: for each layer index that differs, configuration fields with their values; fields of a nested
+            configuration have dotted names.
         dtype: as for `build_skeleton`.
 
     Returns:
@@ -246,7 +283,7 @@ def build_layered_skeleton(
         raise CheckpointError(f"{model_class.__name__} has no single list of layers, so layers cannot be overridden")
     blocks = list(plain.get_submodule(name).children())
     for index, fields in overrides.items():
-        if not 0 <= index < len(blocks) or not all(hasattr(plain.config, field) for field in fields):
+        if not 0 <= index < len(blocks) or not all(has_field(plain.config, field) for field in fields):
             raise CheckpointError(
                 f"layer override {index}: {dict(fields)} does not fit {type(config).__name__} with {len(blocks)} "
                 "layers; config.json and fxprune.json do not belong together"
@@ -255,6 +292,9 @@ def build_layered_skeleton(
     try:
         # The plain model's configuration: the kernels are resolved in it.
         configs = [config_with(plain.config, overrides.get(index, {})) for index in range(len(blocks))]
+        path = layer_config_path(plain)
+        if path:
+            configs = [get_field(each, path) for each in configs]
         with _constructing({type(block) for block in blocks}, configs, built):
             model = build_skeleton(model_class, plain.config, dtype)
     except BUILD_ERRORS as error:
@@ -266,8 +306,9 @@ def build_layered_skeleton(
     layers = list(model.get_submodule(name).children())
     if len(built) != len(layers) or any(block is not layer for block, layer in zip(built, layers, strict=True)):
         raise CheckpointError(f"{model_class.__name__} does not construct the blocks of {name} one by one, in order")
+    own = get_field(model.config, path) if path else model.config
     for layer, layer_config in zip(layers, configs, strict=True):
-        layer.register_forward_pre_hook(_FollowModel(model.config, layer_config))
+        layer.register_forward_pre_hook(_FollowModel(own, layer_config))
     return model
 
 
@@ -358,7 +399,7 @@ def fill_skeleton(model: PreTrainedModel, tensors: Mapping[str, Tensor], device:
         model: a skeleton whose state has the names and shapes of `tensors`.
         tensors: every parameter and persistent buffer, a tied one once, on `device`; they are taken, not copied.
         device: where non-persistent buffers (rotary frequencies, masks) are created, by the class's own
-            initialisation.
+            initialisation; on the meta device they stay as they are.
 
     Raises:
         CheckpointError: names or shapes differ, or the class leaves a non-persistent buffer uninitialised.
@@ -376,6 +417,8 @@ def fill_skeleton(model: PreTrainedModel, tensors: Mapping[str, Tensor], device:
             parent, _, attribute = name.rpartition(".")
             source, _, source_attribute = owner.rpartition(".")
             setattr(model.get_submodule(parent), attribute, getattr(model.get_submodule(source), source_attribute))
+    if device.type == "meta":
+        return
     initialize_buffers(model, device)
     rest = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if rest:

@@ -91,7 +91,7 @@ def prune_streaming(
     if not method.needs_data:
         raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
     start = time.perf_counter()
-    target = prepare_output(out, overwrite=overwrite)
+    target = prepare_output(out, overwrite=overwrite, inputs=[source])
     _refuse_mixed(expand_user(source))
     path = local_snapshot(source)
     _refuse_mixed(path)

@@ -103,6 +103,7 @@ class StructuredPass(Pass):
 
     reconstruction: ClassVar[Reconstruction] = "none"
     """What the method does with the consumers unless told otherwise."""
+    prunes: ClassVar[bool] = True
     own_uniform: ClassVar[bool] = False
     """Whether the method prunes uniformly unless told otherwise."""
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")

@@ -24,6 +24,8 @@ from fxprune.errors import TraceError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
+from fxprune.savable import require_plain, unsavable_reason, unwrapped
+from fxprune.unreached import find_shared, find_unreached
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
 
+_LOGGER = logging.getLogger(__name__)
 _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
 
@@ -59,7 +62,10 @@ def trace(
 
     Args:
         model: a Hugging Face `PreTrainedModel` or any `nn.Module` that `torch.export` accepts. It is put in
-            evaluation mode; its parameters are shared with the Program, not copied. The meta device is fine.
+            evaluation mode; its parameters are shared with the Program, not copied. The meta device is fine. Of a
+            wrapper that holds a model whole (`torch.compile`, `DataParallel`) the model inside is traced. Tables that
+            a cast (`model.half()`) rounded with the weights get back what the class computes, as loading in that
+            dtype gives them.
         tokenizer: kept for checkpoints and calibration; tracing does not use it.
         example_inputs: forward arguments by name (or, for a plain module, by position). Hugging Face models need
             none: a small sample of the deployable form is made up. Lengths that may change must be at least 2 in it.
@@ -70,10 +76,15 @@ def trace(
         A Program whose graph calls aten operators, with the model itself kept as the reference `eager`.
 
     Raises:
-        TraceError: torch.export failed, or a plain module came without `example_inputs`.
+        TraceError: torch.export failed, a plain module came without `example_inputs`, or a Hugging Face model has other
+            parameters than its class: adapters, parametrizations, quantized weights. The message says what to do.
     """
+    model = unwrapped(model)
     model.eval()
     hugging_face = hasattr(model, "config") and hasattr(model, "dummy_inputs")
+    if hugging_face:
+        require_plain(model)
+        _restore_tables(model)
     args: tuple[Any, ...] = ()
     if isinstance(example_inputs, tuple):
         names = list(inspect.signature(model.forward).parameters)
@@ -102,8 +113,19 @@ def trace(
             tokenizer=tokenizer,
             generation_config=getattr(model, "generation_config", None),
             path=path,
+            unsavable=unsavable_reason(model),
         )
-    return Program(graph_module, interface, source=source).with_reference("eager", model)
+    unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
+    program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)
+    return program.with_reference("eager", model)
+
+
+def _restore_tables(model: nn.Module) -> None:
+    from fxprune.rope_tables import restore_tables  # noqa: PLC0415 - imports transformers
+
+    changed = restore_tables(model)  # type: ignore[arg-type]  # it is a Hugging Face model
+    if changed:
+        _LOGGER.info("%s: %s were rounded by a cast and are computed anew", type(model).__name__, ", ".join(changed))
 
 
 def sample_inputs(model: nn.Module) -> dict[str, Any]:
@@ -195,6 +217,8 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
     """Export through transformers' own exporter, which knows the library's untraceable corners."""
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # noqa: PLC0415 - heavy
 
+    from fxprune.rope_tables import stateless_rope  # noqa: PLC0415 - imports transformers
+
     shapes: dict[str, Any] = {}
     for key, value in inputs.items():
         if isinstance(value, torch.Tensor):
@@ -205,7 +229,7 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
             shapes[key] = _dynamic_axes_of_cache(model, value)
     device = next(model.parameters()).device
     lists = _ListsAsSlices() if device.type == "meta" else nullcontext()
-    with _quiet_exporter(), _cheap_shapes(device), lists:
+    with _quiet_exporter(), _cheap_shapes(device), lists, stateless_rope(model):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
     return exported

@@ -3,7 +3,7 @@
     Program ──► re-export ──► ONNX ──► fusions ──► model.onnx  (+ export.json, tokenizer, genai_config.json)
 
 Refused:
- 1. an output directory that is not empty, unless `overwrite`;
+ 1. an output directory that is not empty, unless `overwrite`, and the directory that the model came from;
  2. masks that are not slimmed yet;
  3. for onnxruntime-genai, a program that is no causal language model with a cache.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import PreconditionError
-from fxprune.exporters.genai import write_genai_config
+from fxprune.exporters.genai import require_end_of_text, write_genai_config
 from fxprune.exporters.onnx import export_onnx
 from fxprune.manifest import versions
 from fxprune.masks import has_masks
@@ -56,6 +56,28 @@ class ExportOnnx(Pass):
         self.to = to
         self.overwrite = overwrite
 
+    def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
+        """The target suits the model, and the directory can be used.
+
+        Raises:
+            PreconditionError: refusal 3.
+            OutputError: refusal 1.
+            ExportError: the target needs an end-of-text token, and the model names none.
+        """
+        del pruning
+        self._prepare(program)
+        return program
+
+    def _prepare(self, program: Program) -> None:
+        if self.to == "genai" and (program.source is None or not program.interface.cache):
+            raise PreconditionError(
+                "onnxruntime-genai runs causal language models with a cache; export to onnx instead"
+            )
+        if self.to == "genai" and program.source is not None:
+            require_end_of_text(program.source)
+        inputs = [] if program.source is None else [program.source.path]
+        prepare_output(self.out, overwrite=self.overwrite, inputs=inputs)
+
     def requires(self, program: Program) -> None:
         """No mask is left, and the directory can be used.
 
@@ -65,11 +87,7 @@ class ExportOnnx(Pass):
         """
         if has_masks(program.graph_module):
             raise PreconditionError("export_onnx writes slim models: run slim first, masks are still in the graph")
-        if self.to == "genai" and (program.source is None or not program.interface.cache):
-            raise PreconditionError(
-                "onnxruntime-genai runs causal language models with a cache; export to onnx instead"
-            )
-        prepare_output(self.out, overwrite=self.overwrite)
+        self._prepare(program)
 
     def call(self, program: Program) -> PassResult:
         """Export; the path and the seconds of each stage are left in `results["onnx"]`."""

@@ -11,7 +11,8 @@ weight and epsilon (`fxprune.norms`).
 Refused, and listed in the details with the reason:
  1. channels that are pinned;
  2. a norm that cannot be rescaled exactly, by name: LayerNorm, a norm without a weight, a weight of something else;
- 3. channels that own different numbers of weights.
+ 3. channels that own different numbers of weights;
+ 4. channels that weights outside the graph may read or write (see `fxprune.unreached`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from fxprune.locate import (
 )
 from fxprune.norms import find_rms_norm
 from fxprune.pass_base import Pass, PassResult
+from fxprune.unreached import meets_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -97,6 +99,8 @@ class LocateHidden(Pass):
             if reason is None:  # refusal 2
                 why = (_cannot_rescale(program, channels, norm, classes, nodes) for norm in norms)
                 reason = next((text for text in why if text), None)
+            if reason is None and (outside := meets_width(program.unreached, len(classes))):  # refusal 4
+                reason = f"{outside}, which the traced sample does not reach, has an axis of them or of a multiple"
             if reason is None and slices is None:
                 reason = "its channels own different numbers of weights"  # refusal 3
             owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""

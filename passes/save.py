@@ -7,8 +7,11 @@ not changed.
 
 Refused:
  1. a program of a plain `nn.Module` (there is no config to write; export it instead);
- 2. an output directory that is not empty, unless `overwrite`;
- 3. masks that are not slimmed yet.
+ 2. an output directory that is not empty, unless `overwrite`, and the directory that the model came from;
+ 3. masks that are not slimmed yet;
+ 4. a model whose class transformers does not map: no checkpoint of it could be loaded.
+
+What can be known of these is told before the passes in front of it have worked (`precheck`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
 from fxprune.runners import position_ids_from_mask
+from fxprune.savable import require_savable
+from fxprune.savable_groups import without_unsavable
 from fxprune.verify import in_double
 from fxprune.weight_masks import masks_of_state
 
@@ -94,24 +99,38 @@ class Save(Pass):
         self.overwrite = overwrite
         self.max_shard_size = max_shard_size
 
+    def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
+        """A checkpoint can be written of this model, and to this place; groups that its class cannot save are left out.
+
+        Raises:
+            PreconditionError: refusal 1 or 4.
+            OutputError: refusal 2.
+        """
+        require_savable(program.source)
+        self._prepare(program)
+        return program if pruning is None else without_unsavable(program, pruning)
+
+    def _prepare(self, program: Program) -> None:
+        inputs = [] if program.source is None else [program.source.path]
+        prepare_output(self.out, overwrite=self.overwrite, inputs=inputs)
+
     def requires(self, program: Program) -> None:
         """The program came from a Hugging Face model, is slimmed, and the directory can be used.
 
         Raises:
-            PreconditionError: refusals 1 and 3.
+            PreconditionError: refusals 1, 3 and 4.
             OutputError: refusal 2.
         """
-        if program.source is None:
-            raise PreconditionError("save writes Hugging Face checkpoints; this program came from a plain nn.Module")
+        require_savable(program.source)
         if has_masks(program.graph_module):
             raise PreconditionError("save writes slim models: run slim before save, masks are still in the graph")
-        prepare_output(self.out, overwrite=self.overwrite)
+        self._prepare(program)
 
     def call(self, program: Program) -> PassResult:
         """Save; `details` says which kind of checkpoint it became and why."""
         assert program.source is not None
         info = save(
-            state_tensors(program.graph_module),
+            {**program.unreached, **state_tensors(program.graph_module)},
             Path(self.out),
             source=program.source,
             plan=program.plan.to_json() if program.plan else {},
@@ -119,6 +138,7 @@ class Save(Pass):
             epsilons=_epsilons(program),
             expected=_expected(program),
             weight_masks=masks_of_state(program.graph_module, program.weight_masks),
+            buffers={name for name, _ in program.graph_module.named_buffers(remove_duplicate=False)},
             overwrite=self.overwrite,
             max_shard_size=self.max_shard_size,
         )

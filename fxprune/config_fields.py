@@ -1,0 +1,109 @@
+"""Fields of nested configurations by dotted name: `text_config.intermediate_size` is a field like any other.
+
+A multimodal class has a configuration of configurations (`sub_configs`). What says a decoder's widths then lies one
+level down; a flat configuration has the plain names alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = [
+    "fields_of",
+    "get_field",
+    "has_field",
+    "nested_configs",
+    "path_of",
+    "set_field",
+    "set_layer_fields",
+    "values_with",
+]
+
+
+def nested_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """The configuration under the empty name, and those nested in it under their dotted names, outermost first."""
+    found = {"": config}
+    for name in config.sub_configs:
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            found |= {f"{name}.{path}".removesuffix("."): each for path, each in nested_configs(inner).items()}
+    return found
+
+
+def path_of(config: PreTrainedConfig, nested: PreTrainedConfig) -> str:
+    """The dotted name of a configuration nested in another one; empty if it is that one itself, or a stranger."""
+    return next((path for path, each in nested_configs(config).items() if each is nested), "")
+
+
+def fields_of(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Every field with its value, those of nested configurations under dotted names."""
+    for path, each in nested_configs(config).items():
+        for name, value in each.to_dict().items():
+            if name not in each.sub_configs:
+                yield f"{path}.{name}".removeprefix("."), value
+
+
+def _owner(config: PreTrainedConfig, name: str) -> tuple[PreTrainedConfig | None, str]:
+    *path, last = name.split(".")
+    owner: Any = config
+    for part in path:
+        owner = getattr(owner, part, None)
+    return (owner if isinstance(owner, PreTrainedConfig) else None), last
+
+
+def has_field(config: PreTrainedConfig, name: str) -> bool:
+    """Whether there is a field of this dotted name."""
+    owner, last = _owner(config, name)
+    return owner is not None and hasattr(owner, last)
+
+
+def get_field(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    """The value of a field by its dotted name; `default` where there is none."""
+    owner, last = _owner(config, name)
+    return default if owner is None else getattr(owner, last, default)
+
+
+def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set a field by its dotted name; nothing is validated.
+
+    Raises:
+        AttributeError: there is no configuration to set it on.
+    """
+    owner, last = _owner(config, name)
+    if owner is None:
+        raise AttributeError(f"{type(config).__name__} has no {name.rpartition('.')[0]}")
+    setattr(owner, last, value)
+
+
+def set_layer_fields(config: PreTrainedConfig, layers: Mapping[int, Mapping[str, Any]]) -> None:
+    """Let a configuration answer for each layer with the fields that are its own.
+
+    Args:
+        config: it is changed, or what is nested in it where the names say so.
+        layers: fields with their values by layer index.
+    """
+    owners = dict.fromkeys(name.rpartition(".")[0] for fields in layers.values() for name in fields)
+    for path in owners:
+        owner = get_field(config, path) if path else config
+        owner.per_layer_config = {
+            index: {name.rpartition(".")[2]: value for name, value in fields.items() if name.rpartition(".")[0] == path}
+            for index, fields in layers.items()
+        }
+
+
+def values_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as `config.json` has it, with some fields changed, for its class's `from_dict`."""
+    values: dict[str, Any] = copy.deepcopy(config.to_dict())
+    for name, value in overrides.items():
+        *path, last = name.split(".")
+        place = values
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return values
