@@ -68,6 +68,21 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    prunes: ClassVar[bool] = False
+    """Whether it is a pruning method, which users choose by its name."""
+    needs_data: ClassVar[bool] = False
+    """Whether the method itself reads calibration text."""
+    reads_loss: ClassVar[bool] = False
+    """Whether the method reads the loss of a language model: gradients of it, or what it becomes."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is read with the options that it has."""
+        return self.needs_data
+
+    def loss_reader(self) -> str:
+        """What reads the loss of a language model, the method or one of its options; empty if nothing does."""
+        return self.name if self.reads_loss else ""
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
         """Check what the pass needs; raise `PreconditionError` with what to do when it is missing."""
