@@ -1,7 +1,7 @@
 """What a pruning method asks of a model, and which methods a model can serve.
 
-Methods declare what they need (`Pass.needs_data`, `Pass.reads_loss`), classes say what they are (`fxprune.model_class`).
-Nothing else is asked, so that a refusal comes before a weight is read, and a method of another package is in the list.
+Methods declare what they need (`Pass.needs_data`, `Pass.reads_loss`), classes what they are (`fxprune.model_class`).
+Nothing else is asked, so a refusal comes before a weight is read, and methods of other packages are in the list.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     the example  +  batch 1 and 2  x  {other lengths, no padding, padding left, padding right}  x  random values
 
-Forms are compared as functions from named inputs to named outputs. Values come from a seed: tokens below the vocabulary,
+Forms are compared as functions from named inputs to named outputs. Values come from a seed: tokens of the vocabulary,
 normal noise for pixels; for a plain module, whose domain nobody knows, those of its example in another order. Outputs
 at positions that the mask hides mean nothing and are left out.
 
@@ -49,36 +49,39 @@ def plain_cases(interface: Interface, config: Any = None) -> list[dict[str, Tens
     Returns:
         Inputs by name.
     """
-    cases = [dict(interface.example_inputs)]
+    example = dict(interface.example_inputs)
+    if config is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
+        return [example, _drawn(interface, shapes, None, torch.Generator().manual_seed(0), "")]
+    cases = [example]
+    has_lengths = any(axis for name in example for axis in _free_axes(interface, name))
     for seed, ((batch, times, more), padding) in enumerate(zip(_SIZES, _PADDING, strict=True)):
+        if padding == "right" and not has_lengths:
+            break  # nothing to pad: it would be the case before
         generator = torch.Generator().manual_seed(seed)
-        shapes = {name: tuple(t.shape) for name, t in interface.example_inputs.items()}
-        if config is not None:
-            shapes = _resized(interface, batch, lambda size, t=times, m=more: t * size + m, max_positions(config))
-        drawn = _drawn(interface, shapes, config, generator, padding)
-        # Where there is no length, padding tells nothing apart, and only the batch differs.
-        if config is None or not cases[1:] or _shapes(drawn) != _shapes(cases[-1]):
-            cases.append(drawn)
-    return cases[:2] if config is None else cases
+        shapes = _resized(interface, batch, (times, more), max_positions(config))
+        cases.append(_drawn(interface, shapes, config, generator, padding))
+    return cases
 
 
-def _shapes(case: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in case.values()]
+def _free_axes(interface: Interface, name: str) -> set[int]:
+    """The axes of an input whose length may change freely: their symbol is neither a number nor a formula."""
+    return {axis for axis, symbol in interface.dynamic_axes.get(name, {}).items() if symbol.isidentifier()}
 
 
 def _resized(
-    interface: Interface, batch: int, length: Callable[[int], int], limit: int | None
+    interface: Interface, batch: int, length: tuple[int, int], limit: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of another batch and other lengths, where these may change.
+    """Shapes of another batch, and of lengths times a number and increased by another, where these may change.
 
     Sizes of a sample are pairwise different, so what is alike in it stays alike.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in interface.example_inputs.items():
-        axes = interface.dynamic_axes.get(name, {})
-        free = {axis for axis, symbol in axes.items() if symbol.isidentifier()}
+        free = _free_axes(interface, name)
+        longer = [length[0] * size + length[1] for size in tensor.shape]
         shapes[name] = tuple(
-            size if axis not in free else batch if axis == 0 else min(length(size), limit or length(size))
+            size if axis not in free else batch if axis == 0 else min(longer[axis], limit or longer[axis])
             for axis, size in enumerate(tensor.shape)
         )
     return shapes
