@@ -109,7 +109,7 @@ def model_card(directory: Path, *, carried: Mapping[str, Any] | None = None, rep
         f"# {cell(name)}, pruned with fxprune",
         "",
         _summary(manifest, directory, architecture),
-        *_loading(manifest, repo_id),
+        *_loading(manifest, repo_id, architecture, tokenizer=any(directory.glob("tokenizer*"))),
         *_widths(manifest),
         *_plan(manifest, report),
         *_figures(report),
@@ -158,14 +158,17 @@ def _summary(manifest: Manifest, directory: Path, architecture: str) -> str:
     return " ".join(parts)
 
 
-def _loading(manifest: Manifest, repo_id: str | None) -> list[str]:
+def _loading(manifest: Manifest, repo_id: str | None, architecture: str, *, tokenizer: bool) -> list[str]:
     where = repo_id or "path/to/this/directory"
     if manifest.kind == "uniform":
+        causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not architecture.isidentifier()
+        loader = "AutoModelForCausalLM" if causal else architecture
+        names = sorted([loader, "AutoTokenizer"] if tokenizer or causal else [loader])
         code = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import {', '.join(names)}",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{where}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+            f'model = {loader}.from_pretrained("{where}")',
+            *([f'tokenizer = AutoTokenizer.from_pretrained("{where}")'] if "AutoTokenizer" in names else []),
         ]
     else:
         code = ["from fxprune.loading import load_model", "", f'loaded = load_model("{where}")']

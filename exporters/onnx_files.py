@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from fxprune.errors import ExportError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check_external_data", "graph_file", "read_graph", "write_graph"]
+__all__ = ["check_external_data", "graph_file", "has_no_language_model", "read_graph", "write_graph"]
 
 GRAPH = "model.onnx"
 PROTOBUF_LIMIT = 2**31 - 2**24
@@ -32,6 +33,22 @@ def graph_file(where: str | Path) -> Path:
     if not path.is_file():
         raise ExportError(f"no ONNX file at {path}; name a directory that `fxprune export` wrote")
     return path
+
+
+def has_no_language_model(path: Path) -> bool:
+    """Whether the description beside a graph says that no language model was exported; False where it says nothing.
+
+    Raises:
+        ExportError: the description is damaged.
+    """
+    described = path.with_name("export.json")
+    if not described.is_file():
+        return False
+    try:
+        data = json.loads(described.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{described} cannot be read as JSON ({error}); export again") from error
+    return isinstance(data, dict) and data.get("language_model") is False
 
 
 def check_external_data(path: Path) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """ONNX Runtime: run an exported graph from torch tensors, without copies of the cache.
 
-`OrtRunner` drives a causal language model with a cache, `run_onnx` any graph.
+`OrtRunner` drives a causal language model with a cache, `OrtFunction` and `run_onnx` any graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fxprune.runners import Past
 
-__all__ = ["OrtRunner", "run_onnx"]
+__all__ = ["OrtFunction", "OrtRunner", "run_onnx"]
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -105,28 +105,48 @@ class OrtRunner:
         return outputs[0], outputs[1:]
 
 
-def run_onnx(path: str | Path, inputs: Mapping[str, Tensor], *, threads: int | None = None) -> dict[str, Tensor]:
-    """Run any graph once on the CPU.
+class OrtFunction:
+    """Any graph as a function from named inputs to named outputs, on the CPU.
 
     Args:
         path: the `.onnx` file.
-        inputs: a tensor for each input; names that the graph does not have are an error.
         threads: intra-op threads; None leaves it to ONNX Runtime.
 
-    Returns:
-        All outputs by name.
+    Attributes:
+        path: the `.onnx` file.
+        inputs: names of what it takes.
+        outputs: names of what it gives.
 
     Raises:
-        ExportError: the graph cannot be loaded or run, or an input is missing or unknown.
+        ExportError: the graph cannot be loaded.
     """
-    session = _session(Path(path), threads, ("CPUExecutionProvider",))
-    names = {value.name for value in session.get_inputs()}
-    if names != set(inputs):
-        raise ExportError(
-            f"{path} takes the inputs {sorted(names)}, but was given {sorted(inputs)}; give exactly those it takes"
-        )
-    outputs = [value.name for value in session.get_outputs()]
-    return dict(zip(outputs, _run(session, inputs, outputs), strict=True))
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.path = Path(path)
+        self._session = _session(self.path, threads, ("CPUExecutionProvider",))
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs by name.
+
+        Args:
+            inputs: a tensor for each input; names that the graph does not have are an error.
+
+        Raises:
+            ExportError: the graph cannot be run, or an input is missing or unknown.
+        """
+        if set(self.inputs) != set(inputs):
+            raise ExportError(
+                f"{self.path} takes the inputs {sorted(self.inputs)}, but was given {sorted(inputs)}; give exactly "
+                "those it takes"
+            )
+        return dict(zip(self.outputs, _run(self._session, inputs, self.outputs), strict=True))
+
+
+def run_onnx(path: str | Path, inputs: Mapping[str, Tensor], *, threads: int | None = None) -> dict[str, Tensor]:
+    """Run any graph once on the CPU; see `OrtFunction`."""
+    return OrtFunction(path, threads=threads)(inputs)
 
 
 def _session(path: Path, threads: int | None, providers: Sequence[str]) -> Any:

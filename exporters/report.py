@@ -265,6 +265,7 @@ class Report(_Section):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
+    model_class: str | None = None
     method: str | None = None
     seed: int | None = None
     params: Params | None = None
@@ -384,7 +385,8 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     """
     data = Report.model_validate(validate_report(report)).model_dump(exclude_unset=True)
     title = cell(data.get("model", "fxprune report"))
-    lines = [f"### {title}" + (f", {cell(data['method'])}" if "method" in data else "")]
+    named = [cell(data[key]) for key in ("model_class", "method") if key in data]
+    lines = [f"### {', '.join([title, *named])}"]
     facts = headline(data)
     for clauses in (facts, sparsity_facts(data), structured_facts(data.get("structured", {}))):
         if clauses:

@@ -339,7 +339,7 @@ def page(report: Mapping[str, Any]) -> str:
     groups, quality, speed = (report.get(name, []) for name in ("groups", "quality", "speed"))
     sparsity = report.get("sparsity", {})
     linears = sparsity.get("linears", [])
-    subtitle = [report[key] for key in ("method",) if key in report]
+    subtitle = [report[key] for key in ("model_class", "method") if key in report]
     if "seed" in report:
         subtitle.append(f"seed {report['seed']}")
     if version := report.get("versions", {}).get("fxprune"):

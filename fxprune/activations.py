@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
+from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
-from fxprune.runners import GraphRunner, position_ids_from_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ def collect_statistics(
     """Run calibration tokens through a graph and collect moments of what some Linears read.
 
     Args:
-        graph_module: a lifted flat graph of a causal language model with a cache.
+        graph_module: a lifted flat graph of a model that reads tokens.
         interface: how it is called.
         linears: qualified names of the Linears.
         tokens: (samples, length) int64.
@@ -98,7 +98,7 @@ def collect_statistics(
         CalibrationError: an activation is NaN or infinite; the message names the first Linear.
     """
     body = _without_head(graph_module, interface)
-    runner = GraphRunner(body, interface)
+    samples = text_samples(interface, tokens)
     moments = {name: _Moments() for name in linears}
     with ExitStack() as stack, torch.no_grad():
         for name, moment in moments.items():
@@ -106,13 +106,11 @@ def collect_statistics(
             stack.callback(hook.remove)
         done = 0
         for start in range(0, len(tokens), batch_size):
-            batch = tokens[start : start + batch_size]
-            mask = torch.ones_like(batch)
-            given = {"input_ids": batch, "attention_mask": mask}
-            given["position_ids"] = position_ids_from_mask(mask, batch.shape[1])
-            past = dict(zip((entry.input for entry in interface.cache), runner.empty_past(len(batch)), strict=True))
-            body(*({**given, **past}[name] for name in interface.inputs))
-            done += len(batch)
+            given = {name: value[start : start + batch_size] for name, value in samples.varying.items()}
+            size = len(tokens[start : start + batch_size])
+            given |= samples.fixed(size)
+            body(*(given[name] for name in interface.inputs))
+            done += size
             if on_batch is not None:
                 on_batch(done)
     results = {name: moment.result() for name, moment in moments.items()}

@@ -14,6 +14,7 @@ from fxprune.errors import UsageError
 from fxprune.evaluate import read_text
 from fxprune.guard import Guard, check_guard
 from fxprune.loading import resolve_device
+from fxprune.methods import require_language_model
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
 from fxprune.slim_speed import SpeedRun, speed_plan
@@ -68,6 +69,26 @@ class Wanted:
             speed_plan(step, self.threads, self.repeats)
             if resolve_device(device).type != "cpu":
                 raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
+
+    def check_class(self, step: Pass, model_class: type[Any], config: Any) -> None:
+        """Tell what cannot be measured of a model's class, before it is loaded.
+
+        Raises:
+            UsageError: perplexity, a guard's text or a speed of decoding was asked for, and it is no language model.
+        """
+        asked = {
+            "--ppl": bool(self.ppl),
+            f"--guard {self.guard}": self.guard not in {"none", "python"},
+            "--measure-speed": self.speed,
+            "--target-speedup": getattr(step, "target_speedup", None) is not None,
+        }
+        for what in (name for name, given in asked.items() if given):
+            require_language_model(
+                what,
+                model_class,
+                config,
+                otherwise="leave it out (fxprune bench --decode 0 times forward passes of other models that read text)",
+            )
 
     def times(self, step: Pass) -> bool:
         """Whether speed is measured: it was asked for, or a target speed-up has to hold."""

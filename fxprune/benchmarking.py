@@ -27,7 +27,7 @@ from fxprune.progress import track_repeats
 from fxprune.ratios import ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
-from fxprune.runtimes import check_precision, check_runtime, open_in, runtime_of
+from fxprune.runtimes import check_language, check_precision, check_runtime, check_tokens, open_in, runtime_of
 from fxprune.workflow import Stopwatch, cases_of, front_end
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ def run_bench(
         raise UsageError(f"cannot compare {' with '.join(runtimes)}; name the runtime for all forms with --runtime")
     if not {"torch", "torch.compile"} & set(runtimes):
         check_precision(forms, work.dtype)
+    check_tokens(forms)
+    if work.decode:
+        check_language(forms, "decoding", "time the forward pass of others alone (--decode 0)")
+    if of_language := {"torch.compile", "genai"} & set(runtimes):
+        check_language(forms, f"the runtime {min(of_language)}", "use torch or onnxruntime")
     if "genai" in runtimes and max(work.batches) > 1:
         raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
     rounds = [
@@ -303,6 +308,7 @@ def run_table(model: str, path: Path, work: Workload, out: Console, say: Callabl
     cases = cases_of(work.prefill or (512,), work.decode, work.past)
     if not cases:
         raise UsageError("a latency table needs a case; give --prefill or --decode")
+    check_language([model], "a latency table", "prune by --ratio, --target-params, --target-macs or --target-bytes")
     say(f"loading {model}")
     loaded = load_model(model, dtype=work.dtype)
     say("tracing and locating")

@@ -27,7 +27,7 @@ from fxprune.manifest import read_manifest
 from fxprune.output import prepare_output, require_apart, write_json
 from fxprune.pass_base import Pass, PassResult
 from fxprune.pipeline import build_pass
-from fxprune.pruning import pass_of
+from fxprune.pruning import check_model, pass_of
 from fxprune.registry import resolve
 from fxprune.reporting import versions
 from fxprune.structured_pass import StructuredPass
@@ -171,6 +171,7 @@ def _run(
     say: Callable[[str], None],
 ) -> None:
     """Make the budgets that are not finished."""
+    check_model(model, step, wanted)
     say(f"loading {model}")
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
@@ -322,6 +323,7 @@ def _overview(out: Path, step: StructuredPass, budgets: Sequence[Budget], watch:
         seconds[budget.name] = json.loads((out / budget.name / _FINISHED).read_bytes())["seconds"]
     return {
         "model": reports[0].get("model"),
+        "model_class": reports[0].get("model_class"),
         "method": step.name,
         "seed": step.seed,
         "budgets": {"nested": _nested(plans), "entries": entries},

@@ -299,6 +299,7 @@ def run(
     """Run a pipeline written in YAML; everything in it is validated before anything runs."""
     from fxprune.loading import load_model
     from fxprune.pipeline import Pipeline, load_pipeline, read_yaml
+    from fxprune.pruning import check_model
     from fxprune.reporting import report_of
     from fxprune.tracing import trace
 
@@ -307,6 +308,8 @@ def run(
     where = model or (data.get("model") if isinstance(data, dict) else None)
     if not isinstance(where, str):
         raise UsageError(f"{pipeline}: no model; add `model: ID_OR_DIR` or pass --model")
+    for step in passes:
+        check_model(where, step)
     loaded = load_model(where)
     _say("tracing")
     program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)

@@ -23,7 +23,7 @@ import torch
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.eval_cache import EvaluationCache, FormFiles, digest, form_files, tokenizer_files
 from fxprune.evaluate import PerplexityResult, read_text
-from fxprune.evaluation import check_evaluation, measure_perplexity, measure_task, open_evaluated
+from fxprune.evaluation import UNSCORED, check_evaluation, measure_perplexity, measure_task, open_evaluated
 from fxprune.form_names import form_names
 from fxprune.harness import TaskResult
 from fxprune.harness_tasks import HarnessTask, load_tasks, task_key
@@ -31,7 +31,7 @@ from fxprune.loading import load_config, load_tokenizer, max_positions
 from fxprune.machine import machine
 from fxprune.paired import TESTS, PairedTest, holm, paired_test
 from fxprune.reporting import versions
-from fxprune.runtimes import check_precision
+from fxprune.runtimes import check_language, check_precision
 from fxprune.scoring import named_length
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def run_comparison(
         raise UsageError(f"a form is named twice: {', '.join(forms)}; its figures would be the same")
     check_evaluation(what)
     check_precision(forms, what.dtype)
+    check_language(forms, *UNSCORED)
     cache = EvaluationCache.of_user() if cache is None else cache
     texts = {path: digest(read_text(path)) for path in what.ppl}
     if what.tasks:

@@ -14,6 +14,7 @@ from fxprune.default_model import default_model_path
 from fxprune.loading import load_model
 from fxprune.output import prepare_output, staged_directory
 from fxprune.pipeline import build_pass
+from fxprune.pruning import check_model
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
 from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed, perplexities, prune_program
@@ -63,6 +64,8 @@ def run_demo(
         FxpruneError: anything went wrong; an earlier output is whole.
     """
     prepare_output(out, overwrite=overwrite, inputs=[model])
+    if model:
+        check_model(model, build_pass("channel", {"ratio": ratio, **options}))
     watch = Stopwatch()
     with staged_directory(out, overwrite=overwrite) as staging:
         say(

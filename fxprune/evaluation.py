@@ -13,7 +13,7 @@ from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
 from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
 from fxprune.harness_tasks import HarnessTask, load_tasks
 from fxprune.loading import load_tokenizer, resolve_device
-from fxprune.runtimes import check_precision
+from fxprune.runtimes import check_language, check_precision
 from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "UNSCORED",
     "Evaluation",
     "check_evaluation",
     "measure_perplexity",
@@ -31,6 +32,12 @@ __all__ = [
     "run_evaluation",
     "tasks_table",
 ]
+
+UNSCORED = (
+    "evaluation on text or tasks",
+    "measure it on data of its own task, with the model that fxprune.load gives",
+)
+"""What is said of models that no text can be scored with, see `fxprune.runtimes.check_language`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
     """
     check_evaluation(what)
     check_precision([model], what.dtype)
+    check_language([model], *UNSCORED)
     if what.tasks:
         say(f"loading {', '.join(what.tasks)}")
     tasks = load_tasks(what.tasks, what.data) if what.tasks else []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import ExportError, UsageError
 from fxprune.loading import load_model, resolve_dtype
+from fxprune.methods import class_of_model, require_language_model
 from fxprune.output import prepare_output, staged_directory, write_json
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.registry import resolve
@@ -76,6 +77,9 @@ def run_export(model: str, request: ExportRequest, say: Callable[[str], None]) -
         resolve("fxprune.exporters.genai:require_genai")()
     if request.int4 is not None:
         resolve("fxprune.exporters.int4:Int4Options")(**request.int4).check()
+    asked = "--to genai" if request.to == "genai" else "--int4" if request.int4 is not None else None
+    if asked is not None:
+        require_language_model(asked, *class_of_model(model), otherwise="export it to onnx in floating point")
     dtype = resolve_dtype(request.dtype)
     if dtype is not None:
         _require_precision(dtype)

@@ -59,7 +59,7 @@ _MODEL_FILES = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model with what belongs to it.
+    """A model with what belongs to it.
 
     Attributes:
         model: in evaluation mode.
@@ -79,7 +79,9 @@ class LoadedModel:
 def load_model(
     name_or_path: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
 ) -> LoadedModel:
-    """Load a causal language model from a local directory, an fxprune checkpoint or the hub.
+    """Load a model from a local directory, an fxprune checkpoint or the hub, in the class that its configuration names.
+
+    Which class that is where it names none, see `fxprune.model_class`.
 
     Args:
         name_or_path: a directory, or a hub id (used only when no such path exists).
@@ -88,8 +90,9 @@ def load_model(
 
     Raises:
         UsageError: `dtype` or `device` is unknown or not available.
-        CheckpointError: the directory is missing, incomplete, damaged, quantised, holds pickled weights only, or is of
-            a model type that transformers cannot build without code from the repository.
+        CheckpointError: the directory is missing, incomplete, damaged, quantised, holds pickled weights only, is of a
+            model type or class that transformers cannot build without code from the repository, or its weights are
+            those of another class.
     """
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     path = model_directory(name_or_path)
@@ -293,11 +296,15 @@ def _check_plain_checkpoint(path: Path) -> None:
 
 def _from_pretrained(path: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """Build the model with transformers and make sure that every weight came from the files."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import, and only loading needs it
+    from fxprune.model_class import class_of_config, config_of_class  # noqa: PLC0415 - slow, only loading needs it
 
+    config = load_config(path)
+    named = bool(getattr(config, "architectures", None))
+    model_class: Any = class_of_config(config, str(path / "config.json"))
     with _load_errors(str(path)), quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             path,
+            config=config_of_class(model_class, config),
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -305,13 +312,11 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device: torch.device
             output_loading_info=True,
         )
         model = model.to(device)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     # transformers fills what is missing with random numbers and says so in a log line only.
-    if missing := sorted(info["missing_keys"]):
-        raise CheckpointError(
-            f"{path}: {len(missing)} weights of {type(model).__name__} are not in the files: {_some(missing)}; "
-            f"config.json and the weights do not belong together"
-        )
-    if unexpected := sorted(info["unexpected_keys"]):
+    if missing:
+        raise CheckpointError(_of_another_class(path, type(model).__name__, missing, unexpected, named=named))
+    if unexpected:
         _LOGGER.warning(
             "%s: %s has no place for %d tensors in the files; they are left out: %s",
             path,
@@ -319,7 +324,23 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device: torch.device
             len(unexpected),
             _some(unexpected),
         )
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _of_another_class(path: Path, name: str, missing: list[str], unexpected: list[str], *, named: bool) -> str:
+    """What to say where the files lack weights of the class: with others in their place, it has another head."""
+    chosen = f"config.json names {name}" if named else f"config.json names no class, and {name} is the first that fits"
+    if not unexpected:
+        return (
+            f"{path}: {len(missing)} weights of {name} are not in the files: {_some(missing)}; config.json and the "
+            f"weights do not belong together ({chosen})"
+        )
+    return (
+        f"{path}: {chosen}, and the weights are of another class or head: {len(missing)} of its weights are not in the "
+        f"files ({_some(missing)}), which hold {len(unexpected)} that it has no place for ({_some(unexpected)}): name "
+        "the class of the weights in `architectures`"
+    )
 
 
 @contextmanager

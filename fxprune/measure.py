@@ -413,6 +413,9 @@ def _inputs(tokens: Tensor, start: int, end: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _vocabulary(runner: Runner, device: torch.device | str) -> int:
+    known: int | None = getattr(runner, "vocabulary", None)  # of runners whose step gives no logits over it
+    if known is not None:
+        return known
     logits, _ = runner.step(*_inputs(torch.zeros(1, 2, dtype=torch.long, device=device), 0, 2), None)
     return int(logits.shape[-1])
 

@@ -69,7 +69,11 @@ class Pass(ABC):
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = False
-    """Whether the pass chooses what goes, so that others are asked before it works (see `precheck`)."""
+    """Whether it is a pruning method, which users choose by its name; the other passes are asked before it works."""
+    needs_data: ClassVar[bool] = False
+    """Whether the method itself reads calibration text."""
+    reads_loss: ClassVar[bool] = False
+    """Whether the method reads the loss of a language model: gradients of it, or what it becomes."""
 
     def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
         """Say what can be known of this pass before the passes in front of it have worked.
@@ -88,6 +92,15 @@ class Pass(ABC):
         """
         del pruning
         return program
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is read with the options that it has."""
+        return self.needs_data
+
+    def loss_reader(self) -> str:
+        """What reads the loss of a language model, the method or one of its options; empty if nothing does."""
+        return self.name if self.reads_loss else ""
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
         """Check what the pass needs; raise `PreconditionError` with what to do when it is missing."""

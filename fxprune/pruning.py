@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.assessment import Assessor, Wanted
 from fxprune.errors import UsageError
 from fxprune.loading import load_model
+from fxprune.methods import check_method, class_of_model
 from fxprune.output import prepare_output
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from fxprune.pass_base import Pass
     from fxprune.program import Program
 
-__all__ = ["Destination", "parse_per_module", "pass_of", "prune_model", "stream_model"]
+__all__ = ["Destination", "check_model", "parse_per_module", "pass_of", "prune_model", "stream_model"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def prune_model(
     if isinstance(step, StructuredPass) and len(step.targets) > 1:
         raise UsageError(f"{method} has {len(step.targets)} targets; one checkpoint has one (see prune_budgets)")
     prepare_output(place.out, overwrite=place.overwrite, inputs=[model])
+    check_model(model, step, wanted)
     watch = Stopwatch()
     say(f"loading {model}")
     with watch.stage("load"):
@@ -119,6 +122,23 @@ def prune_model(
         )
         target = getattr(step, "target_speedup", None)
         return assessor.report(program, place.out, method=method, seed=seed, target=_single(target), watch=watch)
+
+
+def check_model(model: str, step: Pass, wanted: Wanted | None = None) -> None:
+    """Refuse what a model's class cannot serve, from its configuration alone.
+
+    Args:
+        model: hub id or directory.
+        step: the pruning pass.
+        wanted: what shall be measured.
+
+    Raises:
+        FxpruneError: there is no such model, its class is unknown, or it cannot serve the method or a measurement.
+    """
+    model_class, config = class_of_model(model)
+    check_method(step, model_class, config)
+    if wanted is not None:
+        wanted.check_class(step, model_class, config)
 
 
 def _single(target: float | Sequence[float] | None) -> float | None:
@@ -186,6 +206,7 @@ def stream_model(
         raise UsageError(f"--stream prunes weights; {method} removes units: leave --stream out")
     if place.dtype is not None:
         raise UsageError("--stream keeps the dtype of the shards; leave --dtype out")
+    check_model(model, step)
     report = prune_streaming(
         model,
         place.out,

@@ -118,6 +118,7 @@ def report_of(
     """
     report: dict[str, Any] = {
         "model": program.source.name if program.source else "nn.Module",
+        "model_class": program.source.model_class.__name__ if program.source else None,
         "method": method,
         "seed": seed,
         "history": [event.to_json() for event in program.history],

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.compiled import CompiledRunner
 from fxprune.errors import UsageError
+from fxprune.forward_runner import ForwardRunner, FunctionRunner
 from fxprune.loading import expand_user, load_model
 from fxprune.measure import cost_of
+from fxprune.methods import class_of_model, require_language_model
+from fxprune.model_class import is_language_model, reads_tokens
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
@@ -27,7 +30,7 @@ from fxprune.workflow import OpenForm, Stopwatch, front_end
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["RUNTIMES", "check_precision", "check_runtime", "open_in", "runtime_of"]
+__all__ = ["RUNTIMES", "check_language", "check_precision", "check_runtime", "check_tokens", "open_in", "runtime_of"]
 
 
 def runtime_of(where: str) -> str:
@@ -57,6 +60,48 @@ def check_precision(forms: Sequence[str], dtype: str | None) -> None:
             f"{', '.join(forms)}: an ONNX graph has its precision in the file, so --dtype {dtype} would change "
             "nothing; leave it out, or name the checkpoint"
         )
+
+
+def check_language(forms: Sequence[str], what: str, otherwise: str) -> None:
+    """Refuse what only language models can do, from configurations and descriptions alone.
+
+    Args:
+        forms: checkpoints, hub ids, ONNX directories or files; of a graph that fxprune did not write nothing is known.
+        what: what was asked for.
+        otherwise: what to do.
+
+    Raises:
+        UsageError: a form is no language model.
+        CheckpointError: there is no such form.
+    """
+    for form in forms:
+        graph = _graph(form)
+        if graph is None:
+            require_language_model(what, *class_of_model(form), otherwise=otherwise)
+        elif _forward_only(graph):
+            raise UsageError(f"{what} needs a language model, and {form} is the graph of another one: {otherwise}")
+
+
+def check_tokens(forms: Sequence[str]) -> None:
+    """Refuse forms whose main input is not text: nothing else is timed.
+
+    Raises:
+        UsageError: a form reads something else.
+        CheckpointError: there is no such form.
+    """
+    for form in forms:
+        if _graph(form) is None:
+            model_class, _ = class_of_model(form)
+            if not reads_tokens(model_class):
+                raise UsageError(
+                    f"{form}: bench times text, and {model_class.__name__} reads {model_class.main_input_name}: export "
+                    "it, and time it in the runtime that it is for"
+                )
+
+
+def _forward_only(graph: Path) -> bool:
+    forward: bool = resolve("fxprune.exporters.onnx_files:has_no_language_model")(graph)
+    return forward
 
 
 def open_in(
@@ -102,13 +147,18 @@ def _loaded(where: str, dtype: str | None, runtime: str, make: type[EagerRunner]
     if _graph(where) is not None and not (expand_user(where) / "config.json").is_file():
         raise UsageError(f"{where} is an ONNX graph, which {runtime} does not run; name the checkpoint it came from")
     loaded = load_model(where, dtype=dtype)
+    if make is EagerRunner and not is_language_model(type(loaded.model), loaded.config):
+        make = ForwardRunner
     runner = make(loaded.model, name=runtime)
     return OpenForm(runner, runtime, loaded.tokenizer, cost_of(loaded.model), loaded.path)
 
 
 def _onnxruntime(where: str, threads: int, dtype: str | None, say: Callable[[str], None]) -> OpenForm:
     graph, scratch = _exported(where, dtype, say, genai=False)
-    runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
+    if _forward_only(graph):
+        runner: Any = FunctionRunner(resolve("fxprune.exporters.ort:OrtFunction")(graph, threads=threads))
+    else:
+        runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
     return OpenForm(runner, "onnxruntime", path=graph, scratch=scratch)
 
 

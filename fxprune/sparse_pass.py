@@ -9,7 +9,7 @@ Refused:
  1. a program whose projections are not lifted, or without any;
  2. a scope that matches nothing, or a pattern that does not divide a projection's inputs (it is named);
  3. a weight that two modules share;
- 4. calibration text for a graph that does not read tokens;
+ 4. calibration text for a model that does not read tokens, or of a model that writes none (see `fxprune.methods`);
  5. a projection that was pruned weight by weight before;
  6. experts whose routers were not located.
 """
@@ -20,7 +20,7 @@ import math
 import time
 from abc import abstractmethod
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ from fxprune.layerwise import LayerwiseSolver
 from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
 from fxprune.matmul import multiplies_bfloat16, product_rate
+from fxprune.methods import check_method
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
 from fxprune.runners import GraphRunner
@@ -256,7 +257,14 @@ class SparsePass(Pass):
         self.memory_bytes = memory_bytes
         self.device_bytes = device_bytes
 
-    needs_data = True
+    prunes: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
+
+    def loss_reader(self) -> str:
+        """See the base; the options that read the loss."""
+        if self.allocation == "loss":
+            return f"allocation=loss of {self.name}"
+        return f"distil_epochs of {self.name}" if self.distil_epochs else super().loss_reader()
 
     @abstractmethod
     def solver(self) -> Solver:
@@ -291,9 +299,10 @@ class SparsePass(Pass):
             )
         if self.needs_data:
             self._dtype(program)
-            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
             if program.source is None:
                 raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
+            check_method(self, program.source.model_class, program.source.config)
+            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
 
     def targets(self, program: Program) -> dict[str, Sparsity]:
         """The projections to prune, and how far; see `fxprune.scope.targets_of`."""

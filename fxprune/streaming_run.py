@@ -135,6 +135,7 @@ def prune_streaming(
     sparsity["seconds"] = {"text": watch.seconds["text"], **parts}
     return {
         "model": str(source),
+        "model_class": type(model).__name__,
         "method": method.name,
         "seed": method.seed,
         "sparsity": sparsity,

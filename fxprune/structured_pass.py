@@ -11,7 +11,8 @@ A method says how it comes to its curves; everything else is an option that ever
 in what they are about and can be compared. Several budgets share one calibration: their plans are nested.
 
 Refused:
- 1. a program without heads or MLP channels, or without a cache-carrying language-model interface to run text through;
+ 1. a program without heads or MLP channels; one that reads no text, for methods that read some; one that predicts no
+    next token, for methods that read the loss (see `fxprune.methods`);
  2. a target that is out of range, or that no legal plan reaches (the message says what can be reached);
  3. a consumer that two groups share (its reconstruction could not be told apart);
  4. more inputs than calibration tokens.
@@ -31,11 +32,13 @@ from fxprune.accounting import block_linear_parameters
 from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.curves import Limits
+from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
+from fxprune.methods import check_method
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
@@ -107,10 +110,11 @@ class StructuredPass(Pass):
     own_uniform: ClassVar[bool] = False
     """Whether the method prunes uniformly unless told otherwise."""
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+    prunes: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
     """Whether `curves` reads the calibration text."""
     reads_loss: ClassVar[bool] = False
-    """Whether the method reads gradients of the loss, which may be kept in `signals`."""
+    """Whether the method reads the loss of a language model; its gradients may be kept in `signals`."""
     inverts: bool = False
     """Whether the curves need the inverse of the Gram matrices."""
 
@@ -313,8 +317,7 @@ class StructuredPass(Pass):
         groups = self.scored(program)
         if not groups:
             raise PreconditionError(_nothing_found(program))
-        if self.reads_text and (program.source is None or not program.interface.cache):
-            raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face causal language model")
+        self.require_text(program)
         consumers = [piece.parameter for group in groups for piece in group.consumers]
         twice = sorted({name for name in consumers if consumers.count(name) > 1})
         if twice:
@@ -322,6 +325,20 @@ class StructuredPass(Pass):
         unmatched = [p for p in self.keep if not any(fnmatchcase(group.name, p) for group in groups)]
         if unmatched:
             raise UsageError(f"keep: {unmatched[0]!r} matches no group; they are {', '.join(g.name for g in groups)}")
+
+    def require_text(self, program: Program) -> None:
+        """Text can be run through the program, if it is read, and there is a loss on it, if that is read.
+
+        Raises:
+            PreconditionError: it cannot, or there is none; the message names the methods that work.
+            UsageError: the text shall be sampled from a model that writes none.
+        """
+        if not self.reads_text:
+            return
+        if program.source is None:
+            raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
+        check_method(self, program.source.model_class, program.source.config)
+        text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
 
     def _limits(self, group: Group) -> Limits:
         shares = [share for pattern, share in self.keep.items() if fnmatchcase(group.name, pattern)]
@@ -371,7 +388,7 @@ class StructuredPass(Pass):
         texts = calibration_set(
             CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
             tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface),
+            runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
             config=program.source.config,
             device=device,
         )

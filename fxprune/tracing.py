@@ -158,10 +158,13 @@ def sample_inputs(model: nn.Module) -> dict[str, Any]:
     if "pixel_values" in parameters and "input_ids" not in parameters:
         size: Any = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros(_BATCH, config.num_channels, height, width, device=device).to(first.dtype)}
+        # Noise: what is blank gives every patch the same numbers, and hides what differs between them.
+        pixels = torch.randn(_BATCH, config.num_channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(device, first.dtype)}
     generates: Any = getattr(model, "can_generate", lambda: False)
     if not generates():
-        return {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _NEW, device)}
+        no_cache = {"use_cache": False} if "use_cache" in parameters else {}
+        return {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _NEW, device), **no_cache}
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _PAST + _NEW, device)}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(_PAST, _PAST + _NEW, device=device).repeat(_BATCH, 1)

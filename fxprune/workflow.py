@@ -7,7 +7,6 @@ through the registry only.
 from __future__ import annotations
 
 import gc
-import operator
 import tempfile
 import time
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxprune.checkpoint import load_skeleton
-from fxprune.errors import CheckpointError, TraceError, UsageError
+from fxprune.errors import TraceError, UsageError
 from fxprune.evaluate import file_perplexity, perplexity, tokenise
 from fxprune.loading import (
     LoadedModel,
@@ -31,6 +30,7 @@ from fxprune.loading import (
 )
 from fxprune.manifest import MANIFEST_NAME
 from fxprune.measure import Case, Cost, bench, cost_of, decode, prefill
+from fxprune.model_class import class_of_config, config_of_class
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Form
 from fxprune.registry import resolve
@@ -100,15 +100,6 @@ def _located(program: Program) -> Program:
     return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
 
 
-_AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModel",
-)
-
-
 def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
     """Trace and locate from a configuration alone, on the meta device: no weights are read.
 
@@ -131,30 +122,14 @@ def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
     return _located(program)
 
 
-def _auto_classes(config: Any) -> list[Any]:
-    """The auto classes that have a model for a configuration: first those for the class that it names."""
-    import transformers  # noqa: PLC0415 - heavy
-
-    found = []
-    for name in _AUTO_CLASSES:
-        auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
-            known = auto._model_mapping[type(config)]
-            names = {model.__name__ for model in (known if isinstance(known, tuple | list) else (known,))}
-            found.append((names.isdisjoint(getattr(config, "architectures", None) or ()), auto))
-    return [auto for _, auto in sorted(found, key=operator.itemgetter(0))]
-
-
 def models_of_config(path: Path, dtype: torch.dtype | None = None) -> dict[str, Callable[..., Any]]:
-    """Ways to build a model from a configuration, by the name of the auto class; in its own dtype or in another one."""
+    """How to build the model of a configuration, by the name of its class; in its own dtype or in another one."""
     config = load_config(path)
+    model_class: Any = class_of_config(config, str(path))
     options = {} if dtype is None else {"dtype": dtype}
-    candidates: dict[str, Callable[..., Any]] = {
-        auto.__name__: partial(auto.from_config, config, **options) for auto in _auto_classes(config)
-    }
-    if not candidates:
-        raise CheckpointError(f"{path}: transformers has no model for {type(config).__name__} that fxprune can trace")
-    return candidates
+    # The method behind AutoModel.from_config, which would choose the class itself.
+    build = partial(model_class._from_config, config_of_class(model_class, config), **options)
+    return {model_class.__name__: build}
 
 
 def trace_on_meta(candidates: Mapping[str, Callable[..., Any]], name: str) -> Program:

@@ -108,6 +108,7 @@ class DepthPrune(StructuredPass):
 
     name = "depth"
     needs_data: ClassVar[bool] = True
+    reads_loss: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from fxprune.exporters.genai import require_end_of_text, write_genai_config
 from fxprune.exporters.onnx import export_onnx
 from fxprune.manifest import versions
 from fxprune.masks import has_masks
+from fxprune.model_class import is_language_model
 from fxprune.output import prepare_output, staged_directory, write_json
 from fxprune.pass_base import Pass, PassResult
 
@@ -103,13 +104,15 @@ class ExportOnnx(Pass):
 
     def _description(self, program: Program, details: dict[str, Any]) -> dict[str, Any]:
         """What `export.json` says; the certificate follows when the graph has been verified."""
-        examples = program.interface.example_inputs.values()
-        dtype = next((str(t.dtype).removeprefix("torch.") for t in examples if t.is_floating_point()), None)
+        weights = program.graph_module.parameters()
+        dtype = next((str(t.dtype).removeprefix("torch.") for t in weights if t.is_floating_point()), None)
         onnx = {key: value for key, value in details.items() if key != "path"}
-        source = None if program.source is None else program.source.name
+        source = program.source
         return {
             "schema_version": 1,
-            "model": source,
+            "model": None if source is None else source.name,
+            "model_class": None if source is None else source.model_class.__name__,
+            "language_model": source is None or is_language_model(source.model_class, source.config),
             "target": self.to,
             "dtype": dtype,
             "onnx": onnx,

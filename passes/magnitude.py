@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -44,7 +44,7 @@ class Magnitude(SparsePass):
     """Prune the smallest weights, with no text at all (see `fxprune.sparse_pass` for graph, options and refusals)."""
 
     name = "magnitude"
-    needs_data = False
+    needs_data: ClassVar[bool] = False
 
     def solver(self) -> MagnitudeSolver:
         """The solver."""

@@ -56,14 +56,15 @@ def _epsilons(program: Program) -> dict[str, float]:
 
 
 def _expected(program: Program) -> ExpectedLogits | None:
-    """Inputs without a cache, one row left-padded, with the logits of the slim graph; None where there are none.
+    """Inputs without a cache, one row left-padded, with the logits of the slim graph, or what it gives first.
 
     Lower precisions are computed in float64, so that the reloaded model can be compared to 1e-4. They get no padding:
     transformers' eager attention takes its softmax in float32, where the float64 mask of a row that sees nothing is
     infinite, and gives NaN.
     """
-    if "logits" not in program.interface.outputs:
+    if not program.interface.outputs:
         return None
+    first = "logits" if "logits" in program.interface.outputs else program.interface.outputs[0]
     dtype = next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
     form = Form(program.graph_module, program.interface)
     low = dtype not in {torch.float32, torch.float64}
@@ -77,10 +78,12 @@ def _expected(program: Program) -> ExpectedLogits | None:
         given["attention_mask"] = mask
         if "position_ids" in given:
             given["position_ids"] = position_ids_from_mask(mask, mask.shape[1])
+    elif low:
+        given |= {name: torch.ones_like(t) for name, t in given.items() if name.endswith("attention_mask")}
     with torch.no_grad():
         outputs = dict(zip(face.outputs, form.module(*given.values()), strict=True))
     inputs = {name: t for name, t in given.items() if name not in cache}
-    return ExpectedLogits(inputs, outputs["logits"], torch.float64 if low else None)
+    return ExpectedLogits(inputs, outputs[first], torch.float64 if low else None)
 
 
 class Save(Pass):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +30,13 @@ from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.verify import (
     DOUBLE_TOLERANCE,
     Rung,
-    compare_modules,
     compare_runners,
     first_difference,
     in_double,
     reexported,
     tolerance_for,
 )
+from fxprune.verify_plain import PlainLadder
 from fxprune.verify_text import compare_greedy, same_text
 
 if TYPE_CHECKING:
@@ -228,55 +227,46 @@ class _LanguageModelLadder:
 
 
 def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
-    """The ladder of a model without a cache: flat outputs on the example inputs."""
-    inputs = tuple(program.interface.example_inputs.values())
-    tolerance = tolerance_for(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
+    """The ladder of a model without a cache, see `fxprune.verify_plain`."""
+    config = None if program.source is None else program.source.config
+    dtype = next((p.dtype for p in program.graph_module.parameters() if p.is_floating_point()), torch.float32)
+    ladder = PlainLadder(program.interface, dtype, config)
     forms = dict(program.references)
-    names = program.interface.outputs
-
-    def called(model: Any) -> Any:
-        def run(*args: Any) -> Any:
-            output = model(**dict(zip(program.interface.inputs, args, strict=True)))
-            return [output[name] for name in names] if isinstance(output, Mapping) else output
-
-        return run
-
-    eager = called(forms["eager"].module)
-    chain = [("traced = eager", eager, forms.get("traced"))]
-    if "lifted" in forms and "traced" in forms:
-        chain.append(("lifted = traced", forms["traced"].module, forms["lifted"]))
+    current = Form(program.graph_module, program.interface)
+    slim = ladder.form(current)
     rungs: list[Rung] = []
     if options.graph:
-        pairs = [(name, before, form.module) for name, before, form in chain if form is not None]
-        rungs += [compare_modules(name, a, b, inputs, tolerance).require() for name, a, b in pairs]
-        rungs += _plain_masked(program, called, inputs, tolerance)
-    if options.graph and options.reexport:
-        again = reexported(program.graph_module, program.interface)
-        rungs.append(compare_modules("re-exported = slim", program.graph_module, again, inputs, tolerance).require())
+        for name, a, b in (("traced = eager", "eager", "traced"), ("lifted = traced", "traced", "lifted")):
+            if a in forms and b in forms:
+                pair = (forms[a], forms[b])
+                rungs.append(ladder.rung(name, ladder.form(pair[0]), ladder.form(pair[1]), pair))
+        rungs += _plain_masked(program, ladder, current)
+        if options.reexport:
+            again = Form(reexported(program.graph_module, program.interface), program.interface)
+            rungs.append(ladder.rung("re-exported = slim", slim, ladder.form(again), (current, again)))
     if options.checkpoint is not None:
         load: Any = resolve("fxprune.checkpoint:load")
-        model = called(load(options.checkpoint, device=str(inputs[0].device)))
-        rung = compare_modules("reloaded checkpoint = slim", program.graph_module, model, inputs, tolerance)
-        rungs.append(rung.require())
+        device = next(iter(program.interface.example_inputs.values())).device
+        model = load(options.checkpoint, device=str(device))
+        rungs.append(ladder.rung("reloaded checkpoint = slim", slim, ladder.eager(model), (current,)))
+        del model
+        gc.collect()
     if options.onnx is not None:
-        run: Any = resolve("fxprune.exporters.ort:run_onnx")
-        onnx = run(options.onnx, dict(program.interface.example_inputs))
-        wide, values = tolerance_for(torch.float32, runtime=True), tuple(onnx.values())
-        rung = compare_modules("ONNX Runtime = slim", program.graph_module, lambda *_: values, inputs, wide)
-        rungs.append(rung.require())
+        onnx: Any = resolve("fxprune.exporters.ort:OrtFunction")(options.onnx)
+        rungs.append(ladder.rung("ONNX Runtime = slim", slim, onnx, (current,), runtime=True))
     return rungs
 
 
-def _plain_masked(program: Program, called: Any, inputs: tuple[Any, ...], tolerance: float) -> list[Rung]:
+def _plain_masked(program: Program, ladder: PlainLadder, current: Form) -> list[Rung]:
     """The rungs around the masked form."""
     if "masked" not in program.references:
         return []
-    masked = program.references["masked"].module
+    masked = program.references["masked"]
     rungs = []
     with without_units(program) as eager:
         if eager is not None:
             name = "masked = eager without the units"
-            rungs.append(compare_modules(name, called(eager), masked, inputs, tolerance).require())
-    if program.graph_module is not masked:
-        rungs.append(compare_modules("slim = masked", masked, program.graph_module, inputs, tolerance).require())
+            rungs.append(ladder.rung(name, ladder.eager(eager), ladder.form(masked), (masked,)))
+    if current.module is not masked.module:
+        rungs.append(ladder.rung("slim = masked", ladder.form(masked), ladder.form(current), (masked, current)))
     return rungs
