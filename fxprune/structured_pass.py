@@ -110,7 +110,6 @@ class StructuredPass(Pass):
     own_uniform: ClassVar[bool] = False
     """Whether the method prunes uniformly unless told otherwise."""
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
-    prunes: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
     """Whether `curves` reads the calibration text."""
     reads_loss: ClassVar[bool] = False
