@@ -107,7 +107,9 @@ def directory(
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "model"
             built(name).save_pretrained(made[name])
-            if name != "vit":
+            if name == "vit":
+                (made[name] / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+            else:
                 tiny_tokenizer.save_pretrained(made[name])
         return made[name]
 
@@ -169,6 +171,7 @@ def test_the_whole_way(run: Run, directory: Callable[[str], Path], name: str, tm
     if name in HEADS:
         assert torch.equal(model.state_dict()[HEADS[name]], before.state_dict()[HEADS[name]])
     assert report["details"]["checkpoint"]["kind"] == "uniform"
+    assert (slim / "preprocessor_config.json").is_file() == (name == "vit")
     assert f"{kind}.from_pretrained(" in (slim / "README.md").read_text()
     plain = getattr(transformers, kind).from_pretrained(slim).eval()
     with torch.no_grad():
@@ -351,6 +354,8 @@ def test_weights_of_another_head_are_named(
     none = changed(directory("classifier"), tmp_path / "none", architectures=None)
     with pytest.raises(CheckpointError, match=r"score\.weight stand instead; .* names no class, .*LlamaForCausalLM"):
         load_model(none)
+    old = changed(tiny_llama_dir, tmp_path / "old", architectures=["LLaMAForCausalLM"])
+    assert type(load_model(old).model).__name__ == "LlamaForCausalLM"
     unknown = changed(tiny_llama_dir, tmp_path / "unknown", architectures=["LlamaForNothing"])
     with pytest.raises(CheckpointError, match="names the class LlamaForNothing"):
         load_model(unknown)
