@@ -56,6 +56,7 @@ __all__ = [
     "removed_share",
 ]
 
+_PARTS = frozenset(("chunk", "split", "split_with_sizes", "unbind"))
 _SHAPE_READERS = ("sym_", "_assert", "size")
 
 # ---- parameters and bytes ------------------------------------------------------------------------------------------
@@ -263,9 +264,16 @@ def _graph_heads(module: GraphModule, outputs: Sequence[str] | None) -> Iterator
     for root in roots:
         node = root if isinstance(root, Node) else None
         while node is not None and not _is_linear(module, node):
-            node = only_operand(node)
+            node = _before(node)
         if node is not None and (named_logits or _feeds_only_outputs(node)):
             yield str(node.target)
+
+
+def _before(node: Node) -> Node | None:
+    """What an output's values come from by movement, pointwise ops, or taking a part (the ends of a span's answer)."""
+    if op_name(node) in _PARTS and isinstance(node.args[0], Node):
+        return node.args[0]
+    return only_operand(node)
 
 
 def _feeds_only_outputs(node: Node) -> bool:
@@ -274,7 +282,7 @@ def _feeds_only_outputs(node: Node) -> bool:
         for user in pending.pop().users:
             if user.op == "output" or user in seen or op_name(user).startswith(_SHAPE_READERS):
                 continue
-            if op_name(user) not in MOVEMENT | POINTWISE:
+            if op_name(user) not in MOVEMENT | POINTWISE | _PARTS:
                 return False
             seen.add(user)
             pending.append(user)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ __all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "lo
 
 _LOGGER = logging.getLogger(__name__)
 _GENERATION_NAME = "generation_config.json"
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_TENSORS = 10_000
 """Where the weight files may be missing: what a model of 1000 layers has."""
 
@@ -197,7 +199,7 @@ def _write_config(layout: Layout, path: Path) -> None:
 
 
 def _write_companions(source: Source, directory: Path) -> None:
-    """Write the tokenizer with its chat template, and the generation config as it came."""
+    """Write the tokenizer with its chat template, the generation config and what prepares images, as they came."""
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(directory)
     if source.generation_config is not None:
@@ -205,6 +207,9 @@ def _write_companions(source: Source, directory: Path) -> None:
         source.generation_config.to_json_file(
             directory / _GENERATION_NAME, use_diff=True, keys_to_pop=["compile_config"]
         )
+    for file in () if source.path is None else (source.path / name for name in _PREPROCESSORS):
+        if file.is_file():
+            shutil.copyfile(file, directory / file.name)
 
 
 def _manifest(

@@ -330,16 +330,12 @@ def _from_pretrained(path: Path, dtype: torch.dtype | None, device: torch.device
 
 def _of_another_class(path: Path, name: str, missing: list[str], unexpected: list[str], *, named: bool) -> str:
     """What to say where the files lack weights of the class: with others in their place, it has another head."""
-    chosen = f"config.json names {name}" if named else f"config.json names no class, and {name} is the first that fits"
-    if not unexpected:
-        return (
-            f"{path}: {len(missing)} weights of {name} are not in the files: {_some(missing)}; config.json and the "
-            f"weights do not belong together ({chosen})"
-        )
+    chosen = f"config.json names {name}" if named else f"config.json names no class, of which {name} is the first known"
+    others = f", where {_some(unexpected)} stand instead" if unexpected else ""
     return (
-        f"{path}: {chosen}, and the weights are of another class or head: {len(missing)} of its weights are not in the "
-        f"files ({_some(missing)}), which hold {len(unexpected)} that it has no place for ({_some(unexpected)}): name "
-        "the class of the weights in `architectures`"
+        f"{path}: {len(missing)} weights of {name} are not in the files: {_some(missing)}{others}; config.json and the "
+        f"weights do not belong together: {chosen}, the weights are of another class or head; name theirs in "
+        "`architectures`"
     )
 
 

@@ -136,7 +136,9 @@ def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[Pre
             continue
         found = mapping.get(type(config), ())
         for candidate in found if isinstance(found, tuple) else (found,):
-            if getattr(candidate, "__name__", None) == architecture and issubclass(candidate, PreTrainedModel):
+            # Case does not count: published configurations have LLaMAForCausalLM and PhiMoEForCausalLM.
+            same = getattr(candidate, "__name__", "").lower() == architecture.lower()
+            if same and issubclass(candidate, PreTrainedModel):
                 model_class: type[PreTrainedModel] = candidate
                 return model_class
     raise CheckpointError(

@@ -299,10 +299,11 @@ class SparsePass(Pass):
             )
         if self.needs_data:
             self._dtype(program)
+            if program.source is not None:
+                check_method(self, program.source.model_class, program.source.config)
+            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
             if program.source is None:
                 raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
-            check_method(self, program.source.model_class, program.source.config)
-            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
 
     def targets(self, program: Program) -> dict[str, Sparsity]:
         """The projections to prune, and how far; see `fxprune.scope.targets_of`."""

@@ -335,7 +335,8 @@ class StructuredPass(Pass):
         if not self.reads_text:
             return
         if program.source is None:
-            raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
+            kind = "causal language model" if self.loss_reader() else "model that reads tokens"
+            raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face {kind}")
         check_method(self, program.source.model_class, program.source.config)
         text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
 

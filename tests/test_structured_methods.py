@@ -207,7 +207,7 @@ def test_magnitude_needs_no_language_model() -> None:
     result = MagnitudeUnits(target_params=250)(plain).program  # of 32 * 13 + 6
     assert result.plan is not None
     assert len(result.plan.kept_units(plain.groups[0])) == 16
-    with pytest.raises(PreconditionError, match="flap runs calibration text: it needs a Hugging Face causal language"):
+    with pytest.raises(PreconditionError, match="flap runs calibration text: it needs a Hugging Face model that reads"):
         method("flap", ratio=0.4)(plain)
 
 
