@@ -1,4 +1,4 @@
-"""What is asked before any work: whether a model is in a form that can be pruned, and whether it can be saved afterwards.
+"""What is asked before any work: whether a model is in a form that can be pruned, and whether it can be saved after.
 
     trace ── unwrapped, require_plain ── unsavable_reason ──► Source.unsavable ── asked by save before a pipeline starts
 
@@ -32,7 +32,7 @@ _QUANTIZED_MODULES = ("torch.ao.nn.", "torch.nn.quantized.", "torch.nn.quantizab
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that hold it whole, with the very same parameters: compiled, or replicated on devices."""
+    """The model inside wrappers that hold it whole, with the very same parameters: compiled, or on several devices."""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _is_compiled(model):
         model = model._orig_mod if _is_compiled(model) else model.module  # type: ignore[assignment]  # a module
     return model
@@ -61,19 +61,28 @@ def require_plain(model: nn.Module) -> None:
         raise TraceError(f"{name} cannot be pruned as it is: the model is quantized; {_FLOATING}")
 
 
+_GATHERED = "gather the model first: full weights on one device"
 _FLOATING = "pruning needs the floating point weights: load the checkpoint that it was quantized from"
 
 
 def _obstacles(module: nn.Module) -> Iterator[tuple[str, str]]:
     """What stands between a module and its class's own parameters, with what to do about it."""
-    merge = "merge the adapter first: model = model.merge_and_unload(), or pass the base model without it"
     peft: Any = sys.modules.get("peft")
-    if peft is not None and isinstance(module, peft.PeftModel):
-        yield f"is a {type(module).__name__} (peft)", merge
-    if peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-        yield f"is an adapter layer of peft ({type(module).__name__})", merge
+    if peft is not None and isinstance(module, peft.PeftModel | peft.tuners.tuners_utils.BaseTunerLayer):
+        merge = "merge the adapter first (model = model.merge_and_unload()), or pass the base model without it"
+        yield f"is a {type(module).__name__} of peft", merge
     if _is_compiled(module):
         yield "is compiled (torch.compile)", "put the module back that was compiled (its _orig_mod)"
+    if "FullyShardedDataParallel" in {cls.__name__ for cls in type(module).__mro__}:
+        yield "is sharded (FullyShardedDataParallel)", _GATHERED
+    if f"{type(module).__module__}.".startswith(_QUANTIZED_MODULES):
+        yield f"is a quantized {type(module).__name__}", _FLOATING
+    yield from _computed(module)
+    yield from _odd_parameters(module)
+
+
+def _computed(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters of the class that are computed from others before each run."""
     if parametrize.is_parametrized(module):
         which = next(iter(module.parametrizations))  # type: ignore[arg-type]  # a ModuleDict
         remove = f'torch.nn.utils.parametrize.remove_parametrizations(module, "{which}")'
@@ -85,22 +94,19 @@ def _obstacles(module: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(hook, BasePruningMethod):
             which = hook._tensor_name  # type: ignore[attr-defined]  # set when it was applied
             yield f"has a {which} under torch.nn.utils.prune", f'call torch.nn.utils.prune.remove(module, "{which}")'
-    if f"{type(module).__module__}.".startswith(_QUANTIZED_MODULES):
-        yield f"is a quantized {type(module).__name__}", _FLOATING
+
+
+def _odd_parameters(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters that are no plain floating point tensors."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
     for which, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, torch.distributed.tensor.DTensor) if _has_dtensor() else False:
-            yield f"has a {which} that is spread over devices", "gather the model first: full weights on one device"
+        kind = type(parameter.data)
+        if distributed is not None and issubclass(kind, getattr(distributed, "DTensor", ())):
+            yield f"has a {which} that is spread over devices", _GATHERED
         elif not (parameter.is_floating_point() or parameter.is_complex()):
             yield f"has a {which} of {str(parameter.dtype).removeprefix('torch.')}", _FLOATING
-        elif type(parameter.data) is not torch.Tensor:
-            kind = type(parameter.data).__name__
-            yield f"has a {which} that is a {kind}, not a plain tensor", _FLOATING
-    if "FullyShardedDataParallel" in {cls.__name__ for cls in type(module).__mro__}:
-        yield "is sharded (FullyShardedDataParallel)", "gather the model first: full weights on one device"
-
-
-def _has_dtensor() -> bool:
-    return torch.distributed.is_available() and "torch.distributed.tensor" in sys.modules
+        elif kind is not torch.Tensor:
+            yield f"has a {which} that is a {kind.__name__}, not a plain tensor", _FLOATING
 
 
 def unsavable_reason(model: nn.Module) -> str:
@@ -109,7 +115,7 @@ def unsavable_reason(model: nn.Module) -> str:
 
     model_class = type(model)
     where = f"{model_class.__qualname__} from {model_class.__module__}"
-    remedy = "it can be pruned and exported, but not saved as a checkpoint: leave the checkpoint out, or export the graph"
+    remedy = "it can be pruned and exported, but not saved as a checkpoint: leave save out, and export the graph"
     try:
         known = resolve_model_class(model.config, model_class.__name__)  # type: ignore[arg-type]  # it has a config
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Which groups a model class could not save if they were pruned: asked with shapes alone, before anything is calibrated.
+"""Which groups a model class could not save if they were pruned: asked with shapes alone, before any calibration.
 
 For each kind of group one unit is taken away, on the meta device, and the layout of a checkpoint is looked for as
 saving does (`fxprune.layout`); logits have a shape and no values there, so a form that runs is taken to be right. Some
@@ -70,9 +70,8 @@ def without_unsavable(program: Program, pruning: Pass) -> Program:
     if not refused:
         return program
     listed = {f"all {len(asked[kind])} groups of kind {kind}": reason for kind, reason in refused.items()}
-    event = Event(
-        "ask_savable", {"kinds": list(kinds)}, modified=True, seconds=time.perf_counter() - start, details={"refused": listed}
-    )
+    seconds = time.perf_counter() - start
+    event = Event("ask_savable", {"kinds": list(kinds)}, modified=True, seconds=seconds, details={"refused": listed})
     groups = tuple(group for group in program.groups if group.kind not in refused)
     return program.replace(groups=groups, history=(*program.history, event))
 
@@ -127,9 +126,7 @@ def _refusal(program: Program, groups: Sequence[Group], expected: ExpectedLogits
     return ""
 
 
-def _narrow(
-    program: Program, shapes: dict[str, Shape], owners: dict[str, str], piece: UnitSlice, count: int
-) -> None:
+def _narrow(program: Program, shapes: dict[str, Shape], owners: dict[str, str], piece: UnitSlice, count: int) -> None:
     """Make the class's shape of a parameter smaller by what a slice of its graph's form loses."""
     module = get_attribute(program.graph_module, piece.parameter.rpartition(".")[0])
     name, turned = parameter_of(module, piece.parameter)

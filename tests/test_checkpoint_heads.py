@@ -360,7 +360,7 @@ def test_other_logits_are_refused_with_the_error(kind: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["uniform", "mixed"])
 def test_the_written_checkpoint_itself_is_compared(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where a layout was chosen without regard to the logits."""
-    monkeypatch.setattr(fxprune.checkpoint, "classify", lambda *args: classify(*args[:3]))
+    monkeypatch.setattr(fxprune.checkpoint, "classify", lambda *args, **more: classify(*args[:3], **more))
     model = make_model("llama", **SMALL)
     tensors = cut(model.state_dict(), cuts_of(model, KINDS[name][1]))
     with pytest.raises(
