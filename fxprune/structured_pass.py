@@ -87,6 +87,7 @@ class StructuredPass(Pass):
         keep: the same for groups whose name matches a shell-style pattern; 1 leaves a group as it is.
         kinds: which groups are pruned, of `attention` and `mlp`.
         calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        text_field: field of calibration records that is read; `text`, or else chats, by default.
         samples: calibration sequences.
         seq_len: tokens of each.
         seed: of every random choice.
@@ -131,6 +132,7 @@ class StructuredPass(Pass):
         keep: Mapping[str, float] | None = None,
         kinds: Sequence[str] | None = None,
         calibration: str = "self",
+        text_field: str | None = None,
         samples: int = 128,
         seq_len: int = 512,
         seed: int = 0,
@@ -156,6 +158,7 @@ class StructuredPass(Pass):
         self.keep = dict(keep or {})
         self.kinds = tuple(kinds or self.own_kinds)
         self.calibration = calibration
+        self.text_field = text_field
         self.samples = samples
         self.seq_len = seq_len
         self.seed = seed
@@ -206,7 +209,7 @@ class StructuredPass(Pass):
         self._check_speed()
         if self.forward_dtype != "auto":
             resolve_dtype(self.forward_dtype)
-        CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
+        self.calibration_spec()
 
     def _check_speed(self) -> None:
         if self.speed_rounds < 0:
@@ -290,6 +293,16 @@ class StructuredPass(Pass):
         seconds["allocate"] += time.perf_counter() - start
         return refined
 
+    def calibration_spec(self) -> CalibrationSpec:
+        """Which calibration samples are wanted.
+
+        Raises:
+            UsageError: an option is out of range.
+        """
+        return CalibrationSpec(
+            self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed, text_field=self.text_field
+        )
+
     @property
     def reads_text(self) -> bool:
         """Whether calibration text is needed: by the method, or by its reconstruction."""
@@ -368,7 +381,7 @@ class StructuredPass(Pass):
         assert program.source is not None
         start = time.perf_counter()
         texts = calibration_set(
-            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+            self.calibration_spec(),
             tokenizer=program.source.tokenizer,
             runner=GraphRunner(program.graph_module, program.interface),
             config=program.source.config,
