@@ -25,12 +25,12 @@ from fxprune.loading import max_positions
 from fxprune.output import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from fxprune.program import Source
     from fxprune.runners import Past
 
-__all__ = ["CONFIG_NAME", "GenaiRunner", "require_genai", "tokenizer_differences", "write_genai_config"]
+__all__ = ["CONFIG_NAME", "GenaiRunner", "require_genai", "write_genai_config"]
 
 CONFIG_NAME = "genai_config.json"
 _POSITIONS = 32768
@@ -360,35 +360,3 @@ def _libraries(value: Any, key: str = "") -> Iterator[str]:
             yield from _libraries(child, key)
     elif isinstance(value, str) and ("library" in key.lower() or _NATIVE.search(value)):
         yield f"{key}: {value[:80]}"
-
-
-_TEXTS = (
-    "The compiler traces a model to a graph.",
-    " Leading space,  two spaces;\ta tab\nand a line.",
-    "Numbers 1, 23 and 4567; don't, it's, we'll.",
-    "def f(x):\n    return x ** 2\n",
-    "Größe, naïve, señor, Ελλάδα, Россия, 日本語, 😀",
-)
-
-
-def tokenizer_differences(runner: GenaiRunner, tokenizer: Any, texts: Sequence[str] = _TEXTS) -> Mapping[str, str]:
-    """Texts for which the runtime's tokenizer gives other tokens than the model's own.
-
-    Args:
-        runner: the runtime.
-        tokenizer: the model's own, of transformers.
-        texts: what to tokenise.
-
-    Returns:
-        For each such text, how the two differ; empty when they agree.
-
-    Raises:
-        ExportError: the runtime does not know the tokenizer's kind.
-    """
-    found = {}
-    for text in texts:
-        expected = list(tokenizer(text)["input_ids"])
-        given = [int(token) for token in runner.tokenizer.encode(text)]
-        if given != expected:
-            found[text] = f"{given[:8]} instead of {expected[:8]}"
-    return found

@@ -295,6 +295,8 @@ def _facts_table(facts: Mapping[str, Any] | str) -> Table | None:
 def _fact(key: str, value: Any) -> str:
     if key.endswith("_bytes") and isinstance(value, int | float) and not isinstance(value, bool):
         return binary(value)
+    if key == "begins":  # in quotes, where line ends can be seen
+        return json.dumps(value, ensure_ascii=False)
     return _value(value)
 
 

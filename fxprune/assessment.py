@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxprune.calibration import CalibrationSpec
+from fxprune.calibration import check_records
 from fxprune.errors import UsageError
 from fxprune.evaluate import read_text
 from fxprune.guard import Guard, check_guard
@@ -18,6 +18,7 @@ from fxprune.methods import require_language_model
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
 from fxprune.slim_speed import SpeedRun, speed_plan
+from fxprune.sparse_pass import SparsePass
 from fxprune.structured_pass import StructuredPass
 from fxprune.workflow import perplexities
 
@@ -58,12 +59,15 @@ class Wanted:
         """Tell what is wrong before any work is done.
 
         Raises:
-            CalibrationError: a text cannot be read.
+            CalibrationError: a text cannot be read, or it is not clear which field of calibration records to read.
             UsageError: speed is to be measured off the CPU, or the latency table or the mix is wrong.
         """
         for text in self.ppl:
             if text != "python":
                 read_text(text)
+        reads = step.reads_text if isinstance(step, StructuredPass) else getattr(step, "needs_data", False)
+        if isinstance(step, StructuredPass | SparsePass) and reads:
+            check_records(step.calibration_spec())
         check_guard(self.guard)
         if self.times(step):
             speed_plan(step, self.threads, self.repeats)
@@ -174,7 +178,8 @@ class Assessor:
             self.say("guarding against overfitting to the calibration text")
             with watch.stage("guard"):
                 if self._guard is None:
-                    self._guard = Guard(self._program, _spec(self.step), self.wanted.guard)
+                    assert isinstance(self.step, StructuredPass)
+                    self._guard = Guard(self._program, self.step.calibration_spec(), self.wanted.guard)
                 found["guard"] = self._guard.judge(program)
         return found
 
@@ -188,11 +193,6 @@ def _guards(wanted: Wanted, step: Pass, program: Program) -> bool:
     if not able and wanted.guard != "python":
         raise UsageError("--guard reads text: it needs a causal language model with a tokenizer")
     return able
-
-
-def _spec(step: Pass) -> CalibrationSpec:
-    assert isinstance(step, StructuredPass)
-    return CalibrationSpec(step.calibration, samples=step.samples, seq_len=step.seq_len, seed=step.seed)
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:

@@ -239,6 +239,8 @@ def _name(target: Target) -> str:
 def _facts(model: str, step: StructuredPass, place: Destination, wanted: Wanted) -> dict[str, Any]:
     """All that results follow from, but for the target; files count by their content."""
     options = {name: value for name, value in step.options().items() if not _is_target(name)}
+    if options.get("text_field") is None:  # what was made before there was this option is found again
+        options.pop("text_field", None)
     texts = [text for text in (*wanted.ppl, wanted.guard, step.calibration, step.table or "") if text]
     return {
         "fxprune": version("fxprune"),

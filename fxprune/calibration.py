@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fxprune.calibration_records import documents_of, record_form, require_template
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.evaluate import hash_tokens, read_text
 from fxprune.loading import expand_user, max_positions
@@ -31,15 +32,27 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+    from fxprune.calibration_records import Chat, RecordForm
     from fxprune.runners import Runner
 
-__all__ = ["CalibrationSet", "CalibrationSpec", "calibration_set", "held_out_windows", "sample_from_model"]
+__all__ = [
+    "CalibrationSet",
+    "CalibrationSpec",
+    "calibration_set",
+    "check_records",
+    "held_out_windows",
+    "sample_from_model",
+]
 
 _FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".raw", ".text", ".md", ".csv", ".parquet"}
+_RECORDS = (".jsonl", ".json")
+_CHATS = "chats, written by the tokenizer's chat template"
 _POOL = 4
 """Documents are read, in random order, until there are this many times the tokens asked for to choose windows from."""
 _SHUFFLE_BUFFER = 1000
 _DOCUMENTS_AT_ONCE = 64
+_SHOWN = 200
+"""Characters of the first sample that a description holds."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +60,18 @@ class CalibrationSpec:
     """Which calibration samples are wanted.
 
     Attributes:
-        source: `"self"` for text sampled from the model; a `.jsonl` file (one JSON object a line, field `text` or else
-            the first field that is a string); any other file as plain UTF-8 text; or a data set on the hub or in a
-            directory, `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` (split `train` unless named).
+        source: `"self"` for text sampled from the model; records in a `.jsonl` file (one JSON object a line), a `.json`
+            file (a list of objects) or a `.parquet` file; any other file as plain UTF-8 text; or a data set on the hub
+            or in a directory, `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` (split `train` unless named).
         samples: how many sequences.
         seq_len: tokens of each.
         seed: of every random choice.
         batch_size: sequences sampled at once with `"self"`; it does not change which tokens are asked for.
+        text_field: field of the records with a text or a list of messages. None reads `text`, or else chats (see
+            `fxprune.calibration_records`), and refuses records where it is not clear which field is meant.
 
     Raises:
-        UsageError: a value is out of range.
+        UsageError: a value is out of range, or there are no records to have a field.
     """
 
     source: str = "self"
@@ -64,10 +79,16 @@ class CalibrationSpec:
     seq_len: int = 512
     seed: int = 0
     batch_size: int = 32
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
             raise UsageError("the calibration source is empty; use self, a file or a data set")
+        if self.text_field is not None and (not self.text_field or self.source == "self"):
+            raise UsageError(
+                f"text_field {self.text_field!r} names a field of calibration records: give it with a .jsonl file or a "
+                "data set, or leave it out"
+            )
         for name, least in (("samples", 1), ("seq_len", 2), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"calibration needs {name} >= {least}, got {getattr(self, name)}")
@@ -79,12 +100,38 @@ class CalibrationSet:
 
     Attributes:
         tokens: (samples, seq_len) int64, on the CPU, in random order.
-        description: for the report, JSON-able: source, kind, samples, seq_len, tokens, seed, sha256 of the tokens, and
-            how the text was made or read.
+        description: for the report, JSON-able: source, kind, samples, seq_len, tokens, seed, sha256 of the tokens, how
+            the text was made or read and, with a tokenizer, how the first sample begins: 200 characters as the model
+            reads them, special tokens included.
     """
 
     tokens: Tensor
     description: Mapping[str, Any]
+
+
+def check_records(spec: CalibrationSpec) -> None:
+    """Tell before any work is done that the records of a local file cannot be used; other sources are not opened.
+
+    Raises:
+        CalibrationError: the file cannot be read, or which field of its first record is text is not clear.
+        UsageError: there is a `text_field`, and the file has no records.
+    """
+    path = expand_user(spec.source)
+    if not path.is_file():
+        return
+    if path.suffix.lower() in _RECORDS:
+        where, record = next(_records(path))
+        record_form(record, where, spec.text_field).read(record, where)
+    elif path.suffix.lower() != ".parquet":
+        _refuse_field(spec, path)
+
+
+def _refuse_field(spec: CalibrationSpec, path: Path) -> None:
+    if spec.text_field is not None:
+        raise UsageError(
+            f"text_field {spec.text_field!r} is for records, and {path} is read as plain text: leave it out, or write "
+            "one object a line to a .jsonl file"
+        )
 
 
 def calibration_set(
@@ -97,8 +144,9 @@ def calibration_set(
 ) -> CalibrationSet:
     """Make calibration samples. The global random state is neither used nor changed.
 
-    Text is tokenised without special tokens, documents are joined with the end-of-text token between them and cut into
-    windows without overlap, and windows are drawn at random without replacement.
+    Text is tokenised without special tokens, chats with those that the chat template writes. Documents are joined with
+    the end-of-text token between them (a chat that ends in it gets no second one) and cut into windows without overlap,
+    and windows are drawn at random without replacement.
 
     Args:
         spec: what is wanted.
@@ -135,7 +183,15 @@ def calibration_set(
             f"own tokenizer"
         )
     description = {"source": spec.source, "samples": spec.samples, "seq_len": spec.seq_len, "tokens": tokens.numel()}
-    return CalibrationSet(tokens, {**description, "seed": spec.seed, "sha256": hash_tokens(tokens), **details})
+    description |= {"seed": spec.seed, "sha256": hash_tokens(tokens), **details}
+    return CalibrationSet(tokens, description | ({} if tokenizer is None else {"begins": _begins(tokens, tokenizer)}))
+
+
+def _begins(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first characters of the first sample, as the model reads them."""
+    # A token may have no character of its own, so more of them are decoded than are shown.
+    text = tokenizer.decode(tokens[0, : 4 * _SHOWN], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)[:_SHOWN]
 
 
 def held_out_windows(
@@ -267,7 +323,8 @@ def _windows_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) 
 def _pool_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The windows to choose from (windows, seq_len) int64, a random order of them, and how they were made."""
     generator = torch.Generator().manual_seed(spec.seed)
-    documents, details = _open(spec, generator)
+    documents, details = _open(spec, tokenizer, generator)
+    chats = details.get("format") == _CHATS
     needed = spec.samples * spec.seq_len
     eos = tokenizer.eos_token_id
     pool: list[int] = []
@@ -277,7 +334,7 @@ def _pool_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> 
         for batch in _batches(documents):
             # verbose=False: no warning about texts longer than the model's context, they are cut afterwards.
             for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                if pool and eos is not None:
+                if pool and eos is not None and not (chats and pool[-1] == eos):
                     pool.append(eos)
                 pool += ids
                 count += 1
@@ -297,16 +354,22 @@ def _pool_of_text(spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase) -> 
     return tokens, order, {**details, "documents_read": count, "tokens_read": len(pool), "separator": separator}
 
 
-def _open(spec: CalibrationSpec, generator: torch.Generator) -> tuple[Iterable[str], dict[str, Any]]:
+def _open(
+    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> tuple[Iterable[str], dict[str, Any]]:
     """The documents of a source that is not the model, in random order, and what kind it is."""
     path = expand_user(spec.source)
-    if path.suffix.lower() == ".json":
-        raise CalibrationError(f"{path}: a .json file is not read; write one object a line to a .jsonl file")
-    if path.is_file() and path.suffix.lower() == ".jsonl":
-        documents, field = _read_jsonl(path)
-        order = torch.randperm(len(documents), generator=generator).tolist()
-        return [documents[index] for index in order], {"kind": "jsonl file", "field": field}
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix in _RECORDS:
+        form, contents = _read_records(path, spec.text_field)
+        require_template(form, tokenizer, str(path))
+        order = torch.randperm(len(contents), generator=generator).tolist()
+        documents = documents_of((contents[index] for index in order), tokenizer)
+        return documents, {"kind": f"{suffix.removeprefix('.')} file", **_described(form)}
+    if path.is_file() and suffix == ".parquet":
+        return _open_data_set(spec, tokenizer, "parquet", None, "train", files=str(path))
     if path.is_file():
+        _refuse_field(spec, path)
         return [read_text(path)], {"kind": "text file"}
     name, _, rest = spec.source.partition(":")
     is_directory = expand_user(name).is_dir()
@@ -314,75 +377,93 @@ def _open(spec: CalibrationSpec, generator: torch.Generator) -> tuple[Iterable[s
     if not (is_directory or is_hub_id):
         raise CalibrationError(f"calibration text {spec.source} does not exist; use self, a file or a data set id")
     configuration, _, split = rest.partition(":")
-    return _open_data_set(
-        spec, str(expand_user(name)) if is_directory else name, configuration or None, split or "train"
-    )
+    where = str(expand_user(name)) if is_directory else name
+    return _open_data_set(spec, tokenizer, where, configuration or None, split or "train")
 
 
-def _read_jsonl(path: Path) -> tuple[list[str], str]:
-    """The texts of a JSON Lines file, and the name of the field they are in."""
-    documents: list[str] = []
-    field: str | None = None
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+def _described(form: RecordForm) -> dict[str, str]:
+    return {"field": ", ".join(form.fields), "format": _CHATS if form.is_chat else "plain text"}
+
+
+def _read_records(path: Path, text_field: str | None) -> tuple[RecordForm, list[tuple[str, str | Chat]]]:
+    """The form of a file's records; and where each record is, with its text or messages, of those that say anything."""
+    form: RecordForm | None = None
+    contents: list[tuple[str, str | Chat]] = []
+    for where, record in _records(path):
+        form = form or record_form(record, where, text_field)
+        content = form.read(record, where)
+        if content is not None:
+            contents.append((where, content))
+    if form is None or not contents:
+        raise CalibrationError(f"{path}: field {(form.fields[0] if form else 'text')!r} is empty in every record")
+    return form, contents
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a file of JSON lines or of a JSON list, and where each is."""
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise CalibrationError(f"{path}: not JSON ({error}); one object a line needs the suffix .jsonl") from error
+        if not isinstance(found, list) or not found:
+            raise CalibrationError(f"{path}: expected a list of records; write one object a line to a .jsonl file")
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(found, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
             raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from error
-        field = field or _text_field(record)
-        text = record.get(field) if isinstance(record, dict) and field is not None else None
-        if not isinstance(text, str):
-            raise CalibrationError(f"{path}, line {number}: no text in field {field or 'text'!r}")
-        if text.strip():
-            documents.append(text)
-    if not documents or field is None:
-        raise CalibrationError(f"{path}: field {field or 'text'!r} is empty in every line")
-    return documents, field
-
-
-def _text_field(record: object) -> str | None:
-    """The field `text`, or else the first one that is a string."""
-    strings = [key for key, value in record.items() if isinstance(value, str)] if isinstance(record, dict) else []
-    return "text" if "text" in strings else next(iter(strings), None)
+        yield f"{path}, line {number}", record
 
 
 def _open_data_set(
-    spec: CalibrationSpec, name: str, configuration: str | None, split: str
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    configuration: str | None,
+    split: str,
+    *,
+    files: str | None = None,
 ) -> tuple[Iterable[str], dict[str, Any]]:
-    """Stream a data set from the hub or a local directory, in an order shuffled by the seed."""
+    """Stream a data set from the hub, a local directory or a file, in an order shuffled by the seed."""
     if importlib.util.find_spec("datasets") is None:
+        start = "reading parquet" if files else "there is no such file, and reading data sets"
         raise CalibrationError(
-            f"calibration text {spec.source}: there is no such file, and reading data sets needs a package: "
-            f'pip install "fxprune[datasets]"'
+            f'calibration text {spec.source}: {start} needs a package: pip install "fxprune[datasets]"'
         )
     import datasets  # noqa: PLC0415 - an optional package, and slow to import
 
     failures = (OSError, ValueError, RuntimeError, KeyError, TypeError, datasets.exceptions.DatasetsError)
-    what = f"calibration data set {name!r} (configuration {configuration or 'default'}, split {split})"
+    what = f"calibration data set {files or name!r} (configuration {configuration or 'default'}, split {split})"
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+        rows = datasets.load_dataset(name, configuration, data_files=files, split=split, streaming=True)
         rows = rows.shuffle(seed=spec.seed, buffer_size=_SHUFFLE_BUFFER)
-        field = _text_field(next(iter(rows), None))
+        first = next(iter(rows), None)
     except failures as error:
         raise CalibrationError(f"{what} cannot be read: {error}") from error
-    if field is None:
-        raise CalibrationError(f"{what} is empty, or has no field that is a string")
+    if first is None:
+        raise CalibrationError(f"{what} is empty")
+    form = record_form(first, f"{what}, row 0 of the shuffled stream", spec.text_field)
+    require_template(form, tokenizer, what)
 
-    def documents() -> Iterator[str]:
+    def contents() -> Iterator[tuple[str, str | Chat]]:
         try:
             for number, row in enumerate(rows):
-                if not isinstance(row.get(field), str):
-                    raise CalibrationError(
-                        f"{what}: row {number} of the shuffled stream has no text in field {field!r}"
-                    )
-                if row[field].strip():
-                    yield row[field]
+                where = f"{what}, row {number} of the shuffled stream"
+                content = form.read(row, where)
+                if content is not None:
+                    yield where, content
         except failures as error:
             raise CalibrationError(f"{what} cannot be read: {error}") from error
 
-    details = {"kind": "data set", "name": name, "configuration": configuration, "split": split, "field": field}
-    return documents(), {key: value for key, value in details.items() if value is not None}
+    named = {"name": name, "configuration": configuration, "split": split} if files is None else {}
+    details = {"kind": "parquet file" if files else "data set", **named, **_described(form)}
+    return documents_of(contents(), tokenizer), {key: value for key, value in details.items() if value is not None}
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -40,7 +40,14 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 Threads = Annotated[int, typer.Option(help="Threads of torch and ONNX Runtime.", min=1)]
 Calibration = Annotated[
-    str, typer.Option(help="`self` (text sampled from the model), a .txt or .jsonl file, or a hub data set.")
+    str,
+    typer.Option(
+        help="`self` (text sampled from the model), a .txt file, records (.jsonl, .json, .parquet), or a hub data set."
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Field of the calibration records; by default `text`, or chats through the model's template."),
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration sequences; the method's own number by default.", min=1)]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of each calibration sequence.", min=2)]
@@ -75,6 +82,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Any other causal language model: hub id or directory.")] = None,
     ratio: Annotated[float, typer.Option(help="Share of the block Linears' parameters to remove.")] = 0.2,
     calibration: Calibration = "self",
+    text_field: TextField = None,
     samples: Samples = 32,
     seq_len: SeqLen = 128,
     seed: Seed = 0,
@@ -93,7 +101,8 @@ def demo(
     from fxprune.demo import run_demo
 
     check_ratio(ratio)
-    options = {"calibration": calibration, "samples": samples, "seq_len": seq_len, "seed": seed, "uniform": uniform}
+    options = {"calibration": calibration, "text_field": text_field, "samples": samples, "seq_len": seq_len}
+    options |= {"seed": seed, "uniform": uniform}
     report = run_demo(
         out,
         model=model,
@@ -159,6 +168,7 @@ def prune(
         ),
     ] = "channel",
     calibration: Calibration = "self",
+    text_field: TextField = None,
     samples: Samples = None,
     seq_len: SeqLen = None,
     seed: Seed = 0,
@@ -238,6 +248,7 @@ def prune(
         "sparsity": sparsity,
         "pattern": pattern,
         "calibration": None if calibration == "self" else calibration,
+        "text_field": text_field,
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed or None,

@@ -92,6 +92,8 @@ def _show(data: dict[str, Any], json: Path | None) -> None:
             for name, reason in int4["kept"].items():
                 _tell(f"in float: {name}: {reason}")
         _tell(Difference(**int4["difference"]).describe())
+    for text in data.get("warnings", []):
+        cli._say(f"warning: {text}")
     cli._write_json(json, data)
 
 

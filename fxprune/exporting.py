@@ -64,7 +64,7 @@ def run_export(model: str, request: ExportRequest, say: Callable[[str], None]) -
         say: gets progress messages.
 
     Returns:
-        For JSON: `onnx`, `verify` and, with int4, `int4`.
+        For JSON: `onnx`, `verify`, `warnings` where there is something to know, and, with int4, `int4`.
 
     Raises:
         UsageError: an option is out of range.
@@ -87,7 +87,7 @@ def run_export(model: str, request: ExportRequest, say: Callable[[str], None]) -
     _require_precision(loaded.model.dtype)
     say("tracing")
     program = export_program(front_end(loaded, Stopwatch()), request, say)
-    return {name: program.results[name] for name in ("onnx", "verify", "int4") if name in program.results}
+    return {name: program.results[name] for name in ("onnx", "verify", "warnings", "int4") if name in program.results}
 
 
 def _require_precision(dtype: torch.dtype) -> None:
@@ -121,7 +121,8 @@ def export_program(program: Program, request: ExportRequest, say: Callable[[str]
 def _put(program: Program, verified: Path, target: Path, *, overwrite: bool) -> Program:
     """Move a verified export to its place, its certificate in `export.json`."""
     path = verified / "export.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "verify": program.results["verify"]})
+    proved = {name: program.results[name] for name in ("verify", "warnings") if name in program.results}
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **proved})
     with staged_directory(target, overwrite=overwrite) as staging:
         for file in verified.iterdir():
             file.rename(staging / file.name)
@@ -153,8 +154,9 @@ def run_verify(model: str, onnx: Path | None, say: Callable[[str], None]) -> dic
         say: gets progress messages.
 
     Returns:
-        For JSON: `verify` and, for an int4 export, `int4` with the measured `difference`. Whether it is one is seen
-        from the graph; made for onnxruntime-genai, it must make the same text there as in ONNX Runtime.
+        For JSON: `verify`, `warnings` as of `run_export` and, for an int4 export, `int4` with the measured
+        `difference`. Whether it is one is seen from the graph; made for onnxruntime-genai, it must make the same text
+        there as in ONNX Runtime.
 
     Raises:
         ExportError: there is no such export, or it cannot be run.
@@ -172,7 +174,7 @@ def run_verify(model: str, onnx: Path | None, say: Callable[[str], None]) -> dic
         if described.get("target") == "genai":
             options["genai"] = str(graph.parent)
     program = build_pass("verify", options)(program).program
-    data: dict[str, Any] = {"verify": program.results["verify"]}
+    data: dict[str, Any] = {name: program.results[name] for name in ("verify", "warnings") if name in program.results}
     if graph is not None and quantized:
         measure = resolve("fxprune.passes.export_int4:difference_of")
         data["int4"] = {"difference": measure(program, graph).to_json()}

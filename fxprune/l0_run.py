@@ -103,7 +103,7 @@ class Run:
     def _settings(self, tokens: Tensor) -> dict[str, Any]:
         """What the training follows from."""
         own = {name: getattr(self.step, name) for name in option_names(type(self.step)) if hasattr(self.step, name)}
-        after = {"state", "save_every", "biases", "drift", "batch_size", "signals"}
+        after = {"state", "save_every", "biases", "drift", "batch_size", "signals", "text_field"}
         if not self.step.refits_decided:
             after |= {"reconstruct", "fit_samples", "fit_steps"}
         after |= {name for name in own if name.startswith("post_")}

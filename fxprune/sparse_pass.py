@@ -168,6 +168,7 @@ class SparsePass(Pass):
         sparsity: share of each projection's weights to remove, in [0, 1); 0.5 when there is no pattern either.
         pattern: N:M, keep N of every M along the inputs, such as `2:4`.
         calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        text_field: field of calibration records that is read; `text`, or else chats, by default.
         samples: calibration sequences.
         seq_len: tokens of each.
         seed: of every random choice.
@@ -194,6 +195,7 @@ class SparsePass(Pass):
         sparsity: float | None = None,
         pattern: str | None = None,
         calibration: str = "self",
+        text_field: str | None = None,
         samples: int = 128,
         seq_len: int = 512,
         seed: int = 0,
@@ -236,11 +238,12 @@ class SparsePass(Pass):
                 raise UsageError(f"{name} must be at least {least}, got {value}")
         if forward_dtype != "auto":
             resolve_dtype(forward_dtype)
-        CalibrationSpec(calibration, samples=samples, seq_len=seq_len, seed=seed)
         self.calibration = calibration
+        self.text_field = text_field
         self.samples = samples
         self.seq_len = seq_len
         self.seed = seed
+        self.calibration_spec()
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self.per_module = {key: str(value) for key, value in (per_module or {}).items()}
@@ -265,6 +268,16 @@ class SparsePass(Pass):
         if self.allocation == "loss":
             return f"allocation=loss of {self.name}"
         return f"distil_epochs of {self.name}" if self.distil_epochs else super().loss_reader()
+
+    def calibration_spec(self) -> CalibrationSpec:
+        """Which calibration samples are wanted.
+
+        Raises:
+            UsageError: an option is out of range.
+        """
+        return CalibrationSpec(
+            self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed, text_field=self.text_field
+        )
 
     @abstractmethod
     def solver(self) -> Solver:
@@ -372,7 +385,7 @@ class SparsePass(Pass):
         assert program.source is not None
         device = program.interface.example_inputs["input_ids"].device
         texts = calibration_set(
-            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+            self.calibration_spec(),
             tokenizer=program.source.tokenizer,
             runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
             config=program.source.config,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxprune.calibration import CalibrationSpec, calibration_set
+from fxprune.calibration import calibration_set
 from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
@@ -112,7 +112,7 @@ def prune_streaming(
     _require_tensors(root, stored, values)
     with watch.stage("text"):
         texts = calibration_set(
-            CalibrationSpec(method.calibration, samples=method.samples, seq_len=method.seq_len, seed=method.seed),
+            method.calibration_spec(),
             tokenizer=load_tokenizer(path),
             config=program.source.config if program.source else None,
             device=place,
@@ -282,7 +282,8 @@ def _require_tensors(root: GraphModule, stored: StoredWeights, values: Mapping[s
         )
 
 
-_NO_MATTER = {"memory_bytes", "device_bytes"}  # where activations are kept changes no bit of them
+# Where activations are kept changes no bit of them, and which field was read is seen from the tokens.
+_NO_MATTER = {"memory_bytes", "device_bytes", "text_field"}
 
 
 def _fingerprint(reader: ShardReader, method: SparsePass, tokens: Tensor, forward_dtype: torch.dtype | None) -> str:

@@ -90,6 +90,7 @@ class StructuredPass(Pass):
         keep: the same for groups whose name matches a shell-style pattern; 1 leaves a group as it is.
         kinds: which groups are pruned, of `attention` and `mlp`.
         calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        text_field: field of calibration records that is read; `text`, or else chats, by default.
         samples: calibration sequences.
         seq_len: tokens of each.
         seed: of every random choice.
@@ -135,6 +136,7 @@ class StructuredPass(Pass):
         keep: Mapping[str, float] | None = None,
         kinds: Sequence[str] | None = None,
         calibration: str = "self",
+        text_field: str | None = None,
         samples: int = 128,
         seq_len: int = 512,
         seed: int = 0,
@@ -160,6 +162,7 @@ class StructuredPass(Pass):
         self.keep = dict(keep or {})
         self.kinds = tuple(kinds or self.own_kinds)
         self.calibration = calibration
+        self.text_field = text_field
         self.samples = samples
         self.seq_len = seq_len
         self.seed = seed
@@ -210,7 +213,7 @@ class StructuredPass(Pass):
         self._check_speed()
         if self.forward_dtype != "auto":
             resolve_dtype(self.forward_dtype)
-        CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed)
+        self.calibration_spec()
 
     def _check_speed(self) -> None:
         if self.speed_rounds < 0:
@@ -293,6 +296,16 @@ class StructuredPass(Pass):
             refined.append(self.refine(case, plan, refined[-1] if refined else None))
         seconds["allocate"] += time.perf_counter() - start
         return refined
+
+    def calibration_spec(self) -> CalibrationSpec:
+        """Which calibration samples are wanted.
+
+        Raises:
+            UsageError: an option is out of range.
+        """
+        return CalibrationSpec(
+            self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed, text_field=self.text_field
+        )
 
     @property
     def reads_text(self) -> bool:
@@ -386,7 +399,7 @@ class StructuredPass(Pass):
         assert program.source is not None
         start = time.perf_counter()
         texts = calibration_set(
-            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+            self.calibration_spec(),
             tokenizer=program.source.tokenizer,
             runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
             config=program.source.config,

@@ -98,6 +98,7 @@ class DepthPrune(StructuredPass):
         target_bytes: the most bytes of its weights.
         target_speedup: refused, for the reason above.
         calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        text_field: field of calibration records that is read; `text`, or else chats, by default.
         samples: calibration sequences.
         seq_len: tokens of each.
         seed: of every random choice.
@@ -119,6 +120,7 @@ class DepthPrune(StructuredPass):
         target_bytes: float | Sequence[float] | None = None,
         target_speedup: float | Sequence[float] | None = None,
         calibration: str = "self",
+        text_field: str | None = None,
         samples: int = 128,
         seq_len: int = 512,
         seed: int = 0,
@@ -139,6 +141,7 @@ class DepthPrune(StructuredPass):
             target_macs=target_macs,
             target_bytes=target_bytes,
             calibration=calibration,
+            text_field=text_field,
             samples=samples,
             seq_len=seq_len,
             seed=seed,

@@ -128,7 +128,7 @@ class ExportInt4(Pass):
                 rungs.append(same_in_genai(done.path, program))
             details = _details(done, Path(self.out), difference.to_json(), float_bytes=_size(source, data))
             certificate = [*program.results.get("verify", []), *(rung.to_json() for rung in rungs)]
-            _describe(staging / "export.json", details, certificate)
+            _describe(staging / "export.json", details, certificate, program.results.get("warnings", []))
         changed = program.with_results(int4=details, verify=certificate)
         return PassResult(
             changed, modified=True, details={key: details[key] for key in ("path", "bytes", "difference")}
@@ -183,8 +183,10 @@ def _details(done: Any, out: Path, difference: dict[str, Any], *, float_bytes: i
     return {**found, "path": str(out / done.path.name), "float_bytes": float_bytes, "difference": difference}
 
 
-def _describe(path: Path, details: dict[str, Any], certificate: list[dict[str, Any]]) -> None:
+def _describe(path: Path, details: dict[str, Any], certificate: list[dict[str, Any]], warnings: list[str]) -> None:
     """Say in `export.json` what was quantized and how far it is from the model."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     section = {key: value for key, value in details.items() if key != "path"}
-    write_json(path, {**known, "int4": section, "verify": certificate})
+    write_json(
+        path, {**known, "int4": section, "verify": certificate} | ({"warnings": list(warnings)} if warnings else {})
+    )

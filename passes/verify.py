@@ -86,15 +86,18 @@ class Verify(Pass):
             raise PreconditionError("verify compares with the original model: start from fxprune.trace(model)")
 
     def call(self, program: Program) -> PassResult:
-        """Compare, rung by rung; the certificate is left in `results["verify"]`.
+        """Compare, rung by rung; the certificate is left in `results["verify"]`, what to know in `results["warnings"]`.
 
         Raises:
             VerificationError: a rung does not hold.
         """
         causal = bool(program.interface.cache)
-        rungs = _LanguageModelLadder(program).climb(self) if causal else _plain_ladder(program, self)
+        ladder = _LanguageModelLadder(program) if causal else None
+        rungs = _plain_ladder(program, self) if ladder is None else ladder.climb(self)
         certificate = [rung.to_json() for rung in rungs]
         changed = program.with_results(verify=[*program.results.get("verify", []), *certificate])
+        if ladder is not None and ladder.warnings:
+            changed = changed.with_results(warnings=[*program.results.get("warnings", []), *ladder.warnings])
         return PassResult(changed, modified=True, details={"rungs": len(rungs)})
 
 
@@ -109,6 +112,7 @@ class _LanguageModelLadder:
         source = program.source
         self.vocabulary = int(source.config.get_text_config().vocab_size) if source else int(example.max()) + 1
         self.slim = GraphRunner(program.graph_module, program.interface, "slim")
+        self.warnings: list[str] = []
 
     def _runner(self, form: Form, name: str) -> Runner:
         if isinstance(form.module, GraphModule):
@@ -213,15 +217,24 @@ class _LanguageModelLadder:
             rungs.append(same_text(name, self.slim, genai, prompt, tie=self._tie()).require())
         source = self.program.source
         if source is not None and source.tokenizer is not None:
-            differ = resolve("fxprune.exporters.genai:tokenizer_differences")(genai, source.tokenizer)
-            said = "; ".join(f"{text!r}: {how}" for text, how in list(differ.items())[:1])
-            rungs.append(
-                Rung("tokens of onnxruntime-genai = tokenizer's", len(differ), 0.0, not differ, 1, detail=said)
-            )
+            rungs += self._tokenizer_rungs(genai, source.tokenizer)
+        return rungs
+
+    def _tokenizer_rungs(self, genai: Any, tokenizer: Any) -> list[Rung]:
+        """Whether the runtime's tokenizer reads and writes as the model's; what users must know is in `warnings`."""
+        found = resolve("fxprune.exporters.genai_tokenizer:compare_tokenizers")(genai, tokenizer)
+        self.warnings += found.warnings
+        rungs = []
+        for name, verb, differ, cases, detail in (
+            ("tokens of onnxruntime-genai = tokenizer's", "tokenise", found.texts, found.encoded, found.warnings),
+            ("text of onnxruntime-genai's tokens = tokenizer's", "decode", found.tokens, found.decoded, ()),
+        ):
+            rungs.append(Rung(name, len(differ), 0.0, not differ, cases, detail="; ".join(detail)))
             if differ:
+                said = "; ".join(f"{what}: {how}" for what, how in list(differ.items())[:1])
                 raise VerificationError(
-                    f"onnxruntime-genai does not tokenise like the model's tokenizer: {said}. Its text would be "
-                    "another's: use --to onnx, and tokenise with transformers"
+                    f"onnxruntime-genai does not {verb} like the model's tokenizer: {said}. Its text would be "
+                    f"another's: use --to onnx, and {verb} with transformers"
                 )
         return rungs
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxprune
 from fxprune import cli
+from fxprune.calibration import CalibrationSpec, calibration_set
+from fxprune.loading import load_tokenizer
 from tests.commands import run_command
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -62,6 +63,75 @@ def test_prune_writes_a_checkpoint_that_loads_and_a_report(
     # a class whose config adds biases to all its Linears at once may carry some that are zero
     size = sum(p.numel() for p in model.parameters())
     assert report["params"]["slim"] <= size < report["params"]["dense"]
+
+
+@pytest.fixture
+def chats(tiny_llama_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny Llama with a chat template, and records with chats for it."""
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "chat-model"))
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    rows = [
+        {
+            "id": f"identity_{number:05}",
+            "conversations": [
+                {"from": "human", "value": f"which {number}"},
+                {"from": "gpt", "value": "the small graph"},
+            ],
+            "notes": f"heads and channels {number} " * 4,
+        }
+        for number in range(60)
+    ]
+    records = tmp_path / "chats.jsonl"
+    records.write_text("\n".join(json.dumps(row) for row in rows))
+    return model, records
+
+
+@pytest.mark.parametrize(
+    "how",
+    [("--ratio", 0.3), ("--method", "wanda", "--sparsity", 0.5), ("--method", "wanda", "--sparsity", 0.5, "--stream")],
+)
+def test_chats_calibrate_as_the_model_reads_them(
+    run: Run, chats: tuple[Path, Path], tmp_path: Path, how: tuple[object, ...]
+) -> None:
+    """The command line and Python read the same tokens, and the report shows how they begin."""
+    (model, records), out = chats, tmp_path / "slim"
+    status, _, err = run("prune", model, *how, "--out", out, "--calibration", records, *PRUNE)
+    assert status == 0, err
+    described = json.loads((out / "report.json").read_text())["calibration"]
+    assert described["field"] == "conversations"
+    assert "</s>" in described["begins"]
+    shown = html.unescape((out / "report.html").read_text())
+    assert json.dumps(described["begins"], ensure_ascii=False) in shown
+    spec = CalibrationSpec(str(records), samples=12, seq_len=16, seed=1)
+    made = calibration_set(spec, tokenizer=load_tokenizer(model))
+    assert described == made.description
+    status, _, err = run(
+        "prune", model, *how, "--out", out, "--overwrite", "--calibration", records, "--text-field", "notes", *PRUNE
+    )
+    assert status == 0, err
+    described = json.loads((out / "report.json").read_text())["calibration"]
+    assert described["field"] == "notes"
+    assert "heads" in described["begins"]
+
+
+def test_records_that_are_not_clear_are_told_before_the_model_is_loaded(run: Run, tmp_path: Path) -> None:
+    records = tmp_path / "pages.jsonl"
+    records.write_text('{"id": "0001", "page": "heads and channels"}\n')
+    given = ("prune", tmp_path / "no-model", "--out", tmp_path / "slim", "--calibration", records)
+    for how in (("--ratio", 0.3), ("--method", "wanda", "--sparsity", 0.5)):
+        status, _, err = run(*given, *how)
+        assert status == 1
+        assert "fields 'id', 'page' to read is not clear" in err
+        assert "--text-field" in err
+        status, _, err = run(*given, *how, "--text-field", "pages")
+        assert status == 1
+        assert "no field 'pages'; the record has 'id', 'page'" in err
+    status, _, err = run(
+        "prune", tmp_path / "no-model", "--out", tmp_path / "s", "--ratio", 0.3, "--text-field", "page"
+    )
+    assert status == 2
+    assert "names a field of calibration records" in err
 
 
 def test_uniform_prune_loads_with_plain_transformers_and_generates_the_same_text(
@@ -244,14 +314,15 @@ def test_eval_on_a_device_that_is_not_there_is_a_usage_error(run: Run, tiny_llam
 
 
 def test_run_executes_a_pipeline(run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
-    pipeline = tmp_path / "pipeline.yaml"
+    pipeline, records = tmp_path / "pipeline.yaml", tmp_path / "pages.jsonl"
+    records.write_text(json.dumps({"id": "0001", "page": text.read_text()}) + "\n")
     pipeline.write_text(
         f"""
 model: {tiny_llama_dir}
 passes:
   - lift_linears
   - locate_mlp
-  - channel: {{ratio: 0.2, calibration: {text}, samples: 12, seq_len: 16}}
+  - channel: {{ratio: 0.2, calibration: {records}, text_field: page, samples: 12, seq_len: 16}}
   - insert_masks
   - slim
   - verify: {{reexport: false}}

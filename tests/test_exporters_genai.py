@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fxprune.errors import ExportError, PreconditionError, UsageError, VerificationError
 from fxprune.exporters.genai import GenaiRunner, require_genai, write_genai_config
+from fxprune.exporters.genai_tokenizer import TokenizerComparison, compare_tokenizers
 from fxprune.exporters.ort import OrtRunner
 from fxprune.harness_model import RunnerLM
 from fxprune.passes.export_onnx import ExportOnnx
 from fxprune.passes.verify import Verify
 from fxprune.plan import Plan
 from fxprune.runners import GraphRunner, Runner, greedy, position_ids_from_mask
+from tests.commands import run_command
 from tests.conftest import SPECIAL_TOKENS, TINY_LINES
 from tests.families import located, random_plan
 from tests.proof import slimmed
@@ -38,9 +40,11 @@ LM_EVAL = [("onnxruntime_ort", "ONNXRuntimeLM"), ("onnxruntime_genai", "ONNXRunt
 MIXED = {"num_key_value_heads": 3, "vocab_size": 300}
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(normalizer: Any = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, which onnxruntime-genai knows."""
     tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -92,6 +96,7 @@ def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Progr
         ("greedy text of onnxruntime-genai = slim, after 8 tokens", True),
         ("greedy text of onnxruntime-genai = slim, after 1 token", True),
         ("tokens of onnxruntime-genai = tokenizer's", True),
+        ("text of onnxruntime-genai's tokens = tokenizer's", True),
     ]
     decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (2, 3)
@@ -202,6 +207,91 @@ def test_a_tokenizer_that_the_runtime_reads_otherwise_is_found(
     tiny_tokenizer.save_pretrained(copied)
     with pytest.raises(VerificationError, match="does not tokenise like the model's tokenizer.*--to onnx"):
         Verify(genai=copied, graph=False)(with_source(mixed[0], tokenizer=tiny_tokenizer))
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """As of Llama 2: a space is prepended and written as a mark, and what is not in the vocabulary becomes bytes."""
+    vocabulary = [*SPECIAL_TOKENS.values(), *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"aehlrt", "▁t", "he"]
+    merges = [("▁", "t"), ("h", "e")]
+    model = models.BPE({token: index for index, token in enumerate(vocabulary)}, merges)
+    model.unk_token = SPECIAL_TOKENS["unk_token"]
+    model.byte_fallback = True
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def compared(directory: Path, tokenizer: PreTrainedTokenizerFast) -> TokenizerComparison:
+    tokenizer.save_pretrained(directory)
+    return compare_tokenizers(GenaiRunner(directory, threads=1), tokenizer)
+
+
+def test_tokenizers_that_the_runtime_reads_as_they_are(copied: Path) -> None:
+    for tokenizer in (byte_tokenizer(), fallback_tokenizer()):
+        found = compared(copied, tokenizer)
+        assert (found.texts, found.decomposed, found.tokens, found.warnings) == ({}, {}, {}, ())
+        assert found.decoded > 100
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_normaliser_that_the_runtime_leaves_out_is_a_warning(
+    mixed: tuple[Program, Path], copied: Path, *, sequence: bool
+) -> None:
+    """Composed text gets the same tokens, and what is not does once it is composed: the export says so."""
+    normalizer = normalizers.Sequence([normalizers.NFC()]) if sequence else normalizers.NFC()
+    tokenizer = byte_tokenizer(normalizer)
+    found = compared(copied, tokenizer)
+    assert (found.texts, found.tokens) == ({}, {})
+    assert repr("cafe\u0301, nai\u0308ve, Gro\u0308\u00dfe") in found.decomposed
+    (warning,) = found.warnings
+    assert "cafe\u0301" in warning
+    results = Verify(genai=copied, graph=False)(with_source(mixed[0], tokenizer=tokenizer)).program.results
+    assert results["warnings"] == [warning]
+    assert results["verify"][2]["detail"] == warning
+
+
+def test_the_warning_is_in_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    dense: Any = located("llama", **MIXED).references["eager"].module
+    dense.save_pretrained(model)
+    byte_tokenizer(normalizers.NFC()).save_pretrained(model)
+    for more in ((), ("--int4",)):
+        out = tmp_path / f"out{len(more)}"
+        status, _, err = run_command(monkeypatch, capsys, "export", model, "--to", "genai", "--out", out, *more)
+        assert status == 0, err
+        (warning,) = json.loads((out / "export.json").read_text())["warnings"]
+        assert f"warning: {warning}" in err
+        assert "combining marks" in warning
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("t", "T")])
+def test_normalisers_of_ordinary_text_are_refused(
+    mixed: tuple[Program, Path], copied: Path, normalizer: normalizers.Normalizer
+) -> None:
+    tokenizer = byte_tokenizer(normalizer)
+    tokenizer.save_pretrained(copied)
+    with pytest.raises(VerificationError, match="does not tokenise like the model's tokenizer.*--to onnx"):
+        Verify(genai=copied, graph=False)(with_source(mixed[0], tokenizer=tokenizer))
+
+
+def test_tokens_that_become_other_text_are_refused(mixed: tuple[Program, Path], copied: Path) -> None:
+    """The same tokens, another decoder: a runtime with code of its own does not follow it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("he", "HE")])
+    tokenizer.save_pretrained(copied)
+    with pytest.raises(VerificationError, match=r"does not decode like the model's tokenizer: token \d+.*--to onnx"):
+        Verify(genai=copied, graph=False)(with_source(mixed[0], tokenizer=tokenizer))
+
+
+def test_the_tokenizer_of_the_default_model(real_model_dir: Path, copied: Path) -> None:
+    found = compared(copied, AutoTokenizer.from_pretrained(real_model_dir))
+    assert (found.texts, found.decomposed, found.tokens) == ({}, {}, {})
+    assert found.decoded > 48_000
 
 
 def test_generation_options_follow_the_model(mixed: tuple[Program, Path], copied: Path) -> None:
