@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
-from fxprune.errors import CalibrationError
+from fxprune.errors import NotFiniteError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
 from fxprune.runners import GraphRunner, position_ids_from_mask
 
@@ -118,5 +118,8 @@ def collect_statistics(
     results = {name: moment.result() for name, moment in moments.items()}
     for name, statistics in results.items():
         if not bool(torch.isfinite(statistics.variance).all()):
-            raise CalibrationError(f"{name} read NaN or infinite values on the calibration text; check the weights")
+            raise NotFiniteError(
+                f"{name} read NaN or infinite values on the calibration text; check the weights before it, or load the "
+                "model in bfloat16 or float32"
+            )
     return results

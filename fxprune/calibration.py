@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fxprune.errors import CalibrationError, UsageError
+from fxprune.errors import CalibrationError, NotFiniteError, UsageError
 from fxprune.evaluate import hash_tokens, read_text
 from fxprune.loading import expand_user, max_positions
 from fxprune.runners import position_ids_from_mask
@@ -233,7 +233,9 @@ def _draw(logits: Tensor, uniform: Tensor, name: str) -> Tensor:
     """Draw one token a row: logits (batch, vocabulary), uniform (batch,) float64 in [0, 1) -> (batch,) int64."""
     cumulative = logits.float().cpu().softmax(-1).double().cumsum(-1)
     if not bool(torch.isfinite(cumulative[:, -1]).all()):
-        raise CalibrationError(f"{name} returned logits that are not finite while sampling text; try float32")
+        raise NotFiniteError(
+            f"{name} returned logits that are not finite while sampling text; load the model in bfloat16 or float32"
+        )
     # right=True: a token of probability 0 is never drawn, not even by a uniform number of exactly 0.
     found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)

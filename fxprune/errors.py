@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ExportError",
     "FxpruneError",
+    "NotFiniteError",
     "OutputError",
     "PlanError",
     "PostconditionError",
@@ -69,6 +70,10 @@ class CalibrationError(FxpruneError):
 
 class TrainingError(FxpruneError):
     """Training diverged or ended without reaching its target."""
+
+
+class NotFiniteError(CalibrationError, TrainingError):
+    """A value of the model, or a gradient, left the range of its precision; the message names the module."""
 
 
 class OutputError(FxpruneError):

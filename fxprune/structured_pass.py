@@ -36,6 +36,7 @@ from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
+from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
@@ -343,21 +344,22 @@ class StructuredPass(Pass):
         limits = {group.name: self._limits(group) for group in groups}
         dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
         case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed, self.signals)
-        plans = self.plans(case, costs, seconds)
-        if self.reconstruct == "dense" and not case.grams:
-            start = time.perf_counter()
-            collected: dict[str, Gram] = {}
-            input_grams(
-                program,
-                consumer_names(groups),
-                tokens,
-                collected.update,
-                title="collecting",
-                forward_dtype=dtype,
-                batch_size=self.batch_size,
-            )
-            case.grams = collected
-            seconds["grams"] = time.perf_counter() - start
+        with naming_overflow(program, tokens, dtype):
+            plans = self.plans(case, costs, seconds)
+            if self.reconstruct == "dense" and not case.grams:
+                start = time.perf_counter()
+                collected: dict[str, Gram] = {}
+                input_grams(
+                    program,
+                    consumer_names(groups),
+                    tokens,
+                    collected.update,
+                    title="collecting",
+                    forward_dtype=dtype,
+                    batch_size=self.batch_size,
+                )
+                case.grams = collected
+                seconds["grams"] = time.perf_counter() - start
         described = (tokens, description, seconds, case.notes)
         return Budgets(self.targets, tuple(plans), *described, case.grams, case.outputs)
 
@@ -391,6 +393,13 @@ class StructuredPass(Pass):
 
     def apply(self, program: Program, budgets: Budgets, index: int) -> PassResult:
         """Reconstruct for one of the plans; the plan is left in `Program.plan`."""
+        precision = forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device)
+        with naming_overflow(program, budgets.tokens, precision):
+            return self._applied(program, budgets, index, precision)
+
+    def _applied(
+        self, program: Program, budgets: Budgets, index: int, precision: torch.dtype | None
+    ) -> PassResult:
         plan = budgets.plans[index]
         groups = self.scored(program)
         start = time.perf_counter()
@@ -405,7 +414,7 @@ class StructuredPass(Pass):
                 mode=self.reconstruct,
                 biases=self.biases,
                 drift=self.drift,
-                forward_dtype=forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device),
+                forward_dtype=precision,
                 batch_size=self.batch_size,
             )
         seconds = {**budgets.seconds, "reconstruct": time.perf_counter() - start}
