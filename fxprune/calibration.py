@@ -224,7 +224,10 @@ def sample_from_model(
                 seen = mask[:, :length]
                 new = sampled[batch, length - 1 : length].to(device)
                 logits, past = runner.step(new, seen, position_ids_from_mask(seen, 1), past)
-                sampled[batch, length] = _draw(logits[:, -1], uniform[batch, length], runner.name)
+                try:
+                    sampled[batch, length] = _draw(logits[:, -1], uniform[batch, length], runner.name)
+                except NotFiniteError as error:
+                    raise NotFiniteError(str(error), sampled[batch, :length].to(device)) from error
                 progress.advance(task)
     return sampled
 

@@ -5,6 +5,11 @@ A message says three things: what failed, in which module (qualified name), and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -73,7 +78,15 @@ class TrainingError(FxpruneError):
 
 
 class NotFiniteError(CalibrationError, TrainingError):
-    """A value of the model, or a gradient, left the range of its precision; the message names the module."""
+    """A value of the model, or a gradient, left the range of its precision; the message names the module.
+
+    Attributes:
+        tokens: (samples, length) int64 that the model was run on, where what raises this knows them.
+    """
+
+    def __init__(self, message: str, tokens: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class OutputError(FxpruneError):

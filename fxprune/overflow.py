@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.channels import get_attribute, module_of
 from fxprune.engine import text_samples
-from fxprune.errors import NotFiniteError
+from fxprune.errors import NotFiniteError, VerificationError
 from fxprune.lifted import is_projection
 from fxprune.precision import short_name
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Program
 
-__all__ = ["Overflow", "find_overflow", "naming_overflow"]
+__all__ = ["Overflow", "described", "find_overflow", "naming_overflow"]
 
 
 @dataclass(frozen=True)
@@ -122,30 +122,33 @@ def _origin(graph_module: GraphModule, end: Node, bad: dict[Node, torch.dtype], 
     return Overflow(name, operator, bad[node], weights, sample)
 
 
-def _said(found: Overflow) -> str:
+def described(found: Overflow, text: str = "the calibration text") -> str:
+    """What is wrong, where, and what to do."""
     where = found.module or "the model"
     if not found.weights:
         return f"{where} has weights that are NaN or infinite: the checkpoint is damaged; get it anew"
     if torch.finfo(found.dtype).max >= torch.finfo(torch.bfloat16).max:
         return (
-            f"the output of {where} ({found.operator}) is NaN or infinite in {short_name(found.dtype)} on the calibration "
-            "text; check the model's weights"
+            f"the output of {where} ({found.operator}) is NaN or infinite in {short_name(found.dtype)} on {text}; "
+            "check the model's weights"
         )
     return (
         f"{where} ({found.operator}) overflows {short_name(found.dtype)}, which ends at "
-        f"{torch.finfo(found.dtype).max:,.0f}, on the calibration text: load the model with dtype=bfloat16 or float32"
+        f"{torch.finfo(found.dtype).max:,.0f}, on {text}: load the model with dtype=bfloat16 or float32"
     )
 
 
 @contextmanager
-def naming_overflow(program: Program, tokens: Tensor, forward_dtype: torch.dtype | None = None) -> Iterator[None]:
+def naming_overflow(
+    program: Program, tokens: Tensor | None, forward_dtype: torch.dtype | None = None
+) -> Iterator[None]:
     """Say of an error inside, where values that are not finite are behind it, which module they come from.
 
     Nothing is looked at unless the block fails.
 
     Args:
         program: the dense program that the block runs.
-        tokens: (samples, length) int64, what it runs it on.
+        tokens: (samples, length) int64, what it runs it on, unless the error knows better; None where only it does.
         forward_dtype: precision of the products.
 
     Raises:
@@ -153,8 +156,10 @@ def naming_overflow(program: Program, tokens: Tensor, forward_dtype: torch.dtype
     """
     try:
         yield
-    except (NotFiniteError, torch.linalg.LinAlgError) as error:
-        found = find_overflow(program, tokens, forward_dtype)
+    except (NotFiniteError, VerificationError, torch.linalg.LinAlgError) as error:
+        run = getattr(error, "tokens", None)
+        run = tokens if run is None else run
+        found = None if run is None else find_overflow(program, run, forward_dtype)
         if found is not None:
-            raise NotFiniteError(_said(found)) from error
+            raise NotFiniteError(described(found)) from error
         raise

@@ -230,7 +230,7 @@ def second_order_steps(
             )
             predicted = len(mine) * (mine.shape[1] - 1)
             moves = {}
-            for name, weight in weights.items():
+            for name in weights:
                 gradient = gradients.pop(name) / predicted
                 moves[name] = direction(gradient, kept[name], inputs[name], outputs[name]).to(exact[name].dtype)
             step = _search(root, exact, moves, measure, start=length, before=now)

@@ -317,7 +317,8 @@ class SparsePass(Pass):
         details: dict[str, Any] = {}
         if self.needs_data:
             start = time.perf_counter()
-            tokens, results["calibration"] = self._tokens(program)
+            with naming_overflow(program, None):
+                tokens, results["calibration"] = self._tokens(program)
             seconds["text"] = time.perf_counter() - start
             with naming_overflow(program, tokens, self._dtype(program)):
                 if self.allocation == "loss":

@@ -369,13 +369,14 @@ class StructuredPass(Pass):
             return torch.zeros(0, self.seq_len, dtype=torch.int64, device=device), None
         assert program.source is not None
         start = time.perf_counter()
-        texts = calibration_set(
-            CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
-            tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface),
-            config=program.source.config,
-            device=device,
-        )
+        with naming_overflow(program, None):
+            texts = calibration_set(
+                CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
+                tokenizer=program.source.tokenizer,
+                runner=GraphRunner(program.graph_module, program.interface),
+                config=program.source.config,
+                device=device,
+            )
         seconds["text"] = time.perf_counter() - start
         return texts.tokens.to(device), texts.description
 
