@@ -398,9 +398,7 @@ class StructuredPass(Pass):
         with naming_overflow(program, budgets.tokens, precision):
             return self._applied(program, budgets, index, precision)
 
-    def _applied(
-        self, program: Program, budgets: Budgets, index: int, precision: torch.dtype | None
-    ) -> PassResult:
+    def _applied(self, program: Program, budgets: Budgets, index: int, precision: torch.dtype | None) -> PassResult:
         plan = budgets.plans[index]
         groups = self.scored(program)
         start = time.perf_counter()

@@ -17,6 +17,7 @@ import gc
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,7 @@ from fxprune.verify import (
 from fxprune.verify_text import compare_greedy, same_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -293,7 +295,7 @@ class _LanguageModelLadder:
 def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
     """The ladder of a model without a cache: flat outputs on the example inputs."""
     inputs = tuple(program.interface.example_inputs.values())
-    tolerance = tolerance_for(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
+    judge = partial(_plain_rung, inputs=inputs, dtype=coarsest((*program.graph_module.parameters(), *inputs)))
     forms = dict(program.references)
     names = program.interface.outputs
 
@@ -311,26 +313,41 @@ def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
     rungs: list[Rung] = []
     if options.graph:
         pairs = [(name, before, form.module) for name, before, form in chain if form is not None]
-        rungs += [compare_modules(name, a, b, inputs, tolerance).require() for name, a, b in pairs]
-        rungs += _plain_masked(program, called, inputs, tolerance)
+        rungs += [judge(name, a, b) for name, a, b in pairs]
+        rungs += _plain_masked(program, called, judge)
     if options.graph and options.reexport:
         again = reexported(program.graph_module, program.interface)
-        rungs.append(compare_modules("re-exported = slim", program.graph_module, again, inputs, tolerance).require())
+        rungs.append(judge("re-exported = slim", program.graph_module, again))
     if options.checkpoint is not None:
         load: Any = resolve("fxprune.checkpoint:load")
         model = called(load(options.checkpoint, device=str(inputs[0].device)))
-        rung = compare_modules("reloaded checkpoint = slim", program.graph_module, model, inputs, tolerance)
-        rungs.append(rung.require())
+        rungs.append(judge("reloaded checkpoint = slim", program.graph_module, model))
     if options.onnx is not None:
         run: Any = resolve("fxprune.exporters.ort:run_onnx")
         onnx = run(options.onnx, dict(program.interface.example_inputs))
-        wide, values = tolerance_for(torch.float32, runtime=True), tuple(onnx.values())
-        rung = compare_modules("ONNX Runtime = slim", program.graph_module, lambda *_: values, inputs, wide)
-        rungs.append(rung.require())
+        values = tuple(onnx.values())
+        rungs.append(judge("ONNX Runtime = slim", program.graph_module, lambda *_: values, runtime=True))
     return rungs
 
 
-def _plain_masked(program: Program, called: Any, inputs: tuple[Any, ...], tolerance: float) -> list[Rung]:
+def _plain_rung(
+    name: str, before: Any, after: Any, *, inputs: tuple[Any, ...], dtype: torch.dtype, runtime: bool = False
+) -> Rung:
+    """Compare two callables; in half precision as `_LanguageModelLadder` does."""
+    graphs = [module for module in (before, after) if isinstance(module, GraphModule)]
+    if not is_low(dtype) or not graphs:
+        return compare_modules(name, before, after, inputs, tolerance_for(dtype, runtime=runtime)).require()
+    wide = [Widened(graph) for graph in graphs]
+    allowed = ROUNDINGS * compare_modules(name, graphs[0], wide[0], inputs, 0.0).max_abs_error
+    rung = compare_modules(name, before, after, inputs, allowed)
+    if len(graphs) == 2:
+        exact = compare_modules(name, *wide, inputs, tolerance_for(torch.float32))
+        said = f"max abs error in float32: {exact.max_abs_error:.1e}"
+        rung = replace(rung, passed=exact.passed or (rung.passed and exact.max_abs_error <= allowed), detail=said)
+    return rung.require()
+
+
+def _plain_masked(program: Program, called: Any, judge: Callable[[str, Any, Any], Rung]) -> list[Rung]:
     """The rungs around the masked form."""
     if "masked" not in program.references:
         return []
@@ -339,7 +356,7 @@ def _plain_masked(program: Program, called: Any, inputs: tuple[Any, ...], tolera
     with without_units(program) as eager:
         if eager is not None:
             name = "masked = eager without the units"
-            rungs.append(compare_modules(name, called(eager), masked, inputs, tolerance).require())
+            rungs.append(judge(name, called(eager), masked))
     if program.graph_module is not masked:
-        rungs.append(compare_modules("slim = masked", masked, program.graph_module, inputs, tolerance).require())
+        rungs.append(judge("slim = masked", masked, program.graph_module))
     return rungs
