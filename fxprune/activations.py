@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
 from fxprune.engine import text_samples
-from fxprune.errors import CalibrationError
+from fxprune.errors import NotFiniteError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
 
 if TYPE_CHECKING:
@@ -116,5 +116,8 @@ def collect_statistics(
     results = {name: moment.result() for name, moment in moments.items()}
     for name, statistics in results.items():
         if not bool(torch.isfinite(statistics.variance).all()):
-            raise CalibrationError(f"{name} read NaN or infinite values on the calibration text; check the weights")
+            raise NotFiniteError(
+                f"{name} read NaN or infinite values on the calibration text; check the weights before it, or load the "
+                "model in bfloat16 or float32"
+            )
     return results

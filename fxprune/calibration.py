@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fxprune.calibration_records import documents_of, record_form, require_template
-from fxprune.errors import CalibrationError, UsageError
+from fxprune.errors import CalibrationError, NotFiniteError, UsageError
 from fxprune.evaluate import hash_tokens, read_text
 from fxprune.loading import expand_user, max_positions
 from fxprune.runners import position_ids_from_mask
@@ -280,7 +280,10 @@ def sample_from_model(
                 seen = mask[:, :length]
                 new = sampled[batch, length - 1 : length].to(device)
                 logits, past = runner.step(new, seen, position_ids_from_mask(seen, 1), past)
-                sampled[batch, length] = _draw(logits[:, -1], uniform[batch, length], runner.name)
+                try:
+                    sampled[batch, length] = _draw(logits[:, -1], uniform[batch, length], runner.name)
+                except NotFiniteError as error:
+                    raise NotFiniteError(str(error), sampled[batch, :length].to(device)) from error
                 progress.advance(task)
     return sampled
 
@@ -289,7 +292,9 @@ def _draw(logits: Tensor, uniform: Tensor, name: str) -> Tensor:
     """Draw one token a row: logits (batch, vocabulary), uniform (batch,) float64 in [0, 1) -> (batch,) int64."""
     cumulative = logits.float().cpu().softmax(-1).double().cumsum(-1)
     if not bool(torch.isfinite(cumulative[:, -1]).all()):
-        raise CalibrationError(f"{name} returned logits that are not finite while sampling text; try float32")
+        raise NotFiniteError(
+            f"{name} returned logits that are not finite while sampling text; load the model in bfloat16 or float32"
+        )
     # right=True: a token of probability 0 is never drawn, not even by a uniform number of exactly 0.
     found = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)

@@ -14,6 +14,7 @@ from fxprune.default_model import default_model_path
 from fxprune.loading import load_model
 from fxprune.output import prepare_output, staged_directory
 from fxprune.pipeline import build_pass
+from fxprune.precision import coarsest, short_name
 from fxprune.pruning import check_model
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
@@ -88,16 +89,22 @@ def run_demo(
             out=staging / "slim",
             on_pass=lambda step: say(f"  {labels.get(step.name, step.name)}"),
         )
+        deployed = _deployable(program, staging / "slim", model or str(default_model_path()), say)
         say("exporting to ONNX and comparing ONNX Runtime with the slim graph")
-        program = build_pass("export_onnx", {"out": str(staging / "onnx")})(program).program
+        deployed = build_pass("export_onnx", {"out": str(staging / "onnx")})(deployed).program
         graph = staging / "onnx" / "model.onnx"
-        program = build_pass("verify", {"onnx": str(graph), "graph": False})(program).program
+        deployed = build_pass("verify", {"onnx": str(graph), "graph": False})(deployed).program
+        climbed = deployed.results["verify"]
+        if deployed.source is not program.source:  # it was opened anew, and knows nothing of the rungs before
+            climbed = [*program.results["verify"], *climbed]
+        program = program.with_results(onnx=deployed.results["onnx"], verify=climbed)
         say("measuring perplexity before and after")
         with watch.stage("quality"):
             quality = perplexities(program, texts, windows=windows)
         say("exporting the dense model the same way, to have something to compare with")
         with watch.stage("bench"):
-            dense, slim, scratch = export_pair(program, threads, graph)
+            dense, slim, scratch = export_pair(deployed, threads, graph)
+            del deployed
             gc.collect()
             say(f"benchmarking dense against slim in ONNX Runtime, {threads} threads, interleaved")
             with scratch:
@@ -115,6 +122,25 @@ def run_demo(
         report: dict[str, Any] = _without_staging(sections, str(staging), str(out))
         resolve("fxprune.exporters.report:write_report")(report, staging)
     return report
+
+
+def _deployable(program: Program, slim: Path, dense: str, say: Callable[[str], None]) -> Program:
+    """The slim program, with the dense one beside it, in a precision that ONNX Runtime has kernels for.
+
+    Args:
+        program: slimmed, in the checkpoint's own precision.
+        slim: where it was saved.
+        dense: what it came from.
+        say: told when the precision is another one.
+    """
+    dtype = coarsest(program.graph_module.parameters())
+    if not resolve("fxprune.exporters.ort_types:unsupported_operators")(dtype):
+        return program
+    say(f"ONNX Runtime has no {short_name(dtype)} kernels on this CPU: both models are opened again in float32")
+    watch = Stopwatch()
+    opened = front_end(load_model(slim, dtype="float32"), watch)
+    before = front_end(load_model(dense, dtype="float32"), watch)
+    return opened.replace(references={**opened.references, "lifted": before.references["lifted"]})
 
 
 def _file_bytes(program: Program, staging: Path) -> dict[str, int]:

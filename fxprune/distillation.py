@@ -88,6 +88,8 @@ class _ChunkedKl(torch.autograd.Function):
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if needed else None
         total = torch.zeros((), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
+        # What is kept is not yet divided by the number of rows: float16 has no room for the quotient.
+        largest = weight.max().to(total.dtype)
         for start in range(0, student.shape[0], chunk):
             rows = slice(start, start + chunk)
             share = weight[rows].to(total.dtype)
@@ -99,8 +101,9 @@ class _ChunkedKl(torch.autograd.Function):
             terms = log_t.sub_(log_s).masked_fill_(probability == 0, 0).mul_(probability)
             total += (terms.sum(-1) * share).sum()
             if gradient is not None:
-                gradient[rows] = log_s.exp_().sub_(probability).mul_((share / temperature)[:, None])
+                gradient[rows] = log_s.exp_().sub_(probability).mul_((share / largest)[:, None])
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        ctx.scale = largest / temperature
         return total
 
     @staticmethod
@@ -108,7 +111,7 @@ class _ChunkedKl(torch.autograd.Function):
         if not ctx.saved_tensors:
             return None, None, None, None
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None, None
+        return gradient * (ctx.scale * gradients[0]).to(gradient.dtype), None, None, None
 
 
 def _cooled(logits: Tensor, temperature: float) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.activation_store import ActivationStore
-from fxprune.errors import CalibrationError, PreconditionError
+from fxprune.errors import NotFiniteError, PreconditionError
 from fxprune.gram import Gram, GramSum
 from fxprune.matmul import fast_products
 from fxprune.runners import position_ids_from_mask
@@ -407,9 +407,9 @@ def _check_finite(statistics: SiteStatistics) -> None:
     for expert, gram in enumerate(statistics.grams):
         if gram is not None and not bool(torch.isfinite(gram.matrix.diagonal()).all()):
             which = f" (expert {expert})" if len(statistics.grams) > 1 else ""
-            raise CalibrationError(
+            raise NotFiniteError(
                 f"{statistics.site.linears[0]}{which} read NaN or infinite values on the calibration text; check the "
-                f"weights before it, or calibrate in float32"
+                "weights before it, or load the model in bfloat16 or float32"
             )
 
 

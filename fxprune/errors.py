@@ -5,11 +5,17 @@ A message says three things: what failed, in which module (qualified name), and 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ExportError",
     "FxpruneError",
+    "NotFiniteError",
     "OutputError",
     "PlanError",
     "PostconditionError",
@@ -69,6 +75,18 @@ class CalibrationError(FxpruneError):
 
 class TrainingError(FxpruneError):
     """Training diverged or ended without reaching its target."""
+
+
+class NotFiniteError(CalibrationError, TrainingError):
+    """A value of the model, or a gradient, left the range of its precision; the message names the module.
+
+    Attributes:
+        tokens: (samples, length) int64 that the model was run on, where what raises this knows them.
+    """
+
+    def __init__(self, message: str, tokens: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class OutputError(FxpruneError):

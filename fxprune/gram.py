@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, NotFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class Gram:
             CalibrationError: there are NaN or infinities, or a negative square on the diagonal.
         """
         if not bool(torch.isfinite(self.matrix).all()):
-            raise CalibrationError(
+            raise NotFiniteError(
                 f"the Gram matrix of {self.features} inputs over {self.tokens} tokens holds NaN or infinity; run the "
                 "calibration in float32 or bfloat16, and look for activations that overflow"
             )

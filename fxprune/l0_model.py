@@ -27,6 +27,7 @@ from fxprune.graphs import erase_dead, linear_calls, own_projections
 from fxprune.groups import LayerGroup
 from fxprune.lora_product import fuse_lora
 from fxprune.matmul import fast_products
+from fxprune.precision import coarsest
 from fxprune.recomputation import before_masks, by_block
 
 if TYPE_CHECKING:
@@ -180,6 +181,11 @@ class GatedModel:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.program.graph_module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest precision of products and activations."""
+        return self.forward_dtype or coarsest(self.program.graph_module.parameters())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

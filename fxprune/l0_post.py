@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxprune.distillation import token_kl
-from fxprune.errors import CalibrationError, TrainingError
+from fxprune.errors import CalibrationError, NotFiniteError
 from fxprune.evaluate import read_text
 from fxprune.l0_log import TrainingLog
 from fxprune.l0_training import batch_of, cosine, next_token_loss
 from fxprune.loading import expand_user
+from fxprune.loss_scale import backward
 from fxprune.teachers import worn
 
 if TYPE_CHECKING:
@@ -203,12 +204,14 @@ def fine_tune(
                     ahead = None if mask is None else torch.cat([mask[:, 1:], mask[:, :1] & False], 1)
                     found = token_kl(logits, wanted, ahead)
                 optimizer.zero_grad()
-                found.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
-            norm = float(torch.nn.utils.clip_grad_norm_(adapters, 1.0))
-            if not (math.isfinite(float(found.detach())) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"fine-tuning diverged in step {step}: the loss or its gradient is not finite; lower post_lr"
+                finite = backward(found, adapters, model.dtype, part.numel())
+            if not (finite and math.isfinite(float(found.detach()))):
+                raise NotFiniteError(
+                    f"fine-tuning diverged in step {step}: the loss or its gradient is not finite; lower post_lr, or "
+                    "load the model in bfloat16 or float32",
+                    part,
                 )
+            norm = float(torch.nn.utils.clip_grad_norm_(adapters, 1.0))
             optimizer.param_groups[0]["lr"] = lr * cosine(step, steps)
             optimizer.step()
             log.add(step, {"loss": float(found.detach()), "gradient_norm": norm})

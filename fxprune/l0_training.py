@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fxprune.distillation import DistillationWeights, distillation_loss, token_kl
-from fxprune.errors import PlanError, TrainingError
+from fxprune.errors import NotFiniteError, PlanError, TrainingError
 from fxprune.l0_log import TrainingLog
 from fxprune.l0_state import load_optimizer, optimizer_tensors
+from fxprune.loss_scale import backward
 from fxprune.teachers import Snapshot, Teachers, worn
 
 if TYPE_CHECKING:
@@ -227,19 +228,19 @@ class Learner:
             losses = self._losses(tokens, drawn, wanted)
             self.optimizer.zero_grad()
             if not math.isfinite(float(losses.total.detach())):
-                raise self._diverged(step, "the loss is not finite")
+                raise self._diverged(step, "the loss is not finite", tokens)
             with model.gates.applied(drawn.values):
-                losses.total.backward()  # type: ignore[no-untyped-call]  # torch has no annotations here
+                parameters = self.named_parameters().values()
+                finite = backward(losses.total, parameters, model.dtype, tokens.numel())
         del wanted
         # The snapshot is of the state that the teacher's place in the order was found for: before the update.
         if not settled and options.distillation == "progressive" and self.teachers.is_due(drawn.sparsity):
             gates = drawn.kept or self.control.decided(step).values
             floats = {name: value.float() for name, value in gates.items()}
             self.teachers.record(Snapshot(drawn.sparsity, floats, model.adapters, step))
+        if not finite:
+            raise self._diverged(step, "a gradient is not finite", tokens)
         norm = torch.nn.utils.clip_grad_norm_(list(model.adapters.values()), _CLIP) if model.adapters else None
-        trained = [p for p in self.named_parameters().values() if p.grad is not None]
-        if not bool(torch.stack([p.grad.isfinite().all() for p in trained if p.grad is not None]).all()):
-            raise self._diverged(step, "a gradient is not finite")
         self.optimizer.param_groups[1]["lr"] = options.lora_lr * self._factor(step)
         self.optimizer.step()
         figures = {
@@ -308,14 +309,19 @@ class Learner:
             figures["penalty"] = float(drawn.penalty.detach())
         return _Losses(loss, figures)
 
-    def _diverged(self, step: int, why: str) -> TrainingError:
+    def _diverged(self, step: int, why: str, tokens: Tensor | None = None) -> TrainingError:
         kept = "no checkpoint was made"
         if self.state is not None and self._saved >= 0:
             kept = f"the last good checkpoint, of step {self._saved}, is in {self.state.path}"
-        return TrainingError(
+        said = (
             f"training diverged in step {step}: {why}; {kept}. Lower lora_lr or mask_lr, or let the sparsity rise more "
             "slowly (warm_up)"
         )
+        if tokens is None:
+            return TrainingError(said)
+        if self.model.dtype is torch.float16:
+            said += "; or load the model in bfloat16 or float32, which end later than float16"
+        return NotFiniteError(said, tokens)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 

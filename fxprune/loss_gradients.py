@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
 from fxprune.engine import text_samples
-from fxprune.errors import CalibrationError, PreconditionError, UsageError
+from fxprune.errors import CalibrationError, NotFiniteError, PreconditionError, UsageError
 from fxprune.graphs import linear_calls
 from fxprune.loss_head import Labels, LossHead, Targets, is_finite, make_targets
 from fxprune.matmul import fast_products
@@ -300,9 +300,9 @@ class _Backward:
             made.update(zip(names, results, strict=True))
             for site in stage.sites:
                 if not is_finite(made[site.value]):
-                    raise CalibrationError(
+                    raise NotFiniteError(
                         f"{site.linears[0]} read NaN or infinite values on the calibration text; check the weights "
-                        "before it, or calibrate in float32"
+                        "before it, or load the model in bfloat16 or float32"
                     )
         return made
 
@@ -332,6 +332,11 @@ class _Backward:
                     gradients[name] = gradients[name] + gradient if name in gradients else gradient
             for name, gradient in zip(parameters, found[split : split + len(parameters)], strict=True):
                 if gradient is not None:
+                    if not is_finite(gradient):
+                        raise NotFiniteError(
+                            f"the gradient of the loss by {name} is NaN or infinite; load the model in bfloat16 or "
+                            "float32"
+                        )
                     self.sums[name].add_(gradient)
 
     def _context(self, size: int) -> dict[str, Any]:
@@ -374,8 +379,9 @@ class _Backward:
 
             def by_output(gradient: Tensor) -> None:
                 if not is_finite(gradient):
-                    raise CalibrationError(
-                        f"the gradient of the loss by the output of {name} is NaN or infinite; calibrate in float32"
+                    raise NotFiniteError(
+                        f"the gradient of the loss by the output of {name} is NaN or infinite; load the model in "
+                        "bfloat16 or float32"
                     )
                 seen.append(gradient)
 

@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from fxprune.accounting import lm_heads
 from fxprune.attention_shapes import POINTWISE, only_operand, op_name
 from fxprune.channels import get_attribute
-from fxprune.errors import CalibrationError, PreconditionError
+from fxprune.errors import NotFiniteError, PreconditionError
+from fxprune.precision import Widened, coarsest, is_low
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +144,15 @@ class LossHead:
         graph.output(copies[nodes[0]])
         self.module = GraphModule(graph_module, graph)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (positions, vocabulary) of what the lm_head reads, (positions, in) of any floating dtype.
+
+        float32 whatever the model's precision is: what is measured on them must not be rounded to bfloat16 first.
+        """
+        weights = (*self.module.parameters(), *self.module.buffers())
+        found: Tensor = Widened(self.module)(x) if is_low(coarsest(weights)) else self.module(x)
+        return found
+
     @staticmethod
     def _logits(program: Program) -> Node:
         output = next(node for node in reversed(program.graph_module.graph.nodes) if node.op == "output")
@@ -180,7 +190,9 @@ class LossHead:
                 error = targets.error(logits, part, wanted).to(logits.dtype)
             (result[part],) = torch.autograd.grad(logits, chunk, error)
         if not is_finite(result):
-            raise CalibrationError(f"{self.name} gave NaN or infinite logits; check its weights")
+            raise NotFiniteError(
+                f"{self.name} gave NaN or infinite logits; check its weights, or load the model in bfloat16 or float32"
+            )
         return result.reshape(x.shape)
 
 

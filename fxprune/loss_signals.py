@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
-from fxprune.errors import CalibrationError, PreconditionError
+from fxprune.errors import NotFiniteError, PreconditionError
 from fxprune.gram import Gram, GramSum
 from fxprune.graphs import linear_calls
 from fxprune.loss_gradients import backpropagate_loss
@@ -225,7 +225,9 @@ class _Sums:
             raise PreconditionError(f"{name} does not lead to the logits; the loss says nothing about what it reads")
         diagonals = [one.matrix.diagonal() for one in (self.inputs, self.outputs) if one is not None]
         if not all(bool(torch.isfinite(one).all()) for one in (self.columns, self.total, *diagonals)):
-            raise CalibrationError(f"the sums of {name} overflow on the calibration text; calibrate in float32")
+            raise NotFiniteError(
+                f"the sums of {name} overflow on the calibration text; load the model in bfloat16 or float32"
+            )
 
     def complete(self) -> None:
         """Fill the lower triangles."""

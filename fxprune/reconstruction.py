@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from fxprune.engine import SiteStatistics
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, NotFiniteError
 from fxprune.gram import GramSum
 from fxprune.structured_obs import damped
 
@@ -190,9 +190,9 @@ class PairCollector:
             if moments is None:
                 raise CalibrationError(f"{name}: no sample is left to fit; use more calibration samples")
             if not bool(torch.isfinite(moments.gram).all()):
-                raise CalibrationError(
+                raise NotFiniteError(
                     f"{name} read NaN or infinite values on the calibration text; check the weights before it, or "
-                    "calibrate in float32"
+                    "load the model in bfloat16 or float32"
                 )
             self.moments[name] = (moments, held.result())
         return [SiteStatistics(site, ()) for site in self._sites]

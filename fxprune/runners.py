@@ -88,7 +88,7 @@ class EagerRunner:
 class GraphRunner:
     """Runs a flat traced graph: any `Program.graph_module` with a cache in its interface."""
 
-    def __init__(self, graph_module: torch.fx.GraphModule, interface: Interface, name: str = "graph") -> None:
+    def __init__(self, graph_module: Callable[..., Any], interface: Interface, name: str = "graph") -> None:
         self.graph_module = graph_module
         self.interface = interface
         self.name = name

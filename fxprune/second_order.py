@@ -26,7 +26,7 @@ from torch import nn
 from fxprune.channels import get_attribute
 from fxprune.distillation import token_kl
 from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics, text_samples
-from fxprune.errors import CalibrationError, UsageError
+from fxprune.errors import NotFiniteError, UsageError
 from fxprune.graphs import own_projections
 from fxprune.loss_gradients import backpropagate_loss
 from fxprune.loss_head import LossHead
@@ -126,10 +126,10 @@ def divergence(head: LossHead, states: Tensor, teacher: Tensor) -> float:
     total = 0.0
     with torch.no_grad(), fast_products():
         for one, other in zip(states, teacher, strict=True):
-            total += float(token_kl(head.module(one[:-1]), head.module(other[:-1])))
+            total += float(token_kl(head.logits(one[:-1]), head.logits(other[:-1])))
     mean = total / len(states)
     if not mean < float("inf"):
-        raise CalibrationError("the divergence from the dense model is not finite; check the weights of the pruned one")
+        raise NotFiniteError("the divergence from the dense model is not finite; check the weights of the pruned one")
     return mean
 
 
@@ -170,8 +170,8 @@ def second_order_steps(
 
     One forward pass over `tokens` in the dense model, one forward and backward in the pruned one (a share of the tokens
     for each step), and for each step a few forward over the held-out samples. Memory: what the gradients of the
-    consumers' weights take (4 bytes a parameter), the dense model's last hidden states, and what
-    `fxprune.loss_gradients` needs.
+    consumers' weights take (4 bytes a parameter, and as much again where weights are in lower precision), the dense
+    model's last hidden states, and what `fxprune.loss_gradients` needs.
 
     Args:
         program: the pruned program, consumers 0 in the columns that are gone; it is left as it is.
@@ -210,6 +210,10 @@ def second_order_steps(
         return divergence(head, states, teacher[-held_out:])
 
     length, now = FIRST_LENGTH, measure()
+    # Weights of lower precision move in float32: their own dtype has no steps as small as those that help.
+    before = {name: get_attribute(root, name).weight.detach() for name in kept}
+    exact = {name: weight.to(torch.promote_types(weight.dtype, torch.float32)) for name, weight in before.items()}
+    del before
     taken: list[Step] = []
     with track("second-order steps", steps) as advance:
         for mine, theirs in zip(fit.tensor_split(steps), teacher[:-held_out].tensor_split(steps), strict=True):
@@ -226,10 +230,10 @@ def second_order_steps(
             )
             predicted = len(mine) * (mine.shape[1] - 1)
             moves = {}
-            for name, weight in weights.items():
+            for name in weights:
                 gradient = gradients.pop(name) / predicted
-                moves[name] = direction(gradient, kept[name], inputs[name], outputs[name]).to(weight.dtype)
-            step = _search(root, moves, measure, start=length, before=now)
+                moves[name] = direction(gradient, kept[name], inputs[name], outputs[name]).to(exact[name].dtype)
+            step = _search(root, exact, moves, measure, start=length, before=now)
             taken.append(step)
             advance(len(taken))
             if not step.eta:
@@ -239,14 +243,27 @@ def second_order_steps(
 
 
 def _search(
-    root: nn.Module, moves: Mapping[str, Tensor], measure: Callable[[], float], *, start: float, before: float
+    root: nn.Module,
+    exact: dict[str, Tensor],
+    moves: Mapping[str, Tensor],
+    measure: Callable[[], float],
+    *,
+    start: float,
+    before: float,
 ) -> Step:
-    """Go along `moves` as far as the measure falls: doubling where `start` helps, halving where it does not."""
+    """Go along `moves` as far as the measure falls: doubling where `start` helps, halving where it does not.
+
+    What is measured are the rounded weights that the program will have; `exact` holds them before rounding, and moves
+    with them.
+    """
     origin = {name: get_attribute(root, name).weight for name in moves}
 
-    def move(eta: float) -> None:
+    def move(eta: float, *, stay: bool = False) -> None:
         for name, weight in origin.items():
-            get_attribute(root, name).weight = nn.Parameter(weight.detach() - eta * moves[name], weight.requires_grad)
+            moved = exact[name] - eta * moves[name]
+            if stay:
+                exact[name] = moved
+            get_attribute(root, name).weight = nn.Parameter(moved.to(weight.dtype), weight.requires_grad)
 
     best, eta, factor = Step(0.0, before, before), start, 2.0
     for index in range(TRIES):
@@ -259,5 +276,5 @@ def _search(
         elif index == 0:
             factor = 0.5
         eta *= factor
-    move(best.eta)
+    move(best.eta, stay=True)
     return best

@@ -36,7 +36,9 @@ from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
 from fxprune.matmul import multiplies_bfloat16, product_rate
 from fxprune.methods import check_method
+from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
+from fxprune.precision import main_dtype
 from fxprune.progress import track
 from fxprune.runners import GraphRunner
 from fxprune.scope import called_projections, targets_of
@@ -157,8 +159,8 @@ def details_of(
 
 
 def dtype_of(program: Program) -> torch.dtype:
-    """The precision of the weights."""
-    return next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
+    """The precision of the weights: of most of them, where a model is mixed."""
+    return main_dtype(program.graph_module.parameters())
 
 
 class SparsePass(Pass):
@@ -338,15 +340,17 @@ class SparsePass(Pass):
         details: dict[str, Any] = {}
         if self.needs_data:
             start = time.perf_counter()
-            tokens, results["calibration"] = self._tokens(program)
+            with naming_overflow(program, None):
+                tokens, results["calibration"] = self._tokens(program)
             seconds["text"] = time.perf_counter() - start
-            if self.allocation == "loss":
-                start = time.perf_counter()
-                free = {name: one for name, one in targets.items() if not self._is_said(name)}
-                targets = targets | allocate_by_loss(program, free, tokens, self._dtype(program))
-                seconds["allocate"] = time.perf_counter() - start
-            layers = LayerwiseSolver(root, self.solver(), targets)
-            details = self._calibrated(program, layers, text_samples(program.interface, tokens), seconds)
+            with naming_overflow(program, tokens, self._dtype(program)):
+                if self.allocation == "loss":
+                    start = time.perf_counter()
+                    free = {name: one for name, one in targets.items() if not self._is_said(name)}
+                    targets = targets | allocate_by_loss(program, free, tokens, self._dtype(program))
+                    seconds["allocate"] = time.perf_counter() - start
+                layers = LayerwiseSolver(root, self.solver(), targets)
+                details = self._calibrated(program, layers, text_samples(program.interface, tokens), seconds)
         else:
             layers = LayerwiseSolver(root, self.solver(), targets)
             start = time.perf_counter()
@@ -355,16 +359,17 @@ class SparsePass(Pass):
         pruned = program.replace(graph_module=root, weight_masks={**program.weight_masks, **layers.masks})
         if self.distil_epochs:
             start = time.perf_counter()
-            details["distilled"] = distil_weights(
-                pruned,
-                program,
-                layers.masks,
-                tokens,
-                epochs=self.distil_epochs,
-                rate=self.distil_rate,
-                forward_dtype=self._dtype(program),
-                batch_size=self.batch_size,
-            ).to_json()
+            with naming_overflow(program, tokens, self._dtype(program)):
+                details["distilled"] = distil_weights(
+                    pruned,
+                    program,
+                    layers.masks,
+                    tokens,
+                    epochs=self.distil_epochs,
+                    rate=self.distil_rate,
+                    forward_dtype=self._dtype(program),
+                    batch_size=self.batch_size,
+                ).to_json()
             seconds["distil"] = time.perf_counter() - start
         sparsity: dict[str, Any] = {**self.figures(root, list(layers.figures.values())), **details, "seconds": seconds}
         pruned = pruned.with_results(**results, sparsity=sparsity)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fxprune.errors import CalibrationError
+from fxprune.errors import CalibrationError, NotFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,9 @@ def damped(gram: Tensor, damping: float, rule: DampingScale = "median") -> Tenso
     """
     matrix = gram.double().clone()
     if not bool(torch.isfinite(matrix).all()):
-        raise CalibrationError(f"the Gram matrix of {len(gram)} inputs holds NaN or infinity; calibrate in float32")
+        raise NotFiniteError(
+            f"the Gram matrix of {len(gram)} inputs holds NaN or infinity; load the model in bfloat16 or float32"
+        )
     diagonal = matrix.diagonal()
     live = diagonal > 0
     if rule == "channel":

@@ -39,6 +39,7 @@ from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
 from fxprune.methods import check_method
+from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
@@ -374,21 +375,22 @@ class StructuredPass(Pass):
         limits = {group.name: self._limits(group) for group in groups}
         dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
         case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed, self.signals)
-        plans = self.plans(case, costs, seconds)
-        if self.reconstruct == "dense" and not case.grams:
-            start = time.perf_counter()
-            collected: dict[str, Gram] = {}
-            input_grams(
-                program,
-                consumer_names(groups),
-                tokens,
-                collected.update,
-                title="collecting",
-                forward_dtype=dtype,
-                batch_size=self.batch_size,
-            )
-            case.grams = collected
-            seconds["grams"] = time.perf_counter() - start
+        with naming_overflow(program, tokens, dtype):
+            plans = self.plans(case, costs, seconds)
+            if self.reconstruct == "dense" and not case.grams:
+                start = time.perf_counter()
+                collected: dict[str, Gram] = {}
+                input_grams(
+                    program,
+                    consumer_names(groups),
+                    tokens,
+                    collected.update,
+                    title="collecting",
+                    forward_dtype=dtype,
+                    batch_size=self.batch_size,
+                )
+                case.grams = collected
+                seconds["grams"] = time.perf_counter() - start
         described = (tokens, description, seconds, case.notes)
         return Budgets(self.targets, tuple(plans), *described, case.grams, case.outputs)
 
@@ -398,13 +400,14 @@ class StructuredPass(Pass):
             return torch.zeros(0, self.seq_len, dtype=torch.int64, device=device), None
         assert program.source is not None
         start = time.perf_counter()
-        texts = calibration_set(
-            self.calibration_spec(),
-            tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
-            config=program.source.config,
-            device=device,
-        )
+        with naming_overflow(program, None):
+            texts = calibration_set(
+                self.calibration_spec(),
+                tokenizer=program.source.tokenizer,
+                runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
+                config=program.source.config,
+                device=device,
+            )
         seconds["text"] = time.perf_counter() - start
         return texts.tokens.to(device), texts.description
 
@@ -422,6 +425,11 @@ class StructuredPass(Pass):
 
     def apply(self, program: Program, budgets: Budgets, index: int) -> PassResult:
         """Reconstruct for one of the plans; the plan is left in `Program.plan`."""
+        precision = forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device)
+        with naming_overflow(program, budgets.tokens, precision):
+            return self._applied(program, budgets, index, precision)
+
+    def _applied(self, program: Program, budgets: Budgets, index: int, precision: torch.dtype | None) -> PassResult:
         plan = budgets.plans[index]
         groups = self.scored(program)
         start = time.perf_counter()
@@ -436,7 +444,7 @@ class StructuredPass(Pass):
                 mode=self.reconstruct,
                 biases=self.biases,
                 drift=self.drift,
-                forward_dtype=forward_precision(self.forward_dtype, dtype_of(program), budgets.tokens.device),
+                forward_dtype=precision,
                 batch_size=self.batch_size,
             )
         seconds = {**budgets.seconds, "reconstruct": time.perf_counter() - start}

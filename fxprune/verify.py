@@ -8,6 +8,11 @@ that do are compared once more in float64, where rounding cannot be the reason; 
 has rescaled norms, whose weights were rounded anew, may differ by four times the graph's own rounding. The rung then
 says both figures.
 
+Lower precisions round so coarsely that a fixed tolerance would let wrong graphs pass. Two graphs in bfloat16 or float16
+are therefore run in float32, weights as they are, and must agree as float32 models do. A form that is no graph, or
+weights that were rounded anew, may differ by four times the graph's own rounding, which is measured: the same graph in
+its own precision against float32.
+
 Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
 Logits at padding positions mean nothing and are left out.
 """
@@ -30,16 +35,23 @@ from fxprune.program import Form
 from fxprune.runners import position_ids_from_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fxprune.program import Interface
     from fxprune.runners import Runner
 
 __all__ = [
+    "DOUBLE_TOLERANCE",
+    "ROUNDINGS",
     "Rung",
+    "answers",
     "compare_modules",
     "compare_runners",
     "first_difference",
     "in_double",
+    "largest_difference",
     "reexported",
+    "script_tokens",
     "tolerance_for",
 ]
 
@@ -100,6 +112,8 @@ def tolerance_for(dtype: torch.dtype, *, runtime: bool = False) -> float:
     return 200 * torch.finfo(dtype).eps
 
 
+ROUNDINGS = 4
+"""How many times a graph's own rounding another form's logits may be away, where rounding must be allowed for."""
 DOUBLE_TOLERANCE = 1e-8
 """Allowed difference of logits between two graphs run in float64: what is equal but for rounding stays far below."""
 
@@ -129,25 +143,40 @@ def compare_runners(
     Returns:
         The rung; `passed` is False also for NaN.
     """
-    worst, cases = 0.0, 0
-    for seed, (batch, padding) in enumerate([(1, 0), (2, 0), (1, 2), (2, 2)]):
-        steps, mask = _script(batch, padding, vocabulary, seed)
-        pasts: list[Any] = [None, None]
+    expected, given = (answers(runner, vocabulary=vocabulary, device=device) for runner in (reference, candidate))
+    worst = largest_difference(expected, given)
+    return Rung(rung, worst, tolerance, worst <= tolerance, len(expected))
+
+
+def answers(runner: Runner, *, vocabulary: int, device: torch.device) -> list[Tensor]:
+    """The logits of a form at all positions of all cases that are no padding, (positions, vocabulary) each."""
+    found = []
+    for tokens, mask in _cases(vocabulary):
+        past: Any = None
         seen = 0
-        for tokens in steps:
-            new = tokens.shape[1]
+        for part in tokens:
+            new = part.shape[1]
             seen += new
             so_far = mask[:, :seen].to(device)
-            positions = position_ids_from_mask(so_far, new)
-            logits = []
-            for index, runner in enumerate((reference, candidate)):
-                out, pasts[index] = runner.step(tokens.to(device), so_far, positions, pasts[index])
-                logits.append(_at_least_float(out))
-            real = so_far[:, -new:].bool()
-            error = (logits[0] - logits[1])[real].abs().max().item()
-            worst = max(worst, error if error == error else float("inf"))  # noqa: PLR0124 - NaN is unequal to itself
-            cases += 1
-    return Rung(rung, worst, tolerance, worst <= tolerance, cases)
+            out, past = runner.step(part.to(device), so_far, position_ids_from_mask(so_far, new), past)
+            found.append(_at_least_float(out)[so_far[:, -new:].bool()])
+    return found
+
+
+def _cases(vocabulary: int) -> list[tuple[list[Tensor], Tensor]]:
+    shapes = [(1, 0), (2, 0), (1, 2), (2, 2)]
+    return [_script(batch, padding, vocabulary, seed) for seed, (batch, padding) in enumerate(shapes)]
+
+
+def script_tokens(vocabulary: int, device: torch.device) -> Tensor:
+    """The tokens that the forms are compared on, a sequence a row, (rows, 10) int64."""
+    return torch.cat([torch.cat(tokens, dim=1) for tokens, _ in _cases(vocabulary)]).to(device)
+
+
+def largest_difference(expected: Sequence[Tensor], given: Sequence[Tensor]) -> float:
+    """The largest absolute difference of tensors in pairs; infinite where a NaN is."""
+    errors = [(a - b).abs().max().item() for a, b in zip(expected, given, strict=True) if a.numel()]
+    return max((error if error == error else float("inf") for error in errors), default=0.0)  # noqa: PLR0124 - NaN
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
@@ -159,9 +188,7 @@ def compare_modules(rung: str, reference: Any, candidate: Any, inputs: tuple[Any
     """Compare two callables that return flat tuples of tensors, for models that are no causal language models."""
     with torch.no_grad():
         expected, given = _tensors(reference(*inputs)), _tensors(candidate(*inputs))
-    pairs = [(_at_least_float(a), _at_least_float(b)) for a, b in zip(expected, given, strict=True) if a.numel()]
-    errors = [(a - b).abs().max().item() for a, b in pairs]
-    worst = max((error if error == error else float("inf") for error in errors), default=0.0)  # noqa: PLR0124 - NaN
+    worst = largest_difference([_at_least_float(a) for a in expected], [_at_least_float(b) for b in given])
     return Rung(rung, worst, tolerance, worst <= tolerance, 1)
 
 

@@ -22,7 +22,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxprune.loading import max_positions
-from fxprune.verify import DOUBLE_TOLERANCE, Rung, first_difference, in_double, tolerance_for
+from fxprune.precision import Widened, is_low, short_name
+from fxprune.verify import DOUBLE_TOLERANCE, ROUNDINGS, Rung, first_difference, in_double, tolerance_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,7 +150,7 @@ class PlainLadder:
         self.dtype = dtype
         self.cases = plain_cases(interface, config)
 
-    def graph(self, module: GraphModule) -> Function:
+    def graph(self, module: GraphModule | Widened) -> Function:
         """A flat graph as a function."""
 
         def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -189,10 +190,12 @@ class PlainLadder:
         tolerance = tolerance_for(self.dtype, runtime=runtime)
         rung = self._compare(name, reference, candidate, tolerance)
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
-        if not rung.passed and graphs and self.dtype is torch.float32 and math.isfinite(rung.max_abs_error):
+        if is_low(self.dtype) and graphs and math.isfinite(rung.max_abs_error):
+            rung = self._in_lower_precision(rung, graphs)
+        elif not rung.passed and graphs and self.dtype is torch.float32 and math.isfinite(rung.max_abs_error):
             rung = self._second_opinion(rung, graphs)
         if not rung.passed and len(forms) == 2:
-            rung = replace(rung, first_difference=first_difference(forms[0], forms[1], tolerance))
+            rung = replace(rung, first_difference=first_difference(forms[0], forms[1], rung.tolerance))
         return rung.require()
 
     def _compare(self, name: str, reference: Function, candidate: Function, tolerance: float) -> Rung:
@@ -204,6 +207,19 @@ class PlainLadder:
             for output in self.interface.outputs:
                 worst = max(worst, _difference(expected[output], given.get(output), hidden))
         return Rung(name, worst, tolerance, worst <= tolerance, len(self.cases))
+
+    def _in_lower_precision(self, rung: Rung, graphs: tuple[Form, ...]) -> Rung:
+        """Judge forms in half precision as language models are judged (see `fxprune.passes.verify`)."""
+        wide = [self.graph(Widened(form.module)) for form in graphs]  # type: ignore[arg-type]
+        own = self._compare(rung.rung, self.form(graphs[0]), wide[0], 0.0).max_abs_error
+        said = f"the graph's own {short_name(self.dtype)} rounding is {own:.1e}"
+        rung = replace(rung, tolerance=ROUNDINGS * own, passed=rung.max_abs_error <= ROUNDINGS * own, detail=said)
+        if len(graphs) < 2:
+            return rung
+        exact = self._compare(rung.rung, wide[0], wide[1], tolerance_for(torch.float32)).max_abs_error
+        agree = exact <= tolerance_for(torch.float32)
+        rounded = rung.passed and exact <= ROUNDINGS * own
+        return replace(rung, passed=agree or rounded, detail=f"max abs error in float32: {exact:.1e}; {said}")
 
     def _second_opinion(self, rung: Rung, graphs: tuple[Form, ...]) -> Rung:
         """Ask whether forms that differ in float32 differ by rounding alone."""
@@ -222,7 +238,7 @@ class PlainLadder:
         narrow = {id(wide): case for wide, case in zip(widened.cases, self.cases, strict=True)}
         own = widened._compare(rung.rung, double[0], lambda case: single(narrow[id(case)]), DOUBLE_TOLERANCE)
         said += f"the graph's own float32 rounding is {own.max_abs_error:.1e}"
-        return replace(rung, passed=rung.max_abs_error <= 4 * own.max_abs_error, detail=said)
+        return replace(rung, passed=rung.max_abs_error <= ROUNDINGS * own.max_abs_error, detail=said)
 
 
 def _difference(expected: Tensor, given: Tensor | None, hidden: list[Tensor]) -> float:

@@ -35,8 +35,10 @@ from fxprune.expected_size import ExpectedSize, independent_units
 from fxprune.l0_model import lora_targets
 from fxprune.l0_options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
 from fxprune.l0_run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
+from fxprune.overflow import naming_overflow
 from fxprune.pass_base import PassResult, constructor_options
 from fxprune.reconstruction import Reconstruction  # noqa: TC001 - options are validated by their annotations
+from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.sparsity_schedule import ScheduleShape  # noqa: TC001 - as above
 from fxprune.structured_pass import StructuredPass
 from fxprune.unit_gates import HeadScheme  # noqa: TC001 - as above
@@ -290,8 +292,10 @@ class L0Prune(StructuredPass):
         tokens, description = self._text(program, seconds)
         if self.reconstruct != "none":
             self._require_enough(program, self.scored(program), tokens[: -self.held_out][: self.fit_samples])
-        run = Run(self, program, tokens, seconds)
-        finished = run.finished()
+        precision = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
+        with naming_overflow(program, tokens[: max(self.start_samples, self.fit_samples)], precision):
+            run = Run(self, program, tokens, seconds)
+            finished = run.finished()
         learner = run.learner
         plan = finished.program.plan
         assert plan is not None

@@ -30,6 +30,7 @@ from fxprune.masks import has_masks
 from fxprune.norms import rms_norms
 from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult
+from fxprune.precision import coarsest, is_low
 from fxprune.program import Form
 from fxprune.runners import position_ids_from_mask
 from fxprune.savable import require_savable
@@ -65,9 +66,8 @@ def _expected(program: Program) -> ExpectedLogits | None:
     if not program.interface.outputs:
         return None
     first = "logits" if "logits" in program.interface.outputs else program.interface.outputs[0]
-    dtype = next(p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
     form = Form(program.graph_module, program.interface)
-    low = dtype not in {torch.float32, torch.float64}
+    low = is_low(coarsest(program.graph_module.parameters()))
     form = in_double(form) if low else form
     face = form.interface
     cache = {entry.input for entry in face.cache}

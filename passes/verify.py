@@ -21,19 +21,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fxprune.errors import PreconditionError, VerificationError
+from fxprune.errors import NotFiniteError, PreconditionError, VerificationError
+from fxprune.overflow import described, find_overflow
 from fxprune.pass_base import Pass, PassResult
+from fxprune.precision import Widened, coarsest, is_low, short_name
 from fxprune.program import Form
 from fxprune.reference import without_units
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.verify import (
     DOUBLE_TOLERANCE,
+    ROUNDINGS,
     Rung,
+    answers,
     compare_runners,
     first_difference,
     in_double,
+    largest_difference,
     reexported,
+    script_tokens,
     tolerance_for,
 )
 from fxprune.verify_plain import PlainLadder
@@ -41,6 +47,8 @@ from fxprune.verify_text import compare_greedy, same_text
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from fxprune.program import Program
     from fxprune.runners import Runner
@@ -107,8 +115,9 @@ class _LanguageModelLadder:
     def __init__(self, program: Program) -> None:
         self.program = program
         example = program.interface.example_inputs["input_ids"]
-        floating = next(t for t in program.interface.example_inputs.values() if t.is_floating_point())
-        self.device, self.dtype = example.device, floating.dtype
+        self.device = example.device
+        self.dtype = coarsest(program.graph_module.parameters())
+        self._known: dict[int, list[Tensor]] = {}
         source = program.source
         self.vocabulary = int(source.config.get_text_config().vocab_size) if source else int(example.max()) + 1
         self.slim = GraphRunner(program.graph_module, program.interface, "slim")
@@ -120,16 +129,67 @@ class _LanguageModelLadder:
         return EagerRunner(form.module, name)
 
     def _rung(self, name: str, reference: Runner, candidate: Runner, forms: tuple[Form, ...]) -> Rung:
-        tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
-        rung = compare_runners(
-            name, reference, candidate, vocabulary=self.vocabulary, tolerance=tolerance, device=self.device
-        )
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
-        if not rung.passed and graphs:
+        tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
+        expected, given = (
+            answers(runner, vocabulary=self.vocabulary, device=self.device) for runner in (reference, candidate)
+        )
+        error = largest_difference(expected, given)
+        rung = Rung(name, error, tolerance, error <= tolerance, len(expected))
+        if not math.isfinite(error):
+            self._name_overflow()
+        elif is_low(self.dtype) and graphs:
+            rung = self._in_lower_precision(rung, graphs)
+        elif not rung.passed and graphs:
             rung = self._second_opinion(rung, graphs)
         if not rung.passed and len(forms) == 2:
-            rung = replace(rung, first_difference=first_difference(*forms, tolerance))
+            rung = replace(rung, first_difference=first_difference(*forms, rung.tolerance))
         return rung.require()
+
+    def _name_overflow(self) -> None:
+        """Say which module of the dense model gives what is not finite, if one does.
+
+        Raises:
+            NotFiniteError: one does.
+        """
+        lifted = self.program.references.get("lifted")
+        if lifted is not None and isinstance(lifted.module, GraphModule):
+            dense = self.program.replace(graph_module=lifted.module, interface=lifted.interface)
+            found = find_overflow(dense, script_tokens(self.vocabulary, self.device))
+            if found is not None:
+                raise NotFiniteError(described(found, "the text that verify runs"))
+
+    def _in_lower_precision(self, rung: Rung, graphs: tuple[Form, ...]) -> Rung:
+        """Judge forms in half precision, whose rounding no fixed tolerance fits.
+
+        Two graphs are run in float32 with their weights as they are, and must agree as float32 models do. Where one
+        form is no graph, or has weights that were computed and rounded anew (rescaled norms), what is allowed follows
+        from the graph's own rounding, its precision against float32.
+        """
+        wide = [self._wide(form) for form in graphs]
+        own = largest_difference(self._narrow(graphs[0]), wide[0])
+        said = f"the graph's own {short_name(self.dtype)} rounding is {own:.1e}"
+        rung = replace(rung, tolerance=ROUNDINGS * own, passed=rung.max_abs_error <= ROUNDINGS * own, detail=said)
+        if len(graphs) < 2:
+            return rung
+        exact = largest_difference(*wide)
+        agree = exact <= tolerance_for(torch.float32)
+        rounded = rung.passed and exact <= ROUNDINGS * own
+        return replace(rung, passed=agree or rounded, detail=f"max abs error in float32: {exact:.1e}; {said}")
+
+    def _wide(self, form: Form) -> list[Tensor]:
+        """A graph's logits in float32; computed once a graph."""
+        assert isinstance(form.module, GraphModule)
+        return self._answers(id(form.module), GraphRunner(Widened(form.module), form.interface, "float32"))
+
+    def _narrow(self, form: Form) -> list[Tensor]:
+        """A graph's logits in its own precision; computed once a graph."""
+        return self._answers(-id(form.module), self._runner(form, "graph"))
+
+    def _answers(self, key: int, runner: Runner) -> list[Tensor]:
+        if key not in self._known:
+            self._known[key] = answers(runner, vocabulary=self.vocabulary, device=self.device)
+        return self._known[key]
 
     def _second_opinion(self, rung: Rung, forms: tuple[Form, ...]) -> Rung:
         """Ask whether forms that differ in float32 differ by rounding alone.
@@ -138,7 +198,7 @@ class _LanguageModelLadder:
         or has weights that were computed and rounded anew (rescaled norms), the graph's own rounding, float32 against
         float64, is what the difference is measured by.
         """
-        if self.dtype is not torch.float32 or not math.isfinite(rung.max_abs_error):
+        if self.dtype is not torch.float32:
             return rung
         double = [self._runner(in_double(form), "float64") for form in forms]
         said = ""
@@ -150,7 +210,7 @@ class _LanguageModelLadder:
             said += "; "
         own = self._compare(rung.rung, self._runner(forms[0], "float32"), double[0]).max_abs_error
         said += f"the graph's own float32 rounding is {own:.1e}"
-        return replace(rung, passed=rung.max_abs_error <= 4 * own, detail=said)
+        return replace(rung, passed=rung.max_abs_error <= ROUNDINGS * own, detail=said)
 
     def _compare(self, name: str, reference: Runner, candidate: Runner) -> Rung:
         return compare_runners(
@@ -205,8 +265,11 @@ class _LanguageModelLadder:
         ]
 
     def _tie(self) -> float:
-        """In half precision, two forms may each be off by the tolerance; in single precision nothing is a tie."""
-        return 2 * tolerance_for(self.dtype) if self.dtype in {torch.float16, torch.bfloat16} else 0.0
+        """In half precision, two forms may each be off by what rounding does; in single precision nothing is a tie."""
+        if not is_low(self.dtype):
+            return 0.0
+        form = Form(self.program.graph_module, self.program.interface)
+        return 2 * ROUNDINGS * largest_difference(self._narrow(form), self._wide(form))
 
     def _text_maker(self, genai: Any) -> list[Rung]:
         """Rungs of onnxruntime-genai: its text after two prompts, and the tokens of its tokenizer."""
