@@ -76,7 +76,10 @@ class Source:
         model_class: the `PreTrainedModel` subclass.
         tokenizer: its tokenizer, if there is one.
         generation_config: its generation config, if there is one.
-        path: local directory that holds the dense checkpoint, if it was loaded from one.
+        path: local directory that holds the checkpoint it was loaded from, if it was loaded from one.
+        weight_masks: bool masks, True for kept, of weights that the checkpoint says were removed one by one, by the
+            name and in the layout of the parameters of the model's class; of those that are no projection's of the
+            graph once projections are lifted (`Program.weight_masks` has the others).
     """
 
     name: str
@@ -85,6 +88,7 @@ class Source:
     tokenizer: Any = None
     generation_config: Any = None
     path: Path | None = None
+    weight_masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fxprune.errors import TraceError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
+from fxprune.weight_masks import masks_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,13 +65,17 @@ def trace(
         example_inputs: forward arguments by name (or, for a plain module, by position). Hugging Face models need
             none: a small sample of the deployable form is made up. Lengths that may change must be at least 2 in it.
         name: how reports call the model; by default its path or class name.
-        path: local directory of the checkpoint the model was loaded from.
+        path: local directory of the checkpoint the model was loaded from. If it has masks of pruned weights, every
+            later pass holds them; without a path they are looked for where `model.config.name_or_path` says that the
+            model was loaded from. Masks under which the model has weights that are not zero are not held; a warning
+            says so.
 
     Returns:
         A Program whose graph calls aten operators, with the model itself kept as the reference `eager`.
 
     Raises:
         TraceError: torch.export failed, or a plain module came without `example_inputs`.
+        CheckpointError: the masks in `path` are damaged or of another model.
     """
     model.eval()
     hugging_face = hasattr(model, "config") and hasattr(model, "dummy_inputs")
@@ -102,6 +107,7 @@ def trace(
             tokenizer=tokenizer,
             generation_config=getattr(model, "generation_config", None),
             path=path,
+            weight_masks=masks_of_model(model, path),
         )
     return Program(graph_module, interface, source=source).with_reference("eager", model)
 

@@ -9,7 +9,7 @@ import torch
 
 from fxprune.errors import CalibrationError, PlanError, PreconditionError, UsageError
 from fxprune.gram import Gram, gram_of
-from fxprune.passes.alps import AlpsPrepared, AlpsSolver, admm, conjugate_gradients, interpolate_inverse
+from fxprune.passes.alps import AlpsPrepared, AlpsSolver, admm, interpolate_inverse
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.passes.sparsegpt import SparseGptSolver
 from fxprune.passes.wanda import WandaSolver
