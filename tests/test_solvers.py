@@ -13,7 +13,7 @@ from fxprune.passes.alps import AlpsPrepared, AlpsSolver, admm, interpolate_inve
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.passes.sparsegpt import SparseGptSolver
 from fxprune.passes.wanda import WandaSolver
-from fxprune.solvers import Damping, inverse_factor, prepare_hessian
+from fxprune.solvers import Damping, conjugate_gradients, inverse_factor, prepare_hessian
 from fxprune.sparsity import Sparsity, keep_largest
 
 if TYPE_CHECKING:
