@@ -116,7 +116,7 @@ class LoraProduct(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _supported(rows: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:  # noqa: FBT001 - private
+def _supported(rows: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:
     """(rows * gate) weight^T + bias, where the gate multiplies what is smaller."""
     if gate is not None and narrow:
         weight = weight * gate

@@ -9,9 +9,9 @@ brain surgeon has a first-order term too, and moving the weights that stay by
 is its solution where the Hessian is K-FAC's A x G (Martens and Grosse 2015): A the second moments of what the consumer
 reads, G those of the gradients by what it puts out. The blocks of the Hessian that couple layers are missing, so eta is
 not 1: it is the length, by doubling or halving, at which the divergence on held-out calibration text is least. Each
-step takes its gradient where the one before it ended, from samples of its own. No labels are needed. Single weights that
-a mask removed stay 0: the gradient is projected onto the others before it is preconditioned, and the step after it, so
-that it still descends.
+step takes its gradient where the one before it ended, from samples of its own. No labels are needed. Single weights
+that a mask removed stay 0: the gradient is projected onto the others before it is preconditioned, and the step after
+it, so that it still descends.
 
 On SmolLM2-135M, less 30%, steps of 32 x 512 tokens each: perplexity on wiki.valid 39.9 without, 39.1, 37.5 and 36.3
 after one, two and four; on C4 that was not seen 59.1, 55.9, 54.0 and 51.8.

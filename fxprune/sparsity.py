@@ -103,9 +103,7 @@ def sexagesimal_hint(number: int) -> str:
     return f"YAML reads {pattern} without quotes as this number: write '{pattern}' with quotes"
 
 
-def keep_largest(
-    scores: Tensor, sparsity: Sparsity, *, per_row: bool = False, held: Tensor | None = None
-) -> Tensor:
+def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False, held: Tensor | None = None) -> Tensor:
     """Which weights stay: those of the largest scores.
 
     Args:

@@ -187,9 +187,7 @@ class StreamingOutput:
         except OutputError as error:
             raise CheckpointError(f"{error}; {_GO_ON}") from error
 
-    def finish(
-        self, event: Event, source: str, *, overwrite: bool, masks: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def finish(self, event: Event, source: str, *, overwrite: bool, masks: Mapping[str, Tensor] | None = None) -> None:
         """Copy what no block touched, write index, configuration and manifest, and give the directory its name.
 
         Args:

@@ -105,14 +105,14 @@ def sweep(
             share, alive = missing / max(1, rows * columns - gone), int(mine.sum())
             count = mine.numel() - alive + round(share * (before + alive)) - round(share * before)
             before += alive
-        error = _sweep_block(block, mask[start:end], factor[start:end, start:end], sparsity, count, mine)
+        error = _sweep_block(block, mask[start:end], factor[start:end, start:end], sparsity, count=count, held=mine)
         if end < columns:
             work[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
     return work.mul_(mask).T.contiguous(), mask.T.contiguous()
 
 
 def _sweep_block(
-    block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity, count: int, held: Tensor | None = None
+    block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity, *, count: int, held: Tensor | None
 ) -> Tensor:
     """Solve one block in place: block, mask (columns, out), factor (columns, columns) -> errors (columns, out)."""
     columns = block.shape[0]
