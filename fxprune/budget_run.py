@@ -174,7 +174,7 @@ def _run(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    dense = front_end(loaded, watch)
+    dense = front_end(loaded, watch, hold_zeros=place.hold_zeros)
     step.requires(dense)
     say(f"{step.name}: one calibration for {len(budgets)} budgets")
     planned = step.budgets(dense)
@@ -240,6 +240,7 @@ def _facts(model: str, step: StructuredPass, place: Destination, wanted: Wanted)
         "fxprune": version("fxprune"),
         "model": _files_of(model),
         "dtype": place.dtype,
+        **({"hold_zeros": True} if place.hold_zeros else {}),
         "device": place.device,
         "method": step.name,
         "options": options,

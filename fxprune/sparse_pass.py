@@ -318,7 +318,10 @@ class SparsePass(Pass):
             start = time.perf_counter()
             layers.without_data()
             seconds["solve"] = time.perf_counter() - start
-        pruned = program.replace(graph_module=root, weight_masks={**program.weight_masks, **layers.masks})
+        # Forms that units were removed from before have weights that are gone now: nothing equals them any more.
+        forms = {name: form for name, form in program.references.items() if name not in {"masked", "unslimmed"}}
+        masks = {**program.weight_masks, **layers.masks}
+        pruned = program.replace(graph_module=root, weight_masks=masks, references=forms)
         if self.distil_epochs:
             start = time.perf_counter()
             details["distilled"] = distil_weights(

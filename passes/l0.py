@@ -290,7 +290,8 @@ class L0Prune(StructuredPass):
         tokens, description = self._text(program, seconds)
         if self.reconstruct != "none":
             self._require_enough(program, self.scored(program), tokens[: -self.held_out][: self.fit_samples])
-        run = Run(self, program, tokens, seconds)
+        with self.saying_what_stays(program):
+            run = Run(self, program, tokens, seconds)
         finished = run.finished()
         learner = run.learner
         plan = finished.program.plan
@@ -319,7 +320,7 @@ class L0Prune(StructuredPass):
             "widths": [*widths[:-1][:: max(1, len(widths) // 40)], *widths[-1:]],
             "post": run.post,
         }
-        section = {
+        section: dict[str, Any] = {
             "method": self.name,
             "target": str(self.targets[0]),
             "removed_share": removed,
@@ -331,6 +332,8 @@ class L0Prune(StructuredPass):
             **run.notes,
             **finished.notes,
         }
+        if stays := self.left_alone(program):
+            section["left_alone"] = stays
         results = {} if description is None else {"calibration": description}
         after = finished.program.with_results(**results, structured=section)
         details = {"requested": str(self.targets[0]), "removed_share": removed, "seconds": seconds}
