@@ -459,7 +459,7 @@ def compare_parameters(
     outputs: Sequence[str] | None = None,
     dense_outputs: Sequence[str] | None = None,
 ) -> ParameterChange:
-    """Count the parameters of two forms of one model; `outputs` as for `lm_heads`, the dense form's where they differ."""
+    """Count the parameters of two forms of one model; outputs as for `lm_heads`, the dense form's if they differ."""
     return ParameterChange(
         count_parameters(dense),
         count_parameters(slim),
@@ -475,7 +475,7 @@ def compare_macs(
     outputs: Sequence[str] | None = None,
     dense_outputs: Sequence[str] | None = None,
 ) -> MacsChange:
-    """Count the MACs per token of two forms of one model; `outputs` as for `lm_heads`, the dense form's if they differ."""
+    """Count the MACs per token of two forms of a model; outputs as for `lm_heads`, the dense form's if they differ."""
     return MacsChange(macs_per_token(dense, outputs=dense_outputs or outputs), macs_per_token(slim, outputs=outputs))
 
 

@@ -31,7 +31,7 @@ from fxprune.structured_obs import Elimination
 from fxprune.targets import cost_model
 from fxprune.tracing import trace
 from fxprune.unit_gates import HeadGates, UnitGates
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import LOCATE
 from tests.conftest import TINY_LINES
 from tests.families import randomise
 from tests.proof import assert_slim_is_masked
@@ -191,7 +191,7 @@ def test_no_legal_plan_is_refused_and_slim_is_masked(name: str, kind: str) -> No
     found = program(name)
 
     @settings(
-        max_examples=6,
+        max_examples=4,
         derandomize=True,
         deadline=None,
         database=None,
@@ -219,8 +219,8 @@ def test_a_plan_that_keeps_unequal_parts_is_illegal() -> None:
         Plan.of({experts.name: [0, 4]}).validate(program("deepseek_v3").groups)
 
 
-@pytest.mark.parametrize("kept", [[0, 1, 2, 4, 6, 7], [1, 3, 5, 6]])
-def test_a_group_limited_router_is_saved_and_reloads(kept: list[int], tmp_path: Path) -> None:
+def test_a_group_limited_router_is_saved_and_reloads(tmp_path: Path) -> None:
+    kept = [0, 1, 3, 4, 6, 7]
     found = program("deepseek_v3").replace(plan=Plan.of({of_kind("deepseek_v3", ExpertGroup).name: kept}))
     out = str(tmp_path / "slim")
     steps = [
@@ -359,36 +359,40 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_plans_codegen_and_its_checkpoint_reloads(
-    method: str, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+@functools.cache
+def _codegen(tokenizer: Any) -> Program:
     config_class, model_class, sizes = MODELS["codegen"]
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(TINY_LINES * 12))
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**(sizes | {"vocab_size": 97, "n_layer": 1}))
-    found = locate(getattr(transformers, model_class)(config), tiny_tokenizer)
+    return locate(getattr(transformers, model_class)(config), tokenizer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_plans_what_slimming_can_write(method: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TINY_LINES * 12))
+    found = _codegen(tiny_tokenizer)
     options = {"calibration": str(text), "samples": 8, "seq_len": 24, "forward_dtype": "float32", **METHODS[method]}
-    if method == "l0":
-        options |= {"gap": 0.3, "interval": 0.1}
-    after = prune_program(found, method, options, out=tmp_path / "slim")
+    out = str(tmp_path / "slim")
+    steps: list[tuple[str, dict[str, Any]]] = [(method, options), ("insert_masks", {}), ("slim", {})]
+    after = Pipeline([build_pass(step, given) for step, given in [*steps, ("save", {"out": out})]])(found).program
     assert after.plan is not None
     group = next(group for group in found.groups if isinstance(group, AttentionGroup))
     assert len(after.plan.kept[group.name]) < HEADS
     assert_equal_parts(group, after.plan.kept[group.name])
-    fxprune.load(tmp_path / "slim")
+    fxprune.load(out)
 
 
 # ---- what cannot go ------------------------------------------------------------------------------------------------
 
 
-def test_heads_under_one_norm_stay_and_the_rest_goes(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_heads_under_one_norm_stay_and_the_rest_goes(tiny_tokenizer: Any) -> None:
     sizes = TOKENS | {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(0)
     found = locate(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**sizes)), tiny_tokenizer)
-    after = prune_program(found, "magnitude-units", {"ratio": 0.2}, out=tmp_path / "slim")
+    after = build_pass("magnitude-units", {"ratio": 0.2})(found).program
+    after = Pipeline([build_pass("insert_masks", {}), Slim()])(after).program
     report = report_of(after, method="magnitude-units")
     why = report["structured"]["left_alone"]
     assert set(why) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
@@ -398,4 +402,4 @@ def test_heads_under_one_norm_stay_and_the_rest_goes(tiny_tokenizer: Any, tmp_pa
     with pytest.raises(
         PlanError, match=r"best reachable is .* left alone .*self_attn.*normalises several of its heads"
     ):
-        prune_program(found, "magnitude-units", {"ratio": 0.8})
+        build_pass("magnitude-units", {"ratio": 0.8})(found)

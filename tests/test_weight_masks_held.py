@@ -48,6 +48,13 @@ def locate(model: nn.Module, tokenizer: Any = None, **lift: Any) -> Program:
     return Pipeline(passes)(fxprune.trace(model, tokenizer=tokenizer)).program
 
 
+def slimmed(program: Program, method: str, options: dict[str, Any], out: Path) -> Program:
+    """Pruned, slimmed and saved; that slim equals masked is what other tests prove."""
+    steps: list[tuple[str, dict[str, Any]]] = [(method, options), ("insert_masks", {}), ("slim", {})]
+    steps.append(("save", {"out": str(out)}))
+    return Pipeline([build_pass(name, given) for name, given in steps])(program).program
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -61,7 +68,8 @@ def sparse(
 ) -> Path:
     """A checkpoint of which half of the weights is gone; its model is loaded without a path by most tests."""
     out = tmp_path_factory.mktemp("sparse") / "sparse"
-    prune_program(locate(tiny_llama, tiny_tokenizer), "magnitude", {"sparsity": 0.5}, out=out)
+    steps: list[tuple[str, dict[str, Any]]] = [("magnitude", {"sparsity": 0.5}), ("save", {"out": str(out)})]
+    Pipeline([build_pass(name, given) for name, given in steps])(locate(tiny_llama, tiny_tokenizer))
     return out
 
 
@@ -101,7 +109,7 @@ def test_structured_methods_hold_the_zeros_of_a_sparse_checkpoint(
     # Nothing but the model is given: the directory that its configuration names has the masks.
     program = locate(dense, tiny_tokenizer)
     assert len(program.weight_masks) == LINEARS
-    after = prune_program(program, method, calibrated(text) | options, out=tmp_path / "slim")
+    after = slimmed(program, method, calibrated(text) | options, tmp_path / "slim")
     model, masks = held(tmp_path / "slim")
     assert len(masks) == (LINEARS // 2 if method == "depth" else LINEARS)
     left = sum(mask.numel() for mask in masks.values())
@@ -123,7 +131,7 @@ def test_structured_methods_hold_the_zeros_of_a_sparse_checkpoint(
 def test_in_one_program_masks_and_weights_agree_too(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, text: Path, tmp_path: Path
 ) -> None:
-    program = prune_program(locate(tiny_llama, tiny_tokenizer), "magnitude", {"sparsity": 0.5})
+    program = build_pass("magnitude", {"sparsity": 0.5})(locate(tiny_llama, tiny_tokenizer)).program
     prune_program(program, "channel", calibrated(text, ratio=0.2), out=tmp_path / "both")
     _, masks = held(tmp_path / "both")
     assert len(masks) == LINEARS
@@ -150,25 +158,24 @@ def test_units_first_and_weights_then_give_both(
 def test_a_pattern_that_channels_break_is_not_claimed(
     tiny_llama: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerBase,
-    text: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    program = prune_program(locate(tiny_llama, tiny_tokenizer), "magnitude", {"pattern": "2:4"})
+    program = build_pass("magnitude", {"pattern": "2:4"})(locate(tiny_llama, tiny_tokenizer)).program
     assert pattern_of(program.weight_masks["model.layers.0.mlp.down_proj"]) == (2, 4)
     with caplog.at_level(logging.WARNING):
-        after = prune_program(program, "channel", calibrated(text, ratio=0.2), out=tmp_path / "slim")
+        after = slimmed(program, "magnitude-units", {"ratio": 0.2}, tmp_path / "slim")
     _, masks = held(tmp_path / "slim")
     groups = holding = 0
     for mask in masks.values():
         whole = mask.shape[1] // 4 * 4
         groups += len(mask) * -(-mask.shape[1] // 4)
         holding += int((mask[:, :whole].reshape(-1, 4).sum(1) <= 2).sum())
-    (one,) = report_of(after, method="channel")["masks"]["patterns"]
+    (one,) = report_of(after, method="magnitude-units")["masks"]["patterns"]
     assert one == {"pattern": "2:4", "linears": LINEARS, "groups": groups, "holding": holding}
     assert 0 < holding < groups
     assert f"{holding} of {groups} groups still hold the pattern 2:4" in caplog.text
-    summary = markdown_summary(report_of(after, method="channel"))
+    summary = markdown_summary(report_of(after, method="magnitude-units"))
     assert f"pattern 2:4: {holding:,} of {groups:,} groups still hold it" in summary
 
 
@@ -201,7 +208,7 @@ def test_learned_pruning_trains_the_masked_product_and_saves_it(
     options = {"ratio": 0.2, "samples": 16, "held_out": 4, "steps": 6, "start_samples": 4, "fit_samples": 8}
     options |= {"lora_rank": 2, "post_steps": 2, "gap": 0.3, "interval": 0.1, "lora_lr": 0.05}
     program = locate(fxprune.load(sparse), tiny_tokenizer)
-    after = prune_program(program, "l0", calibrated(text) | options, out=tmp_path / "slim")
+    after = slimmed(program, "l0", calibrated(text) | options, tmp_path / "slim")
     model, masks = held(tmp_path / "slim")
     assert len(masks) == LINEARS
     # LoRA reaches every Linear: what is left of one that no unit was cut from has moved.
@@ -290,7 +297,7 @@ def _masked(family: str) -> Program:
     return build_pass("magnitude", {"sparsity": 0.5})(located(family)).program
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral", "gpt_oss", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_oss"])
 def test_slimming_cuts_masks_with_their_weights(family: str, tmp_path: Path) -> None:
     """Turned weights, fused projections, experts with channels of their own, hidden channels, whole layers."""
     from hypothesis import HealthCheck, Phase, given, settings
@@ -300,7 +307,7 @@ def test_slimming_cuts_masks_with_their_weights(family: str, tmp_path: Path) -> 
     quiet: dict[str, Any] = {"database": None, "suppress_health_check": list(HealthCheck), "phases": [Phase.generate]}
     cut: list[int] = []
 
-    @settings(max_examples=4, derandomize=True, deadline=None, **quiet)
+    @settings(max_examples=3, derandomize=True, deadline=None, **quiet)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         slim = Slim()(program.replace(plan=data.draw(legal_plans(program.groups, "all")))).program
@@ -321,7 +328,7 @@ def test_slimming_cuts_masks_with_their_weights(family: str, tmp_path: Path) -> 
 
 
 def test_zeros_that_no_mask_holds_are_told_and_held_on_demand(
-    sparse: Path, tiny_tokenizer: PreTrainedTokenizerBase, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    sparse: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = AutoModelForCausalLM.from_pretrained(sparse)
     other.save_pretrained(tmp_path / "other")  # as another tool writes it: zeros, and no masks
@@ -335,9 +342,6 @@ def test_zeros_that_no_mask_holds_are_told_and_held_on_demand(
     assert len(lifted.details["zeros_without_masks"]["linears"]) == LINEARS
     program = locate(model, tiny_tokenizer, hold_zeros=True)
     assert len(program.weight_masks) == LINEARS
-    prune_program(program, "channel", calibrated(text, ratio=0.2), out=tmp_path / "slim")
-    _, masks = held(tmp_path / "slim")
-    assert len(masks) == LINEARS
 
 
 def test_masks_that_the_weights_have_left_are_not_held(sparse: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -389,11 +393,10 @@ def test_a_pass_that_fills_what_a_mask_removed_is_refused(sparse: Path) -> None:
 
 
 def test_the_command_line_holds_masks_and_zeros(
-    sparse: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = functools.partial(run_command, monkeypatch, capsys)
-    common = ("--method", "channel", "--ratio", 0.2, "--calibration", text, "--samples", 8, "--seq-len", 24)
-    common += ("--guard", "none", "--option", "forward_dtype=float32")
+    common = ("--method", "magnitude-units", "--ratio", 0.2, "--guard", "none")
     code, _, error = run("prune", sparse, *common, "--out", tmp_path / "slim")
     assert code == 0, error
     _, masks = held(tmp_path / "slim")
