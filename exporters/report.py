@@ -16,7 +16,7 @@ from fxprune.errors import ExportError
 from fxprune.exporters.model_card import refresh_model_card
 from fxprune.exporters.report_files import write_files
 from fxprune.exporters.report_markdown import cell, table_lines
-from fxprune.exporters.report_page import headline, page, percent, si, sparsity_facts, spread, times
+from fxprune.exporters.report_page import headline, mask_facts, page, percent, si, sparsity_facts, spread, times
 from fxprune.exporters.report_structured import budget_rows, structured_facts
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class Structured(_Section):
     second_order_steps: list[dict[str, float]] | None = None
     distilled: DistilledEntry | None = None
     consumers: list[ConsumerEntry] | None = None
+    left_alone: dict[str, str] | None = None
     seconds: dict[str, Time] | None = None
 
 
@@ -249,6 +250,25 @@ class BudgetSection(_Section):
     entries: list[BudgetEntry]
 
 
+class PatternEntry(_Section):
+    """An N:M pattern that weights had, and how many of their groups of M neighbours still hold it."""
+
+    pattern: str
+    linears: Count
+    groups: Count
+    holding: Count
+
+
+class MasksSection(_Section):
+    """Single weights that are held at zero in what is left of the model."""
+
+    linears: Count
+    weights: Count
+    zeros: Count
+    share: Share
+    patterns: list[PatternEntry] | None = None
+
+
 class HistoryEntry(_Section):
     """One pass that ran."""
 
@@ -273,6 +293,7 @@ class Report(_Section):
     file_bytes: Size | None = None
     groups: list[GroupEntry] | None = None
     sparsity: Sparsity | None = None
+    masks: MasksSection | None = None
     structured: Structured | None = None
     budgets: BudgetSection | None = None
     verify: list[VerifyEntry] | None = None
@@ -388,7 +409,7 @@ def markdown_summary(report: Mapping[str, Any]) -> str:
     named = [cell(data[key]) for key in ("model_class", "method") if key in data]
     lines = [f"### {', '.join([title, *named])}"]
     facts = headline(data)
-    for clauses in (facts, sparsity_facts(data), structured_facts(data.get("structured", {}))):
+    for clauses in (facts, sparsity_facts(data), mask_facts(data), structured_facts(data.get("structured", {}))):
         if clauses:
             lines += ["", "; ".join(cell(fact.text) for fact in clauses) + "."]
     lines += table_lines(

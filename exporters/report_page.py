@@ -44,6 +44,7 @@ __all__ = [
     "duration",
     "environment",
     "headline",
+    "mask_facts",
     "page",
     "percent",
     "si",
@@ -78,6 +79,10 @@ def headline(report: Mapping[str, Any]) -> list[Fact]:
     if sparsity := report.get("sparsity"):
         value = percent(sparsity["removed_share"])
         count = sparsity["pruned_linears"]
+        facts.append(Fact(value, f"zeros in {count} Linears", f"{value} zeros in {count} Linears"))
+    elif masks := report.get("masks"):
+        value = percent(masks["share"])
+        count = masks["linears"]
         facts.append(Fact(value, f"zeros in {count} Linears", f"{value} zeros in {count} Linears"))
     facts += _quality_fact(report.get("quality", []))
     speed = report.get("speed", [])
@@ -133,6 +138,23 @@ def sparsity_facts(report: Mapping[str, Any]) -> list[Fact]:
     facts += distilled_facts(section.get("distilled"))
     facts += _work_fact(section.get("work", {}), section.get("seconds", {}))
     return [*facts, *_trouble_facts(linears), *_speed_facts(section, report.get("speed", []))]
+
+
+def mask_facts(report: Mapping[str, Any]) -> list[Fact]:
+    """Zeros that are held in what is left, and what became of patterns: one that is broken is no pattern any more."""
+    section = report.get("masks")
+    if not section:
+        return []
+    value = f"{percent(section['share'])} of {si(section['weights'])} weights in {section['linears']} Linears"
+    facts = [Fact(value, "Held at zero", f"held at zero: {value}")]
+    for one in section.get("patterns", []):
+        label, count = f"Pattern {one['pattern']}", f"{one['holding']:,} of {one['groups']:,} groups"
+        if one["holding"] == one["groups"]:
+            facts.append(Fact(f"held by {count}", label, f"{label.lower()} held by {count}"))
+        else:
+            told = f"{count} still hold it in {one['linears']} Linears, so no kernel for it takes this model"
+            facts.append(Fact(told, label, f"{label.lower()}: {told}", "bad"))
+    return facts
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -358,7 +380,9 @@ def page(report: Mapping[str, Any]) -> str:
             widths=trusted(widths_chart(groups)) if groups else None,
             groups=_groups_table(groups),
             group_count=len(groups),
-            sparsity=make_table(("", ""), [(fact.label, fact.value) for fact in sparsity_facts(report)]),
+            sparsity=make_table(
+                ("", ""), [(fact.label, fact.value) for fact in (*sparsity_facts(report), *mask_facts(report))]
+            ),
             error_chart=trusted(error_chart(linears)),
             error_kinds=list(error_series(linears)),
             linears=_linears_table(linears),

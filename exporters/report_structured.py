@@ -93,6 +93,10 @@ def structured_facts(section: Mapping[str, Any]) -> list[Fact]:
         label = "Divergence from the dense model, before and after the second-order steps"
         facts.append(Fact(value, label, f"divergence from the dense model {value} by second-order steps"))
     facts += distilled_facts(section.get("distilled"))
+    if stays := section.get("left_alone"):
+        name, why = next(iter(stays.items()))
+        value = f"{name}: {why}" + (f" (and {len(stays) - 1} more)" if len(stays) > 1 else "")
+        facts.append(Fact(value, "Left alone", f"left alone: {value}"))
     return facts
 
 

@@ -460,19 +460,31 @@ class MacsChange:
         return section if share is None else section | {"removed_share": share}
 
 
-def compare_parameters(dense: nn.Module, slim: nn.Module, *, outputs: Sequence[str] | None = None) -> ParameterChange:
-    """Count the parameters of two forms of one model; `outputs` as for `lm_heads`."""
+def compare_parameters(
+    dense: nn.Module,
+    slim: nn.Module,
+    *,
+    outputs: Sequence[str] | None = None,
+    dense_outputs: Sequence[str] | None = None,
+) -> ParameterChange:
+    """Count the parameters of two forms of one model; outputs as for `lm_heads`, the dense form's if they differ."""
     return ParameterChange(
         count_parameters(dense),
         count_parameters(slim),
-        block_linear_parameters(dense, outputs=outputs),
+        block_linear_parameters(dense, outputs=dense_outputs or outputs),
         block_linear_parameters(slim, outputs=outputs),
     )
 
 
-def compare_macs(dense: nn.Module, slim: nn.Module, *, outputs: Sequence[str] | None = None) -> MacsChange:
-    """Count the MACs per token of two forms of one model; `outputs` as for `lm_heads`."""
-    return MacsChange(macs_per_token(dense, outputs=outputs), macs_per_token(slim, outputs=outputs))
+def compare_macs(
+    dense: nn.Module,
+    slim: nn.Module,
+    *,
+    outputs: Sequence[str] | None = None,
+    dense_outputs: Sequence[str] | None = None,
+) -> MacsChange:
+    """Count the MACs per token of two forms of a model; outputs as for `lm_heads`, the dense form's if they differ."""
+    return MacsChange(macs_per_token(dense, outputs=dense_outputs or outputs), macs_per_token(slim, outputs=outputs))
 
 
 def _is_linear(module: GraphModule, node: Node) -> bool:

@@ -74,6 +74,7 @@ class NormSite:
         ids: the channels reduced together.
         width: how many there were when the graph was traced.
         choice: whether the channels compete (a router's softmax and top-k): a channel that is never chosen may go.
+        rows: (rows, members) the same ids where they compete inside rows, each of which stays; None otherwise.
     """
 
     node: str
@@ -82,6 +83,7 @@ class NormSite:
     ids: IdArray
     width: int
     choice: bool = False
+    rows: IdArray | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class ChannelLedger:
     attentions: list[AttentionSite] = field(default_factory=list)
     activations: list[ActivationSite] = field(default_factory=list)
     counts: IdSet = field(default_factory=IdSet)
+    rows: list[Edges] = field(default_factory=list)
 
     def fresh(self, count: int) -> IdArray:
         """Hand out `count` new ids."""
@@ -247,6 +250,7 @@ class ChannelMap:
         pinned: whether a class must stay, (classes,).
         source: whether a class may be removed by choice: it is not pinned, and it is not merely shared by others.
         norms, attentions, activations, pins: what the walk met, in graph order.
+        rows: (rows, members) ids of every value that a view splits into rows: all rows that stay keep equally many.
     """
 
     def __init__(self, ledger: ChannelLedger) -> None:
@@ -263,6 +267,7 @@ class ChannelMap:
         self.norms = tuple(ledger.norms)
         self.attentions = tuple(ledger.attentions)
         self.activations = tuple(ledger.activations)
+        self.rows = tuple(ledger.rows)
 
         state = self._flag(ledger.states)
         self.pins: list[Pin] = list(ledger.pins)

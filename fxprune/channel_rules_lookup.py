@@ -4,6 +4,7 @@ Whole numbers can name channels: `topk` over the router's logits returns numbers
 *address* an axis; where it is counted or used as an index, the axis it meets is that axis.
 
     softmax, topk, sort over channels     a *choice*: without a channel the others are chosen from
+    topk, max inside rows of channels     a choice in each row: what is chosen speaks for the row, which stays
     histc of numbers that address         one count per channel; cumsum of counts: where each channel's rows end
     index, gather, embedding              the addressed axis and the indexed one are the same
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,13 +71,30 @@ def _ordered(call: Call) -> Ids:
         same = _without(ids.narrow(axis, 0, 1), axis, call.output[0])
         return [same, same]
     line = _axis_ids(ids, axis)
-    if line is None and len(torch.unique(ids)) == ids.shape[axis] * len(distinct_rows(ids.movedim(axis, -1))[0]):
-        return pin(call, "chooses inside groups of channels, each of which would have to keep equally many")
+    if line is None and call.op in {"topk", "max"} and (rows := _choice_in_rows(call, ids, axis)) is not None:
+        return [_without(rows.unsqueeze(axis), axis, call.output[0]), None]
     if call.op in {"sort", "median", "kthvalue", "mode"} or not choice(call, ids, axis):  # all others count there
         return pin(call, "puts channels in an order that depends on their values")
     assert line is not None
     call.set_addresses(line.numpy(), output=1)
     return [None, None]
+
+
+def _choice_in_rows(call: Call, ids: Tensor, axis: int) -> Tensor | None:
+    """Note that channels compete inside rows, no channel in two of them; None when it is not so.
+
+    Returns:
+        Ids of what is chosen, without the axis: a channel for each row, which stays as long as one of the row's does.
+    """
+    rows, which = distinct_rows(ids.movedim(axis, -1))
+    if (rows == 0).any() or len(np.unique(rows)) < rows.size:
+        return None
+    site = NormSite(call.node.name, call.module, call.op, rows.reshape(-1), rows.shape[1], choice=True, rows=rows)
+    call.ledger.norms.append(site)
+    call.ledger.rows.append(rows.astype(np.int32))
+    fresh = call.ledger.fresh(len(rows))
+    call.ledger.need(rows.reshape(-1), np.repeat(fresh, rows.shape[1]))
+    return torch.from_numpy(fresh)[which]
 
 
 def _without(ids: Tensor, axis: int, like: Tensor) -> Tensor:

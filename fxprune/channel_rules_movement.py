@@ -1,8 +1,8 @@
 """Rules for operators that move elements without changing them: the very same operator moves their ids.
 
-Three things need more than that. *Copies* along a static axis (`repeat_kv`) become channels of their own that need the
+Four things need more than that. *Copies* along a static axis (`repeat_kv`) become channels of their own that need the
 original. A *cache* that is extended gets the channels of what extends it. *Padding* of an axis of channels stays as
-long as one of these channels does.
+long as one of these channels does. *Rows* into which a view splits channels are written down: each must keep as many.
 """
 
 from __future__ import annotations
@@ -83,7 +83,35 @@ def _movement(call: Call) -> Ids:
         if (even := _along_positions(call)) is not None:
             return even
     ids = call.apply_to_ids()
+    if isinstance(ids, Tensor) and call.node.target in _VIEWS | _ORDERS | _STACKS:
+        _note_rows(call, ids)
     return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids
+
+
+def _note_rows(call: Call, ids: Tensor) -> None:
+    """Write down the rows that a result has and its operand has not: an axis was split, or axes changed places."""
+    carried = call.ids_of(call.tensor_nodes()[0])
+    before = set() if carried is None or call.node.target not in _VIEWS else _prefixes(_varying(carried))
+    line = _varying(ids)
+    for rows in sorted(_prefixes(line) - before):
+        call.ledger.rows.append(line.reshape(rows, -1).numpy().astype(np.int32))
+
+
+def _varying(ids: Tensor) -> Tensor:
+    """Ids without the axes along which they do not vary."""
+    for axis in reversed(range(ids.dim())):
+        if ids.shape[axis] and steady(ids, axis):
+            ids = ids.select(axis, 0)
+    return ids
+
+
+def _prefixes(ids: Tensor) -> set[int]:
+    """How many rows leading axes make, for each number of them that leaves an axis."""
+    found, count = set(), 1
+    for size in ids.shape[:-1]:
+        count *= size
+        found.add(count)
+    return found - {0, 1}
 
 
 def _same_addresses(call: Call) -> None:

@@ -227,6 +227,7 @@ def prune(
     threads: Threads = _DEFAULT_THREADS,
     ppl: Annotated[list[str] | None, typer.Option(help="Text file for the perplexity before and after.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens per perplexity text.", min=1)] = 20,
+    hold_zeros: cli_prune.HoldZeros = False,
     device: Device = "cpu",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
@@ -270,7 +271,7 @@ def prune(
     )
     options = {**units, **{name: value for name, value in given.items() if value is not None}}
     options |= cli_l0.learned_options(learned, targets=lora_targets, further=option or [], others=options)
-    place = Destination(out, device=device, dtype=dtype, overwrite=overwrite)
+    place = Destination(out, device=device, dtype=dtype, overwrite=overwrite, hold_zeros=hold_zeros)
     wanted = Wanted(ppl=ppl or [], windows=windows, guard=guard, speed=measure_speed, threads=threads, repeats=repeats)
     if not stream:
         options = cli_l0.with_state(pass_of(method, options), options, out)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Guard",
+    "HoldZeros",
     "Keep",
     "Kinds",
     "Mix",
@@ -75,6 +76,14 @@ Guard = Annotated[
     str,
     typer.Option(
         help="Units: text unlike the calibration text, to warn of overfitting to that: a file, `python` or `none`."
+    ),
+]
+HoldZeros = Annotated[
+    bool,
+    typer.Option(
+        "--hold-zeros",
+        help="Hold zeros that another tool's pruning left (where they are 10% of a Linear or more); masks that a "
+        "checkpoint has are always held.",
     ),
 ]
 

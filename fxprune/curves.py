@@ -16,6 +16,7 @@ import torch
 
 from fxprune.errors import PlanError, UsageError
 from fxprune.groups import AttentionGroup
+from fxprune.parts import balanced_order
 from fxprune.structured_obs import sweep
 
 if TYPE_CHECKING:
@@ -107,21 +108,21 @@ def score_curve(group: Group, scores: NDArray[np.float64], limits: Limits) -> Cu
     """
     if isinstance(group, AttentionGroup):
         return head_curve(group, lambda kept: float(scores.sum() - scores[list(kept)].sum()), scores, limits)
-    order = np.argsort(scores, kind="stable")
+    order = balanced_order(np.argsort(scores, kind="stable"), group.parts)
     lost = np.concatenate([[0.0], np.cumsum(scores[order])])
     return Curve(
         group.name,
         tuple(
             Level(tuple(sorted(int(unit) for unit in order[gone:])), float(lost[gone]))
-            for gone in _counts(group.units, limits)
+            for gone in _counts(group, limits)
         ),
     )
 
 
-def _counts(units: int, limits: Limits) -> Iterator[int]:
-    """How many of so many channels may go: 0, and what leaves a multiple of the rounding."""
+def _counts(group: Group, limits: Limits) -> Iterator[int]:
+    """How many of a group's channels may go: 0, and what leaves a multiple of the rounding, as much in every part."""
     yield 0
-    step = limits.round_to
+    units, step = group.units, math.lcm(limits.round_to, group.step)
     gone = units % step or step
     while units - gone >= limits.least(units, step):
         yield gone
@@ -136,7 +137,7 @@ def head_curve(
     *,
     worth: Callable[[NDArray[np.float64]], float] = np.sum,
 ) -> Curve:
-    """All legal head counts: every kept KV head keeps as many query heads, the best by their scores.
+    """All legal head counts: every kept KV head keeps as many query heads, every part as many KV heads, the best ones.
 
     Args:
         group: the attention.
@@ -149,11 +150,14 @@ def head_curve(
         PlanError: the KV heads serve different numbers of query heads.
     """
     members = _members(group)
+    parts = group.kv_parts
+    step = 1 if parts is None else len(parts)
     levels = {}
     for per_kv in range(len(members[0]), 0, -1):
         best = [sorted(heads, key=lambda head: -scores[head])[:per_kv] for heads in members]
-        ranked = sorted(range(len(members)), key=lambda kv: (-float(worth(scores[best[kv]])), kv))
-        for count in range(len(members), limits.least(len(members)) - 1, -1):
+        order = sorted(range(len(members)), key=lambda kv: (-float(worth(scores[best[kv]])), kv))
+        ranked = balanced_order(np.array(order), parts).tolist()
+        for count in range(len(members), limits.least(len(members), step) - 1, -step):
             if count * per_kv >= limits.least(group.units):
                 kept = tuple(sorted(head for kv in ranked[:count] for head in best[kv]))
                 levels[kept] = Level(kept, max(0.0, float(loss_of(kept))))
@@ -179,14 +183,19 @@ def obs_channel_curve(
         blocks: (units, inputs of one) for each consumer.
         limits: see `Limits`.
     """
-    counts = list(_counts(group.units, limits))
+    counts = list(_counts(group, limits))
     left = torch.ones(group.units, dtype=torch.bool)
     levels = [Level(tuple(range(group.units)), 0.0)]
     lost = 0.0
+    parts = torch.arange(group.units)[None] if group.parts is None else torch.from_numpy(group.parts)
     for before, gone in itertools.pairwise(counts):
-        order, errors = sweep(problems, blocks, step=gone - before, least=group.units - gone, left=left)
-        left[order] = False
-        lost += float(errors[-1])
+        step, least = (gone - before) // len(parts), (group.units - gone) // len(parts)
+        for part in parts:
+            mine = torch.zeros_like(left)
+            mine[part] = left[part]
+            order, errors = sweep(problems, blocks, step=step, least=least, left=mine)
+            left[order] = False
+            lost += float(errors[-1])
         levels.append(Level(tuple(torch.where(left)[0].tolist()), lost))
     return Curve(group.name, tuple(levels))
 
@@ -194,7 +203,7 @@ def obs_channel_curve(
 def obs_head_curve(
     group: AttentionGroup, problems: Sequence[Elimination], blocks: Sequence[torch.Tensor], limits: Limits
 ) -> Curve:
-    """The curve of heads: KV heads go one by one; between, every KV head loses its cheapest query head.
+    """The curve of heads: KV heads go one by one, of every part; between, every KV head loses its cheapest query head.
 
     Args:
         group: the attention.
@@ -203,11 +212,13 @@ def obs_head_curve(
         limits: see `Limits`.
     """
     members = _members(group)
-    least = limits.least(len(members))
+    parts = [list(range(len(members)))] if group.kv_parts is None else group.kv_parts.tolist()
+    least = limits.least(len(members), len(parts))
     levels: dict[tuple[int, ...], Level] = {}
     lost = 0.0
     while True:
-        levels |= _drop_kv_heads([problem.clone() for problem in problems], blocks, members, lost=lost, least=least)
+        listed = [[members[kv] for kv in part] for part in parts]
+        levels |= _drop_kv_heads([problem.clone() for problem in problems], blocks, listed, lost=lost, least=least)
         if len(members[0]) == 1:
             break
         for index, heads in enumerate(members):
@@ -223,22 +234,31 @@ def obs_head_curve(
 def _drop_kv_heads(
     problems: Sequence[Elimination],
     blocks: Sequence[torch.Tensor],
-    members: Sequence[Sequence[int]],
+    parts: Sequence[Sequence[Sequence[int]]],
     *,
     lost: float,
     least: int,
 ) -> dict[tuple[int, ...], Level]:
-    """The levels that dropping one KV head after the other gives, by what they keep; `problems` are used up."""
-    left = list(members)
+    """The levels that dropping one KV head of each part after the other gives, by what they keep.
+
+    Args:
+        problems: used up.
+        blocks: (query heads, inputs of one) for each consumer.
+        parts: for each part the query heads of each of its KV heads.
+        lost: what is lost already.
+        least: KV heads that stay.
+    """
+    left = [list(part) for part in parts]
     levels = {}
     while True:
-        kept = tuple(sorted(head for heads in left for head in heads))
+        kept = tuple(sorted(head for part in left for heads in part for head in heads))
         levels[kept] = Level(kept, max(0.0, lost))
-        if len(left) <= least:
+        if sum(map(len, left)) <= least:
             return levels
-        costs = _costs(problems, blocks, left)
-        gone = left.pop(int(torch.argmin(costs)))
-        lost += _remove(problems, blocks, gone)
+        for part in left:
+            costs = _costs(problems, blocks, part)
+            gone = part.pop(int(torch.argmin(costs)))
+            lost += _remove(problems, blocks, gone)
 
 
 def _inputs(block: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ each parameter that it touches, the indices along one axis.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -80,6 +81,8 @@ class Group:
         shared: what several units own together (key and value rows of a KV group), indexed by sharing set.
         sharing: (units,) which sharing set each unit uses; None when nothing is shared.
         multiple: what is kept must be a multiple of this (grouped products need rows of whole 16 bytes).
+        parts: (parts, units of one) int64, the units of each part of the layout: every part keeps equally many (see
+            `fxprune.parts`); None where there are no parts.
     """
 
     # What kind of thing this is, what one unit is called, and where a mask of zeros removes a unit exactly.
@@ -93,6 +96,7 @@ class Group:
     shared: tuple[UnitSlice, ...] = ()
     sharing: IdArray | None = None
     multiple: int = 1
+    parts: IdArray | None = None
 
     @property
     def units(self) -> int:
@@ -102,7 +106,12 @@ class Group:
     @property
     def least(self) -> int:
         """How many units must stay."""
-        return self.multiple
+        return self.step
+
+    @property
+    def step(self) -> int:
+        """What the number of units that stay is a multiple of."""
+        return math.lcm(self.multiple, 1 if self.parts is None else len(self.parts))
 
     @property
     def producers(self) -> tuple[str, ...]:
@@ -173,10 +182,18 @@ class AttentionGroup(Group):
             return [kv_head]
         return [int(head) for head in np.flatnonzero(self.sharing == kv_head)]
 
+    @property
+    def kv_parts(self) -> IdArray | None:
+        """The KV heads of each part, (parts, KV heads of one); None where there are no parts."""
+        if self.parts is None or self.sharing is None:
+            return self.parts
+        return np.stack([list(dict.fromkeys(self.sharing[part].tolist())) for part in self.parts])
+
     def describe(self) -> str:
         """Head counts and where they are read."""
         readers = ", ".join(s.parameter.removesuffix(".weight").rpartition(".")[2] for s in self.consumers)
-        return f"{self.units} query heads on {self.kv_heads} KV heads of {self.head_dim}, read by {readers}"
+        parts = "" if self.parts is None else f" in {len(self.parts)} parts"
+        return f"{self.units} query heads on {self.kv_heads} KV heads of {self.head_dim}{parts}, read by {readers}"
 
 
 @dataclass(frozen=True)
@@ -229,7 +246,9 @@ class ExpertGroup(Group):
 
     Attributes:
         per_token: how many experts a token is sent to; as many must stay.
-        choices: graph nodes that choose among the experts (softmax, top-k).
+        choices: graph nodes that choose among the experts (softmax, top-k), or inside each part.
+        per_part: how many of each part must stay: what is chosen inside it, and what a token needs of the parts that it
+            is sent to.
     """
 
     kind: ClassVar[str] = "experts"
@@ -238,15 +257,18 @@ class ExpertGroup(Group):
 
     per_token: int = 1
     choices: tuple[str, ...] = ()
+    per_part: int = 1
 
     @property
     def least(self) -> int:
-        """A token needs as many experts as it is sent to."""
-        return self.per_token
+        """A token needs as many experts as it is sent to, and every part as many as are chosen inside it."""
+        parts = 1 if self.parts is None else len(self.parts)
+        return max(-(-self.per_token // self.step) * self.step, parts * self.per_part)
 
     def describe(self) -> str:
         """Experts and how many a token sees."""
-        return f"{self.units} experts, {self.per_token} a token"
+        parts = "" if self.parts is None else f", in {len(self.parts)} parts"
+        return f"{self.units} experts, {self.per_token} a token{parts}"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ step of every group is reserved first, so that no group is ever empty.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +87,9 @@ class _Levels:
     """The legal levels of one group, by rising cost.
 
     Attributes:
-        shapes: (levels, 2) kept KV heads and places, or kept channels and 1.
+        shapes: (levels, 2) kept KV heads and places, or kept channels and 1; where there are parts, of one part.
         costs: (levels,) rising.
-        unit_cost: of one unit, on average.
+        unit_cost: of what one gate opens, on average.
     """
 
     shapes: NDArray[np.int64]
@@ -145,7 +146,8 @@ class BudgetProjector:
                 rows.append((known[key], shape))
             rows.sort()
             costs = np.array([cost for cost, _ in rows], dtype=np.float64)
-            self._levels.append(_Levels(np.array([shape for _, shape in rows]), costs, costs[-1] / member.group.units))
+            shapes = np.array([shape for _, shape in rows])
+            self._levels.append(_Levels(shapes, costs, costs[-1] / float(shapes[-1].prod())))
         self.dense = model.fixed + sum(float(levels.costs[-1]) for levels in self._levels)
         self._kinds = _alike(gates, self._levels) if uniform else []
         least = model.fixed + sum(float(levels.costs[0]) for levels in self._levels)
@@ -203,18 +205,20 @@ def _shapes(member: Any, limits: Limits) -> list[tuple[int, int]]:
     """The legal widths of a group."""
     group: Group = member.group
     if isinstance(member, HeadGates):
-        sets, places = member.order.shape
+        sets, places = member.shape
+        parts = group.units // (sets * places)
         fewest_sets = limits.least(sets) if member.kv is not None else sets
         fewest_places = 1 if member.slots is not None else places
         return [
             (s, p)
             for s in range(fewest_sets, sets + 1)
             for p in range(fewest_places, places + 1)
-            if s * p >= limits.least(group.units)
+            if s * p * parts >= limits.least(group.units)
         ]
-    step = limits.round_to
+    step = math.lcm(limits.round_to, group.step)
     least = limits.least(group.units, step)
-    return [(count, 1) for count in sorted({*range(least, group.units, step), group.units})]
+    parts = 1 if group.parts is None else len(group.parts)
+    return [(count // parts, 1) for count in sorted({*range(least, group.units, step), group.units})]
 
 
 def _example(member: Any, shape: tuple[int, int]) -> Sequence[int]:
@@ -222,13 +226,13 @@ def _example(member: Any, shape: tuple[int, int]) -> Sequence[int]:
     sets, places = shape
     if isinstance(member, HeadGates):
         return sorted(int(head) for head in member.order[:sets, :places].reshape(-1))
-    return range(sets)
+    return range(sets) if member.order is None else sorted(member.order[:sets].reshape(-1).tolist())
 
 
 def _worth(member: Any) -> tuple[Floats, Floats]:
     """What the gates are ranked by: open probabilities of KV heads and places, or of channels and of nothing."""
     if isinstance(member, HeadGates):
-        sets, places = member.order.shape
+        sets, places = member.shape
         kv = np.ones(sets) if member.kv is None else _numbers(member.kv)
         slots = np.ones(places) if member.slots is None else _numbers(member.slots)
         return kv, slots
@@ -255,7 +259,7 @@ def _kept(member: Any, part: tuple[Floats, Floats], shape: NDArray[np.int64]) ->
         chosen = np.zeros(len(worth), dtype=bool)
         chosen[np.argsort(-worth, kind="stable")[: int(count)]] = True
         on.append(torch.from_numpy(chosen).to(next(member.parameters()).device))
-    return member.spread(on[0], on[1]) if isinstance(member, HeadGates) else on[0]
+    return member.spread(on[0], on[1]) if isinstance(member, HeadGates) else member.spread(on[0])
 
 
 # ---- allocation ----------------------------------------------------------------------------------------------------

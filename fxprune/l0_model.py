@@ -167,7 +167,7 @@ class GatedModel:
             )
         self.layers = len(exits) if hidden else 0
         flat = _flat(self.gates.graph_module, program.interface.outputs, exits if hidden else [])
-        fuse_lora(flat, self.linears, _ADAPTER)
+        fuse_lora(flat, self.linears, _ADAPTER, program.weight_masks)
         self._graph: nn.Module = flat
         if checkpointing:
             self._graph = by_block(flat, exits)
@@ -262,7 +262,7 @@ class GatedModel:
 
 
 def merge_adapters(program: Program, graph_module: GraphModule, linears: Sequence[str]) -> Program:
-    """Add LoRA's products to the weights.
+    """Add LoRA's products to the weights; those that the program's weight masks removed stay 0.
 
     Args:
         program: the program without adapters; it is left as it is.
@@ -278,6 +278,8 @@ def merge_adapters(program: Program, graph_module: GraphModule, linears: Sequenc
         with torch.no_grad():
             # W + s B A, the product and the sum in float32 whatever the weight's precision is.
             product = layer.lora_B[_ADAPTER].weight.float() @ layer.lora_A[_ADAPTER].weight.float()
+            if name in program.weight_masks:
+                product = product * program.weight_masks[name].to(product.device)
             weight = old.weight.float() + layer.scaling[_ADAPTER] * product
         old.weight = nn.Parameter(weight.to(old.weight.dtype), old.weight.requires_grad)
     return program.replace(graph_module=root, channels=None)

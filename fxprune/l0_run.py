@@ -112,6 +112,9 @@ class Run:
             total = float(parameter.detach().double().sum())
             weights.update(f"{name} {tuple(parameter.shape)} {total!r}".encode())
         facts = {"text": hash_tokens(tokens), "weights": weights.hexdigest(), "dtype": str(dtype_of(self.program))}
+        if self.program.weight_masks:
+            masks = self.program.weight_masks
+            facts["removed_weights"] = str({name: int((~mask).sum()) for name, mask in masks.items()})
         return {name: value for name, value in own.items() if name not in after} | facts
 
     def _control(self) -> SizeControl:

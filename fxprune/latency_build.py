@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from fxprune.latency_table import (
 )
 from fxprune.measure import bench
 from fxprune.output import write_json
+from fxprune.parts import balanced_order
 from fxprune.pipeline import build_pass
 from fxprune.plan import Plan
 from fxprune.progress import track
@@ -129,17 +131,21 @@ def _grid(group: Group) -> tuple[list[int], list[int]]:
     dense = dense_width(group)
     if isinstance(group, AttentionGroup):
         sets = {dense.sets, *range(1, 4)} if dense.sets <= 4 else {round(share * dense.sets) for share in _SET_SHARES}
-        sets = {min(dense.sets, max(1, count)) for count in sets} | {dense.sets}
+        step = 1 if group.kv_parts is None else len(group.kv_parts)
+        sets = {min(dense.sets, max(step, -(-count // step) * step)) for count in sets} | {dense.sets}
         return sorted(sets), sorted({1, dense.per_set})
-    multiple = max(group.multiple, next((m for m in (64, 16, 8) if m * 16 <= dense.sets), 1))
+    multiple = math.lcm(group.step, next((m for m in (64, 16, 8) if m * 16 <= dense.sets), 1))
     widths = {max(multiple, round(share * dense.sets / multiple) * multiple) for share in _MLP_SHARES}
     return sorted({width for width in widths if width < dense.sets} | {dense.sets}), [1]
 
 
 def _kept(group: Group, width: Width) -> list[int]:
-    """The first units of a group that make up a width."""
+    """The first units of a group, or of each of its parts, that make up a width."""
     if isinstance(group, AttentionGroup):
-        return [head for kv in range(width.sets) for head in group.heads_of(kv)[: width.per_set]]
+        first = balanced_order(np.arange(group.kv_heads), group.kv_parts)[: width.sets].tolist()
+        return sorted(head for kv in first for head in group.heads_of(kv)[: width.per_set])
+    if group.parts is not None:
+        return sorted(balanced_order(np.arange(group.units), group.parts)[: width.sets].tolist())
     experts = group.experts if isinstance(group, ExpertMlpGroup) else 1
     return [expert * (group.units // experts) + unit for expert in range(experts) for unit in range(width.sets)]
 

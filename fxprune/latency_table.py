@@ -88,6 +88,7 @@ def dense_width(group: Group) -> Width:
 def block_shape(group: Group) -> str:
     """A key that groups of equal cost share: kind, units, and the parameters behind each; no names, no weights."""
     head = f"-dim{group.head_dim}" if isinstance(group, AttentionGroup) else ""
+    head += "" if group.parts is None else f"-parts{len(group.parts)}"
     return f"{group.kind}-{dense_width(group)}{head}-{group.unit_parameters}+{group.shared_parameters}"
 
 

@@ -71,12 +71,20 @@ class LayerwiseSolver:
         root: the graph whose projections are pruned in place; each must be a module of its own.
         solver: how.
         targets: how much of each projection goes.
+        held: masks of weights that are gone already, by projection, in the layout of its weight.
     """
 
-    def __init__(self, root: GraphModule, solver: Solver, targets: Mapping[str, Sparsity]) -> None:
+    def __init__(
+        self,
+        root: GraphModule,
+        solver: Solver,
+        targets: Mapping[str, Sparsity],
+        held: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.root = root
         self.solver = solver
         self.targets = targets
+        self.held = held or {}
         self.figures: dict[str, LayerFigures] = {}
         self.masks: dict[str, Tensor] = {}
         self.prepare_seconds = 0.0
@@ -143,9 +151,13 @@ class LayerwiseSolver:
         start = time.perf_counter()
         module = get_attribute(self.root, name)
         target = self.targets[name]
+        weights = _matrices(module, module.weight.detach())
+        held: Sequence[Tensor | None] = [None] * len(weights)
+        if name in self.held:
+            held = _matrices(module, self.held[name].to(module.weight.device))
         solved = [
-            self._named(name, self.solver.solve, weight, one, target)
-            for weight, one in zip(_matrices(module), prepared, strict=True)
+            self._named(name, self.solver.solve, weight, one, target, *(() if there is None else (there,)))
+            for weight, one, there in zip(weights, prepared, held, strict=True)
         ]
         weight, mask = _assembled(module, solved)
         module.weight = nn.Parameter(weight, module.weight.requires_grad)
@@ -155,7 +167,7 @@ class LayerwiseSolver:
             notes["experts_with_few_tokens"] = list(borrowed)
         counts = [gram.tokens if gram is not None else 0 for gram in statistics.grams] if statistics else [0]
         removed = 1 - int(mask.sum()) / mask.numel()
-        self._check(name, mask, target)
+        self._check(name, mask, target, self.held.get(name))
         shares = [max(count, 1) for count in counts] if len(counts) == len(solved) else [1] * len(solved)
         self.figures[name] = LayerFigures(
             name,
@@ -168,25 +180,27 @@ class LayerwiseSolver:
             notes,
         )
 
-    def _check(self, name: str, mask: Tensor, target: Sparsity) -> None:
-        """The mask removes what was asked, within one weight a row.
+    def _check(self, name: str, mask: Tensor, target: Sparsity, held: Tensor | None = None) -> None:
+        """The mask removes what was asked, within one weight a row, and what was gone before; then it may be more.
 
         Raises:
             PostconditionError: it does not.
         """
         removed = mask.numel() - int(mask.sum())
         rows = mask.numel() // mask.shape[-1]
-        if abs(removed - target.share * mask.numel()) > rows:
+        if held is not None and bool((mask.cpu() & ~held.cpu()).any()):
+            raise PostconditionError(f"{name}: {self.solver.name} keeps weights that were removed before")
+        more = removed - target.share * mask.numel()
+        if more < -rows or (held is None and more > rows):
             raise PostconditionError(
                 f"{name}: {self.solver.name} removed {removed / mask.numel():.4f} of the weights where "
                 f"{target.describe()} was asked for"
             )
 
 
-def _matrices(module: nn.Module) -> list[Tensor]:
-    """The weights (out, in) of a projection: one, or one for every expert."""
+def _matrices(module: nn.Module, weight: Tensor) -> list[Tensor]:
+    """The weights (out, in) of a projection, or a mask of them: one, or one for every expert."""
     assert isinstance(module, (nn.Linear, GroupedLinear))
-    weight = module.weight.detach()
     if isinstance(module, GroupedLinear):
         return [one.t() if module.in_axis == 1 else one for one in weight]
     return [weight]

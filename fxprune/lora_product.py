@@ -7,6 +7,9 @@ peft's own forward pass writes the output's size three times for LoRA: product, 
 product is added where W's product stands. The mask multiplies columns of W and A, which are fewer numbers than a
 batch's activations, and what goes into the mask is all that is kept for the backward pass: as much as LoRA alone keeps.
 peft's modules stay where they are, with their parameters; only what a graph calls is another.
+
+Where single weights of W were removed before, B A is removed there too, or merging would fill them: then W + M * B A is
+formed, in training as in the end.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.nn import functional
 from fxprune.masks import ChannelMask
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from torch.fx import GraphModule, Node
 
@@ -78,13 +81,19 @@ class LoraProduct(nn.Module):
         layer: peft's LoRA Linear with one adapter, without dropout.
         adapter: its name.
         mask: of what it reads; None for no mask.
+        support: (out, in) bool, which weights may be other than 0; None for all.
     """
 
-    def __init__(self, layer: nn.Module, adapter: str, mask: ChannelMask | None = None) -> None:
+    support: Tensor | None
+
+    def __init__(
+        self, layer: nn.Module, adapter: str, mask: ChannelMask | None = None, support: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.mask = mask
         self.adapter = adapter
+        self.register_buffer("support", support, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the precision of the products: autocast's, or else the weight's."""
@@ -99,18 +108,38 @@ class LoraProduct(nn.Module):
         gate = None if self.mask is None else self.mask.per_channel().to(dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         with torch.autocast(device, enabled=False):
-            y: Tensor = _Product.apply(lora, rows, gate, base.weight.to(dtype), bias, down, up)  # type: ignore[no-untyped-call]  # torch
+            if self.support is not None:
+                scale, narrow = lora
+                y = _supported(rows, gate, base.weight.to(dtype) + scale * (up @ down) * self.support, bias, narrow)
+                return y.reshape(*x.shape[:-1], y.shape[-1])
+            y = _Product.apply(lora, rows, gate, base.weight.to(dtype), bias, down, up)  # type: ignore[no-untyped-call]  # torch
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def fuse_lora(graph_module: GraphModule, linears: Collection[str], adapter: str) -> None:
+def _supported(rows: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, narrow: bool) -> Tensor:
+    """(rows * gate) weight^T + bias, where the gate multiplies what is smaller."""
+    if gate is not None and narrow:
+        weight = weight * gate
+    elif gate is not None:
+        rows = rows * gate
+    return functional.linear(rows, weight, bias)
+
+
+def fuse_lora(
+    graph_module: GraphModule,
+    linears: Collection[str],
+    adapter: str,
+    supports: Mapping[str, Tensor] | None = None,
+) -> None:
     """Let a graph call each Linear that has LoRA, and a mask that nothing but it reads, as one `LoraProduct`, in place.
 
     Args:
         graph_module: a flat graph; its own, as nodes change.
         linears: qualified names of peft's Linears in it.
         adapter: the name of their adapter.
+        supports: (out, in) bool by Linear, where single weights of it were removed.
     """
+    supports = supports or {}
     graph = graph_module.graph
     for index, node in enumerate(list(graph.nodes)):
         if node.op != "call_module" or node.target not in linears:
@@ -118,7 +147,10 @@ def fuse_lora(graph_module: GraphModule, linears: Collection[str], adapter: str)
         (source,) = node.args
         mask = _own_mask(graph_module, source)
         name = f"lora_{index}"
-        graph_module.add_submodule(name, LoraProduct(graph_module.get_submodule(str(node.target)), adapter, mask))
+        layer: Any = graph_module.get_submodule(str(node.target))
+        support = supports.get(str(node.target))
+        support = None if support is None else support.to(layer.base_layer.weight.device)
+        graph_module.add_submodule(name, LoraProduct(layer, adapter, mask, support))
         node.target = name
         if mask is not None:
             node.args = source.args

@@ -89,8 +89,8 @@ class ChoiceMask(UnitMask):
     """Gives removed candidates the score minus infinity.
 
     Attributes:
-        mask: (candidates,).
-        axis: along which the candidates stand.
+        mask: (candidates,), or (parts, candidates) where there is a choice in each part.
+        axis: along which the candidates stand, or the parts, right before their candidates.
     """
 
     def __init__(self, mask: Tensor, axis: int) -> None:
@@ -99,8 +99,8 @@ class ChoiceMask(UnitMask):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mask scores."""
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
+        first = self.axis % x.dim()
+        shape = [*[1] * first, *self.mask.shape, *[1] * (x.dim() - first - self.mask.dim())]
         return x.masked_fill((self.mask == 0).reshape(shape), -torch.inf)
 
 

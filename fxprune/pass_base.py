@@ -121,7 +121,8 @@ class Pass(ABC):
 
         Raises:
             PreconditionError: the program lacks what the pass needs.
-            PostconditionError: the result breaks a promise of the pass, or `modified` does not tell the truth.
+            PostconditionError: the result breaks a promise of the pass or puts something where a mask of
+                `Program.weight_masks` keeps zeros, or `modified` does not tell the truth.
         """
         self.requires(program)
         start = time.perf_counter()
@@ -134,9 +135,24 @@ class Pass(ABC):
                 "returns its input and modified=False"
             )
         self.ensures(program, result.program)
+        self._require_held(program, result.program)
         event = Event(self.name, self.options(), result.modified, seconds, result.details)
         program = result.program.replace(history=(*result.program.history, event))
         return PassResult(program, result.modified, result.details)
+
+    def _require_held(self, before: Program, after: Program) -> None:
+        """Weights that were removed one by one are zero and stay it, whatever a pass does."""
+        for name, mask in after.weight_masks.items():
+            weight: Any = after.graph_module.get_submodule(name).weight
+            if mask is before.weight_masks.get(name) and weight is before.graph_module.get_submodule(name).weight:
+                continue
+            if weight.shape != mask.shape:
+                raise PostconditionError(f"pass {self.name!r} left {name} a mask of another shape than its weight's")
+            if not weight.is_meta and bool((weight.detach() != 0)[~mask.to(weight.device)].any()):
+                raise PostconditionError(
+                    f"pass {self.name!r} changed weights of {name} that were removed before; multiply what it writes "
+                    "by Program.weight_masks"
+                )
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())

@@ -10,6 +10,7 @@ import numpy as np
 
 from fxprune.errors import PlanError
 from fxprune.groups import AttentionGroup, ExpertMlpGroup
+from fxprune.parts import in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,8 +44,8 @@ class Plan:
 
         Raises:
             PlanError: a group is unknown, a unit does not exist or is named twice, a group would be empty, or the
-                kept KV heads of an attention would have different numbers of query heads, or the experts of a mixture
-                different numbers of channels.
+                kept KV heads of an attention would have different numbers of query heads, the experts of a mixture
+                different numbers of channels, or the parts of a layout different numbers of units.
         """
         known = {group.name: group for group in groups}
         for name, units in self.kept.items():
@@ -61,11 +62,18 @@ class Plan:
             if len(units) < group.least:
                 raise PlanError(f"{name}: {len(units)} {group.unit}s would be left; it needs at least {group.least}")
             if isinstance(group, AttentionGroup) and group.sharing is not None:
-                counts = Counter(int(kv) for kv in group.sharing[np.asarray(units)])
-                if len(set(counts.values())) > 1:
+                per_head = Counter(int(kv) for kv in group.sharing[np.asarray(units)])
+                if len(set(per_head.values())) > 1:
                     raise PlanError(
                         f"{name}: kept KV heads would have different numbers of query heads "
-                        f"({dict(sorted(counts.items()))}); keep the same number in every kept KV head"
+                        f"({dict(sorted(per_head.items()))}); keep the same number in every kept KV head"
+                    )
+            if group.parts is not None:
+                counts = in_parts(units, group.parts)
+                if len(set(counts.tolist())) > 1:
+                    raise PlanError(
+                        f"{name}: its layout holds the {group.unit}s in {len(group.parts)} parts, of which the plan "
+                        f"keeps {', '.join(map(str, counts.tolist()))}; keep the same number in every part"
                     )
             if group.multiple > 1 or isinstance(group, ExpertMlpGroup):
                 _check_multiple(group, units)

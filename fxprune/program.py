@@ -76,7 +76,10 @@ class Source:
         model_class: the `PreTrainedModel` subclass.
         tokenizer: its tokenizer, if there is one.
         generation_config: its generation config, if there is one.
-        path: local directory that holds the dense checkpoint, if it was loaded from one.
+        path: local directory that holds the checkpoint it was loaded from, if it was loaded from one.
+        weight_masks: bool masks, True for kept, of weights that the checkpoint says were removed one by one, by the
+            name and in the layout of the parameters of the model's class; of those that are no projection's of the
+            graph once projections are lifted (`Program.weight_masks` has the others).
         unsavable: why no checkpoint can be written of this model, with what can be done; empty if one can.
     """
 
@@ -87,6 +90,7 @@ class Source:
     generation_config: Any = None
     path: Path | None = None
     unsavable: str = ""
+    weight_masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,14 @@ class Destination:
         device: where the model runs.
         dtype: its precision; as saved when None.
         overwrite: whether an earlier output may be replaced.
+        hold_zeros: whether zeros that no mask holds are held too, as another tool's pruning leaves them.
     """
 
     out: Path
     device: str = "cpu"
     dtype: str | None = None
     overwrite: bool = False
+    hold_zeros: bool = False
 
 
 def parse_per_module(texts: Sequence[str]) -> dict[str, str]:
@@ -111,7 +113,7 @@ def prune_model(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    program = front_end(loaded, watch)
+    program = front_end(loaded, watch, hold_zeros=place.hold_zeros)
     require_savable(program.source)
     seed = int(options.get("seed", 0))
     if isinstance(step, SparsePass):
@@ -204,6 +206,8 @@ def stream_model(
     step = build_pass(pass_of(method, options), options)
     if not isinstance(step, SparsePass):
         raise UsageError(f"--stream prunes weights; {method} removes units: leave --stream out")
+    if place.hold_zeros:
+        raise UsageError("--hold-zeros looks at all weights, and --stream has one block of them at a time")
     if place.dtype is not None:
         raise UsageError("--stream keeps the dtype of the shards; leave --dtype out")
     check_model(model, step)

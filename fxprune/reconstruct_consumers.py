@@ -54,6 +54,12 @@ class Consumer:
     unit_of: Tensor
 
 
+def _support(program: Program, name: str) -> Tensor | None:
+    """The mask of a consumer's single weights, (in, out), on its device; None where none were removed."""
+    mask = program.weight_masks.get(name)
+    return None if mask is None else mask.t().to(get_attribute(program.graph_module, name).weight.device)
+
+
 def consumers_of(groups: Sequence[Group], plan: Plan, graph_module: GraphModule) -> dict[str, Consumer]:
     """The consumers of all groups, by name."""
     found = {}
@@ -125,7 +131,8 @@ def reconstruct_consumers(
     graphs = (root, program.graph_module) if drift else (root,)
     cuts = [cut_stages(graph, consumers, samples.varying) for graph in graphs]
     dense = {name: get_attribute(program.graph_module, name).weight.detach() for name in consumers}
-    solver = _Solver(root, consumers, dense, mode=mode, biases=biases, drift=drift, held_out=held_out)
+    masks = {name: _support(program, name) for name in consumers}
+    solver = _Solver(root, consumers, dense, masks, mode=mode, biases=biases, drift=drift, held_out=held_out)
     engine = CalibrationEngine(
         cuts[0],
         samples,
@@ -166,6 +173,7 @@ def reconstruct_on_grams(
                     mode="ridge",
                     bias=False,
                     ridges=(dense_ridge(len(weight), moments.tokens),),
+                    mask=_support(program, name),
                 )
                 done.append(_put(root, name, found))
             advance(index + 1)
@@ -193,6 +201,7 @@ class _Solver:
         root: GraphModule,
         consumers: Mapping[str, Consumer],
         dense: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor | None],
         *,
         mode: Reconstruction,
         biases: bool,
@@ -202,6 +211,7 @@ class _Solver:
         self.root = root
         self.consumers = consumers
         self.dense = dense
+        self.masks = masks
         self.mode = mode
         self.biases = biases
         self.drift = drift
@@ -229,5 +239,6 @@ class _Solver:
                 mode=self.mode,
                 bias=self.biases,
                 unit_of=consumer.unit_of,
+                mask=self.masks[name],
             )
             self.done.append(_put(self.root, name, found))

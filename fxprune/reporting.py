@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.accounting import compare_macs, compare_parameters
 from fxprune.groups import AttentionGroup
+from fxprune.mask_figures import mask_figures
 from fxprune.measure import machine, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -129,11 +130,15 @@ def report_of(
     }
     lifted = program.references.get("lifted")
     if lifted is not None and program.plan is not None:
-        outputs = program.interface.outputs
-        report["params"] = compare_parameters(lifted.module, program.graph_module, outputs=outputs).to_json()
-        report["macs"] = compare_macs(lifted.module, program.graph_module, outputs=outputs).to_json()
+        # Caches of layers that are left out are outputs no more.
+        named = {"outputs": program.interface.outputs, "dense_outputs": lifted.interface.outputs}
+        report["params"] = compare_parameters(lifted.module, program.graph_module, **named).to_json()
+        report["macs"] = compare_macs(lifted.module, program.graph_module, **named).to_json()
     if program.groups and program.plan is not None:
         report["groups"] = group_entries(program)
+    if program.weight_masks:
+        patterns = program.results.get("mask_patterns")
+        report["masks"] = mask_figures(program.graph_module, program.weight_masks, patterns)
     for section in ("sparsity", "structured", "verify", "calibration"):
         if section in program.results:
             report[section] = program.results[section]

@@ -26,6 +26,7 @@ __all__ = [
     "Prepared",
     "Solved",
     "Solver",
+    "conjugate_gradients",
     "finish",
     "inverse_factor",
     "prepare_hessian",
@@ -126,8 +127,14 @@ class Solver(Protocol):
         """
         ...
 
-    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
         """Prune a weight (out, in) of any floating dtype.
+
+        Args:
+            weight: what to prune.
+            prepared: what `prepare` returned.
+            sparsity: what goes; weights that are gone already count.
+            held: (out, in) bool, False where a weight was removed before and stays 0; None where all are there.
 
         Raises:
             PreconditionError: the weight is not a finite matrix that reads the prepared input.
@@ -177,6 +184,41 @@ def finish(
     # A weight of zeros, or one that reads only dead inputs, loses nothing.
     error = max(lost, 0.0) / energy if energy > 0 else 0.0
     return Solved(pruned, mask, error, {**prepared.notes, **(notes or {})})
+
+
+def conjugate_gradients(
+    start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int, *, tolerance: float = 0.0
+) -> Tensor:
+    """Lower the error with the mask fixed: every row's own problem, all rows at once.
+
+    Args:
+        start: (out, in), 0 where removed.
+        target: (out, in), the dense weight times the Hessian.
+        hessian: (in, in) positive definite.
+        mask: (out, in) bool, True for kept.
+        steps: of conjugate gradients at most; a row that is solved stays as it is.
+        tolerance: they end when no row's residual is more than this share of what it was.
+
+    Returns:
+        (out, in), 0 where removed.
+    """
+    kept = mask.to(start.dtype)
+    tiny = torch.finfo(start.dtype).tiny
+    solution = start.clone()
+    residual = torch.addmm(target, start, hessian, alpha=-1).mul_(kept)
+    direction = residual.clone()
+    squared = residual.square().sum(1, keepdim=True)
+    enough = squared * tolerance**2
+    for _ in range(steps):
+        image = direction @ hessian
+        length = squared / (direction * image).sum(1, keepdim=True).clamp_(min=tiny)
+        solution.addcmul_(length, direction)
+        residual.addcmul_(length, image.mul_(kept), value=-1)
+        before, squared = squared, residual.square().sum(1, keepdim=True)
+        if tolerance and bool((squared <= enough).all()):
+            break
+        direction.mul_(squared / before.clamp(min=tiny)).add_(residual)
+    return solution
 
 
 def require_gram(gram: Gram | None, solver: str) -> Gram:

@@ -103,17 +103,24 @@ def sexagesimal_hint(number: int) -> str:
     return f"YAML reads {pattern} without quotes as this number: write '{pattern}' with quotes"
 
 
-def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False) -> Tensor:
+def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False, held: Tensor | None = None) -> Tensor:
     """Which weights stay: those of the largest scores.
 
     Args:
         scores: (out, in) float32 or float64, finite.
         sparsity: what goes. An N:M pattern compares within each group.
         per_row: an unstructured share is taken of each row instead of the whole.
+        held: (out, in) bool, False for weights that are gone already: they count as removed and stay it. Where more
+            are gone than the sparsity asks for, nothing else goes.
 
     Returns:
         (out, in) bool, True for kept. Ties go by position, so the same scores always give the same mask.
     """
+    if held is not None:
+        lowest_first = torch.where(held, scores, scores.new_full((), -torch.inf))
+        if per_row and sparsity.n is None:
+            return held & ~_more_per_row(lowest_first, held, sparsity)
+        return held & keep_largest(lowest_first, sparsity, per_row=per_row)
     if sparsity.n is not None and sparsity.m is not None:
         rows, columns = scores.shape
         groups = scores.reshape(rows, columns // sparsity.m, sparsity.m).permute(2, 0, 1).contiguous()
@@ -121,6 +128,16 @@ def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False) -
     if per_row:
         return ~lowest_per_row(scores, sparsity.removed(scores.shape[1]))
     return ~lowest(scores, sparsity.removed(scores.numel()))
+
+
+def _more_per_row(scores: Tensor, held: Tensor, sparsity: Sparsity) -> Tensor:
+    """The lowest of each row, as many more than are gone as make up the share of the whole; rows may differ in both."""
+    gone = held.shape[1] - held.sum(1)
+    missing = max(0, sparsity.removed(scores.numel()) - int(gone.sum()))
+    share = missing / max(1, int(held.sum()))
+    counts = gone + (share * (held.shape[1] - gone)).round().to(gone.dtype)
+    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
+    return rank < counts[:, None]
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

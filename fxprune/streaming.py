@@ -187,13 +187,14 @@ class StreamingOutput:
         except OutputError as error:
             raise CheckpointError(f"{error}; {_GO_ON}") from error
 
-    def finish(self, event: Event, source: str, *, overwrite: bool) -> None:
+    def finish(self, event: Event, source: str, *, overwrite: bool, masks: Mapping[str, Tensor] | None = None) -> None:
         """Copy what no block touched, write index, configuration and manifest, and give the directory its name.
 
         Args:
             event: what was done, for the manifest's history.
             source: the dense model, as the user gave it.
             overwrite: whether an earlier output may be replaced.
+            masks: of weights that were removed before and that no block touched, by the model's parameters.
 
         Raises:
             CheckpointError: the disk is full, or the checkpoint does not fit its own configuration; the same command
@@ -215,6 +216,7 @@ class StreamingOutput:
                 if path.is_file() and not _is_weights(path.name):
                     shutil.copy2(path, self.staging / path.name)
             self._name_class()
+            write_masks(self.staging, masks or {}, part=0)
             write_manifest(
                 self.staging,
                 Manifest(

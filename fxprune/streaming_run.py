@@ -38,7 +38,7 @@ from fxprune.skeleton import initialize_buffers
 from fxprune.sparse_pass import SparsePass, details_of, dtype_of
 from fxprune.stored_weights import StoredWeights
 from fxprune.streaming import StreamingOutput, StreamingWeights
-from fxprune.weight_masks import has_masks
+from fxprune.weight_masks import masks_of_projections, masks_of_state, read_masks
 from fxprune.workflow import Stopwatch, models_of_config, trace_on_meta
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ def prune_streaming(
     _refuse_mixed(expand_user(source))
     path = local_snapshot(source)
     _refuse_mixed(path)
-    if has_masks(path):
-        raise PreconditionError(f"{path} has masks of weights that were pruned before; they would not be held")
     place = resolve_device(device)
     watch = Stopwatch()
     reader = ShardReader(path)
@@ -122,7 +120,9 @@ def prune_streaming(
         target, stored, _fingerprint(reader, method, tokens, method.engine_options(program, place).forward_dtype)
     )
     output.open(restart=restart)
-    layers = LayerwiseSolver(root, method.solver(), targets)
+    masks, others = masks_of_projections(root, read_masks(path))
+    layers = LayerwiseSolver(root, method.solver(), targets, masks)
+    others |= masks_of_state(root, {name: mask for name, mask in masks.items() if name not in targets})
     samples = text_samples(_on(program, place), tokens)
     details, parts = _run(method, program, samples, layers=layers, output=output, values=values, on_block=on_block)
     figures = [_figure(data) for data in output.progress["figures"]]
@@ -130,7 +130,7 @@ def prune_streaming(
     summary = {key: sparsity[key] for key in ("target", "removed_share", "mean_error", "streamed")}
     event = Event(method.name, method.options(), modified=True, seconds=time.perf_counter() - start, details=summary)
     with watch.stage("save"):
-        output.finish(event, str(source), overwrite=overwrite)
+        output.finish(event, str(source), overwrite=overwrite, masks=others)
         check_weights(target)
     sparsity["seconds"] = {"text": watch.seconds["text"], **parts}
     return {

@@ -23,6 +23,7 @@ Heads and MLP channels are pruned; hidden channels, experts, their channels and 
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
@@ -33,7 +34,7 @@ from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.curves import Limits
 from fxprune.engine import text_samples
-from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
+from fxprune.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
@@ -51,7 +52,7 @@ from fxprune.timed_plans import PlanTimer, corrected_plans
 from fxprune.unit_scores import consumer_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -321,6 +322,28 @@ class StructuredPass(Pass):
             if isinstance(group, (AttentionGroup, MlpGroup)) and group.kind in self.kinds
         )
 
+    def left_alone(self, program: Program) -> dict[str, str]:
+        """What is of this pass's kinds and stays whatever is asked: the reason by name, as it was refused."""
+        passes = {f"locate_{kind}" for kind in self.kinds}
+        found: dict[str, str] = {}
+        for event in program.history:
+            if event.name in passes:
+                found |= event.details.get("refused", {})
+        return found
+
+    @contextmanager
+    def saying_what_stays(self, program: Program) -> Iterator[None]:
+        """A target that cannot be reached is told with what of the model is left alone, and why."""
+        try:
+            yield
+        except PlanError as error:
+            stays = self.left_alone(program)
+            if not stays:
+                raise
+            name, why = next(iter(stays.items()))
+            more = f" (and {len(stays) - 1} more)" if len(stays) > 1 else ""
+            raise PlanError(f"{error}. What is left alone counts too: {name}, for {why}{more}") from error
+
     def requires(self, program: Program) -> None:
         """There are groups, each consumer belongs to one, and text can be run.
 
@@ -375,7 +398,7 @@ class StructuredPass(Pass):
         limits = {group.name: self._limits(group) for group in groups}
         dtype = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
         case = Case(program, groups, tokens, limits, dtype, self.batch_size, self.seed, self.signals)
-        with naming_overflow(program, tokens, dtype):
+        with naming_overflow(program, tokens, dtype), self.saying_what_stays(program):
             plans = self.plans(case, costs, seconds)
             if self.reconstruct == "dense" and not case.grams:
                 start = time.perf_counter()
@@ -454,7 +477,7 @@ class StructuredPass(Pass):
             seconds["finish"] = time.perf_counter() - start
         total = block_linear_parameters(program.graph_module, outputs=program.interface.outputs)
         removed = self.removed_parameters(program, plan)
-        section = {
+        section: dict[str, Any] = {
             "method": self.name,
             "target": str(budgets.targets[index]),
             "removed_share": removed / total,
@@ -465,6 +488,8 @@ class StructuredPass(Pass):
             **budgets.notes,
             **notes,
         }
+        if stays := self.left_alone(program):
+            section["left_alone"] = stays
         results = {} if budgets.description is None else {"calibration": budgets.description}
         after = rebuilt.replace(plan=plan).with_results(**results, structured=section)
         details = {

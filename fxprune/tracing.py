@@ -26,6 +26,7 @@ from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
 from fxprune.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.unreached import find_shared, find_unreached
+from fxprune.weight_masks import masks_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -70,7 +71,10 @@ def trace(
         example_inputs: forward arguments by name (or, for a plain module, by position). Hugging Face models need
             none: a small sample of the deployable form is made up. Lengths that may change must be at least 2 in it.
         name: how reports call the model; by default its path or class name.
-        path: local directory of the checkpoint the model was loaded from.
+        path: local directory of the checkpoint the model was loaded from. If it has masks of pruned weights, every
+            later pass holds them; without a path they are looked for where `model.config.name_or_path` says that the
+            model was loaded from. Masks under which the model has weights that are not zero are not held; a warning
+            says so.
 
     Returns:
         A Program whose graph calls aten operators, with the model itself kept as the reference `eager`.
@@ -78,6 +82,7 @@ def trace(
     Raises:
         TraceError: torch.export failed, a plain module came without `example_inputs`, or a Hugging Face model has other
             parameters than its class: adapters, parametrizations, quantized weights. The message says what to do.
+        CheckpointError: the masks in `path` are damaged or of another model.
     """
     model = unwrapped(model)
     model.eval()
@@ -114,6 +119,7 @@ def trace(
             generation_config=getattr(model, "generation_config", None),
             path=path,
             unsavable=unsavable_reason(model),
+            weight_masks=masks_of_model(model, path),
         )
     unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
     program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)

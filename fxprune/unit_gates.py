@@ -7,6 +7,9 @@ every KV head that stays keeps as many of them. So the gate of a query head is t
 
 With one query head for each KV head there is no slot, and with one KV head no kv gate. Which head of a KV head has
 which slot is free: a warm start gives slot 0 to the best of each KV head, and so on.
+
+Where a layout holds units in parts that must keep equally many (`fxprune.parts`), one gate stands for a unit of each
+part in the same way: a warm start gives the first gate to the best of each part.
 """
 
 from __future__ import annotations
@@ -72,24 +75,38 @@ class GroupGates(nn.Module):
 
 
 class UnitGates(GroupGates):
-    """One gate a unit: MLP channels, hidden channels, layers.
+    """One gate a unit, or a unit of each part: MLP channels, hidden channels, layers.
 
     Args:
         group: the group.
         drop_rate: probability of each unit to be closed at the start.
+
+    Attributes:
+        order: (gates, parts) int64, the units of each gate, for a group with parts; else None.
     """
+
+    order: Tensor | None
 
     def __init__(self, group: Group, drop_rate: float = 0.01, device: torch.device | None = None) -> None:
         super().__init__(group)
-        self.gates = HardConcrete.closed_with((group.units,), drop_rate, device)
+        parts = None if group.parts is None else torch.from_numpy(group.parts).to(device)
+        self.register_buffer("order", None if parts is None else parts.t().contiguous())
+        count = group.units if group.parts is None else group.parts.shape[1]
+        self.gates = HardConcrete.closed_with((count,), drop_rate, device)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The value of each unit from those of the gates, (units,)."""
+        if self.order is None:
+            return values
+        return values[:, None].expand(self.order.shape).reshape(-1)[torch.argsort(self.order.reshape(-1))]
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """See `GroupGates`."""
-        return self.gates.sample(generator)
+        return self.spread(self.gates.sample(generator))
 
     def soft(self) -> Tensor:
         """See `GroupGates`."""
-        return self.gates.soft()
+        return self.spread(self.gates.soft())
 
     def deterministic(self) -> Tensor:
         """See `GroupGates`; layers and hidden channels are 0 or 1.
@@ -97,16 +114,23 @@ class UnitGates(GroupGates):
         Half a layer cannot be folded into weights, nor can half a hidden channel into a table that is also the output
         projection.
         """
-        values = self.gates.deterministic(self.group.least)
+        of_one = 1 if self.order is None else self.order.shape[1]
+        values = self.spread(self.gates.deterministic(-(-self.group.least // of_one)))
         return values if self.group.masked == "consumers" else (values > 0).to(values.dtype)
 
     def open_units(self) -> OpenUnits:
         """See `GroupGates`."""
-        return independent_units(self.group, self.gates.open_probability())
+        return independent_units(self.group, self.spread(self.gates.open_probability()))
 
     def start_from(self, scores: Tensor, count: float, spread: float = 4.0) -> None:
         """See `GroupGates`."""
         _require_scores(self.group, scores)
+        if self.order is not None:
+            scores = scores.detach().to(self.order.device)
+            natural = torch.sort(self.order, dim=0).values
+            rank = torch.argsort(scores[natural], dim=0, descending=True, stable=True)
+            self.order.copy_(torch.gather(natural, 0, rank))
+            scores, count = scores[self.order].sum(1), count / self.order.shape[1]
         self.gates.log_alpha.data.copy_(ranked_log_alpha(scores, count, spread))
 
 
@@ -120,9 +144,9 @@ class HeadGates(GroupGates):
         drop_rate: probability of each query head to be closed at the start.
 
     Attributes:
-        kv: a gate for each KV head, or None.
+        kv: a gate for each KV head, or for one of each part; or None.
         slots: a gate for each place, or None.
-        order: (KV heads, places) int64, the query head at each place.
+        order: (KV heads, places) int64, the query head at each place; with parts (KV heads of one, places, parts).
 
     Raises:
         PlanError: the KV heads serve different numbers of query heads.
@@ -142,22 +166,32 @@ class HeadGates(GroupGates):
         members = [group.heads_of(kv) for kv in range(group.kv_heads)]
         if len(set(map(len, members))) > 1:
             raise PlanError(f"{group.name}: its KV heads serve different numbers of query heads; gates cannot be legal")
-        self.register_buffer("order", torch.tensor(members, dtype=torch.int64, device=device))
-        sets, places = self.order.shape
+        order = torch.tensor(members, dtype=torch.int64, device=device)
+        if group.kv_parts is not None:
+            order = order[torch.from_numpy(group.kv_parts).to(device)].permute(1, 2, 0).contiguous()
+        self.register_buffer("order", order)
+        sets, places = self.shape
         wants_kv = places == 1 or (sets > 1 and scheme != "slots")
         wants_slots = places > 1 and (sets == 1 or scheme != "kv")
         rate = 1 - (1 - drop_rate) ** 0.5 if wants_kv and wants_slots else drop_rate
         self.kv = HardConcrete.closed_with((sets,), rate, device) if wants_kv else None
         self.slots = HardConcrete.closed_with((places,), rate, device) if wants_slots else None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many KV heads (of a part) and places have values of their own."""
+        return self.order.shape[0], self.order.shape[1]
+
     def spread(self, kv: Tensor | None, slots: Tensor | None) -> Tensor:
         """The value of each query head from those of KV heads and places, (units,)."""
-        sets, places = self.order.shape
+        sets, places = self.shape
         like = kv if kv is not None else slots
         assert like is not None
         kv = like.new_ones(sets) if kv is None else kv
         slots = like.new_ones(places) if slots is None else slots
         grid = kv[:, None] * slots[None, :]
+        if self.order.dim() == 3:
+            grid = grid[..., None].expand(self.order.shape)
         return grid.reshape(-1)[torch.argsort(self.order.reshape(-1))]
 
     def _parts(self) -> tuple[HardConcrete | None, HardConcrete | None]:
@@ -183,6 +217,11 @@ class HeadGates(GroupGates):
             return OpenUnits(units)
         anywhere = units.new_ones(()) if slots is None else 1 - (1 - slots).prod()
         sets = anywhere.expand(self.order.shape[0]) if kv is None else kv * anywhere
+        if self.group.kv_parts is not None:
+            first = self.order[:, 0]  # (KV heads of one, parts): which KV heads have the gate
+            assert self.group.sharing is not None
+            named = torch.from_numpy(self.group.sharing).to(sets.device)[first]
+            sets = sets[:, None].expand(named.shape).reshape(-1)[torch.argsort(named.reshape(-1))]
         return OpenUnits(units, sets)
 
     def start_from(self, scores: Tensor, count: float, spread: float = 4.0) -> None:
@@ -191,8 +230,13 @@ class HeadGates(GroupGates):
         scores = scores.detach().to(self.order.device)
         natural = torch.sort(self.order, dim=1).values
         rank = torch.argsort(scores[natural], dim=1, descending=True, stable=True)
-        self.order.copy_(torch.gather(natural, 1, rank))
-        grid = scores[self.order]
+        order = torch.gather(natural, 1, rank)
+        grid = scores[order]
+        if order.dim() == 3:  # the best KV heads of each part have the first gate, and so on
+            best = torch.argsort(grid.sum(1), dim=0, descending=True, stable=True)
+            order = torch.gather(order, 0, best[:, None].expand(order.shape))
+            grid, count = scores[order].sum(2), count / order.shape[2]
+        self.order.copy_(order)
         sets, places = grid.shape
         share = count / (sets * places)
         each = share**0.5 if self.kv is not None and self.slots is not None else share

@@ -89,15 +89,22 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def front_end(loaded: LoadedModel, watch: Stopwatch) -> Program:
-    """Trace a loaded model, lift its projections and locate what can be pruned."""
+def front_end(loaded: LoadedModel, watch: Stopwatch, *, hold_zeros: bool = False) -> Program:
+    """Trace a loaded model, lift its projections and locate what can be pruned.
+
+    Args:
+        loaded: the model; masks of pruned weights that its checkpoint has are held.
+        watch: gets the seconds of tracing.
+        hold_zeros: whether zeros without a mask are held too (see `fxprune.passes.lift_linears`).
+    """
     with watch.stage("trace"):
         program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
-    return _located(program)
+    return _located(program, hold_zeros=hold_zeros)
 
 
-def _located(program: Program) -> Program:
-    return Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+def _located(program: Program, *, hold_zeros: bool = False) -> Program:
+    options = {"lift_linears": {"hold_zeros": hold_zeros}}
+    return Pipeline([build_pass(name, options.get(name, {})) for name in LOCATE])(program).program
 
 
 def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:

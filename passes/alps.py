@@ -25,7 +25,16 @@ import numpy as np
 import torch
 
 from fxprune.errors import CalibrationError, PreconditionError, UsageError
-from fxprune.solvers import Damping, DampingRule, Prepared, Solved, finish, prepare_hessian, working_weight
+from fxprune.solvers import (
+    Damping,
+    DampingRule,
+    Prepared,
+    Solved,
+    conjugate_gradients,
+    finish,
+    prepare_hessian,
+    working_weight,
+)
 from fxprune.sparse_pass import SparsePass
 from fxprune.sparsity import keep_largest
 
@@ -37,7 +46,7 @@ if TYPE_CHECKING:
     from fxprune.gram import Gram
     from fxprune.sparsity import Sparsity
 
-__all__ = ["Alps", "AlpsPrepared", "AlpsSolver", "admm", "conjugate_gradients", "interpolate_inverse"]
+__all__ = ["Alps", "AlpsPrepared", "AlpsSolver", "admm", "interpolate_inverse"]
 
 _INTERPOLATION_ERROR = 0.1
 """Relative, of the inverse's eigenvalues; a step applies the inverse to a correction only, so that this is enough."""
@@ -109,7 +118,7 @@ class AlpsSolver:
         inverses = [_shifted_inverse(hessian, rho) for rho in self.anchors]
         return AlpsPrepared(plain.gram, plain.dead, hessian, notes=plain.notes, scale=scale, inverses=tuple(inverses))
 
-    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
         """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
         if not isinstance(prepared, AlpsPrepared):
             raise PreconditionError("alps was given what another solver prepared; use what its own prepare returns")
@@ -120,7 +129,7 @@ class AlpsSolver:
         working[:, prepared.dead] = 0
         working *= prepared.scale
         schedule = zip(self.penalties, self.coefficients, strict=True)
-        start, mask = admm(working, prepared.inverses, schedule, sparsity)
+        start, mask = admm(working, prepared.inverses, schedule, sparsity, held)
         target = working @ prepared.hessian
         solution = conjugate_gradients(start, target, prepared.hessian, mask, self.refine_steps)
         return finish(weight, solution.div_(prepared.scale), mask, prepared)
@@ -179,6 +188,7 @@ def admm(
     inverses: Sequence[Tensor],
     schedule: Iterable[tuple[float, Sequence[float]]],
     sparsity: Sparsity,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Alternate between the weights of least error and the nearest ones of the sparsity asked for.
 
@@ -190,12 +200,13 @@ def admm(
         inverses: (in, in) each, (H + rho I)^-1 at the anchors, with H the scaled Hessian.
         schedule: rho in each step, and the coefficients that make its inverse of those at the anchors.
         sparsity: of the mask.
+        held: (out, in) bool, False where the mask keeps nothing whatever comes; None for everywhere.
 
     Returns:
         D, (out, in), 0 where removed, and the mask (out, in) bool, True for kept.
     """
     state = weight.clone()
-    mask = keep_largest(state.abs(), sparsity)
+    mask = keep_largest(state.abs(), sparsity, held=held)
     inverse = torch.empty_like(inverses[0])
     previous = 0.0
     for rho, coefficients in schedule:
@@ -206,38 +217,9 @@ def admm(
         # rho (D - U) is rho T where kept and -previous T where removed, for U has to be rescaled first.
         pull = (kept * (rho + previous)).sub_(previous).mul_(state).sub_(weight, alpha=rho)
         state.mul_((1 - kept).mul_(previous / rho)).add_(weight).addmm_(pull, inverse)
-        mask = keep_largest(state.abs(), sparsity)
+        mask = keep_largest(state.abs(), sparsity, held=held)
         previous = rho
     return state.mul_(mask), mask
-
-
-def conjugate_gradients(start: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """Lower the error with the mask fixed: every row's own problem, all rows at once.
-
-    Args:
-        start: (out, in), 0 where removed.
-        target: (out, in), the dense weight times the Hessian.
-        hessian: (in, in) positive definite.
-        mask: (out, in) bool, True for kept.
-        steps: of conjugate gradients; a row that is solved stays as it is.
-
-    Returns:
-        (out, in), 0 where removed.
-    """
-    kept = mask.to(start.dtype)
-    tiny = torch.finfo(start.dtype).tiny
-    solution = start.clone()
-    residual = torch.addmm(target, start, hessian, alpha=-1).mul_(kept)
-    direction = residual.clone()
-    squared = residual.square().sum(1, keepdim=True)
-    for _ in range(steps):
-        image = direction @ hessian
-        length = squared / (direction * image).sum(1, keepdim=True).clamp_(min=tiny)
-        solution.addcmul_(length, direction)
-        residual.addcmul_(length, image.mul_(kept), value=-1)
-        before, squared = squared, residual.square().sum(1, keepdim=True)
-        direction.mul_(squared / before.clamp(min=tiny)).add_(residual)
-    return solution
 
 
 class Alps(SparsePass):

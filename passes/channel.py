@@ -244,7 +244,8 @@ class ChannelPrune(StructuredPass):
         gained = 0.0
         for group in case.groups:
             units = plan.kept_units(group)
-            if isinstance(group, AttentionGroup) or len(group.consumers) > 1 or len(units) == group.units:
+            whole = len(units) == group.units
+            if isinstance(group, AttentionGroup) or len(group.consumers) > 1 or group.parts is not None or whole:
                 continue
             ((hessian, weight),) = self._problems(case.kept_for_later[group.name], case).values()
             allowed = range(group.units) if within is None else within.kept_units(group)

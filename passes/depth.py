@@ -154,6 +154,11 @@ class DepthPrune(StructuredPass):
         """The stacks of layers."""
         return tuple(group for group in program.groups if isinstance(group, LayerGroup))
 
+    def left_alone(self, program: Program) -> dict[str, str]:
+        """The layers that cannot be left out, with the reason."""
+        events = (event for event in program.history if event.name == "locate_layers")
+        return {name: why for event in events for name, why in event.details.get("refused", {}).items()}
+
     def requires(self, program: Program) -> None:
         """There is a stack of layers, and text can be run.
 

@@ -51,7 +51,10 @@ def removal_loss(fisher: NDArray[np.float64], kept: Sequence[int]) -> float:
 
 
 def rearrange_channels(
-    fisher: NDArray[np.float64], kept: Sequence[int], allowed: Sequence[int] | None = None
+    fisher: NDArray[np.float64],
+    kept: Sequence[int],
+    allowed: Sequence[int] | None = None,
+    parts: NDArray[np.int64] | None = None,
 ) -> tuple[int, ...]:
     """Exchange units for less loss, their number unchanged: Kwon et al.'s greedy pass.
 
@@ -62,10 +65,14 @@ def rearrange_channels(
         fisher: (units, units) float64, A^T A.
         kept: the units that stay at first.
         allowed: the units that may stay; all of them by default.
+        parts: (parts, units of one); places are changed inside a part. None for no parts.
 
     Returns:
         As many units, ascending.
     """
+    part_of = np.zeros(len(fisher), dtype=np.int64)
+    if parts is not None:
+        part_of[parts] = np.arange(len(parts))[:, None]
     scores = fisher.diagonal()
     free = np.zeros(len(fisher), dtype=bool)
     free[np.arange(len(fisher)) if allowed is None else np.asarray(allowed, dtype=np.int64)] = True
@@ -75,7 +82,7 @@ def rearrange_channels(
     for unit in sorted(kept, key=lambda unit: (scores[unit], unit)):
         pull += fisher[unit]
         gone[unit] = True
-        weight = np.where(gone & free, scores - 2 * pull, np.inf)
+        weight = np.where(gone & free & (part_of == part_of[unit]), scores - 2 * pull, np.inf)
         back = int(np.argmin(weight))
         if weight[back] >= weight[unit] - _RELATIVE_GAIN * abs(weight[unit]):
             back = unit
@@ -89,8 +96,8 @@ def rearrange_heads(
 ) -> tuple[int, ...]:
     """Exchange heads for less loss: the best exchange first, until none gains; the shape of what stays is unchanged.
 
-    A query head changes places with another one of its KV head, or a kept KV head with a removed one, which then keeps
-    the best-scored heads that it may.
+    A query head changes places with another one of its KV head, or a kept KV head with a removed one of its part, which
+    then keeps the best-scored heads that it may.
 
     Args:
         group: the attention.
@@ -130,9 +137,14 @@ def _exchanges(
     for heads, possible in zip(kept_of, free_of, strict=True):
         if heads:
             yield from (((out,), (back,)) for out, back in itertools.product(heads, set(possible) - kept))
-    for heads in filter(None, kept_of):
-        for other, possible in zip(kept_of, free_of, strict=True):
-            if not other and len(possible) >= per_kv:
+    part_of = np.zeros(len(members), dtype=np.int64)
+    if group.kv_parts is not None:
+        part_of[group.kv_parts] = np.arange(len(group.kv_parts))[:, None]
+    for heads, mine in zip(kept_of, part_of, strict=True):
+        if not heads:
+            continue
+        for other, possible, part in zip(kept_of, free_of, part_of, strict=True):
+            if not other and len(possible) >= per_kv and part == mine:
                 back = sorted(possible, key=lambda head: -scores[head])[:per_kv]
                 yield tuple(heads), tuple(back)
 
@@ -166,7 +178,7 @@ class Fisher(StructuredPass):
             if isinstance(group, AttentionGroup):
                 kept[group.name] = rearrange_heads(group, fisher, start, allowed)
             else:
-                kept[group.name] = rearrange_channels(fisher, start, allowed)
+                kept[group.name] = rearrange_channels(fisher, start, allowed, group.parts)
             losses[0] += removal_loss(fisher, start) / 2
             losses[1] += removal_loss(fisher, kept[group.name]) / 2
         case.notes.setdefault("rearranged", []).append({"loss_before": losses[0], "loss_after": losses[1]})

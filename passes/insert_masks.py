@@ -147,11 +147,11 @@ class _Writer:
             assert isinstance(scores, Node)
             like = scores.meta["val"]
             mask = self.mask_of(group, self.tensors[group.slices[0].parameter])
-            axis = next(
-                a
-                for a, size in reversed(list(enumerate(like.shape)))
-                if not isinstance(size, torch.SymInt) and size == group.units
-            )
+            sizes = [None if isinstance(size, torch.SymInt) else int(size) for size in like.shape]
+            if group.parts is not None and group.units not in sizes:  # it chooses inside each part
+                mask = mask[torch.from_numpy(group.parts).to(mask.device)]
+            wide = tuple(mask.shape)
+            axis = next(a for a in reversed(range(like.dim())) if tuple(sizes[a : a + len(wide)]) == wide)
             call = self._call(f"{name}_mask", ChoiceMask(mask, axis - like.dim()), (scores,), scores)
             node.args = (call, *node.args[1:])
 

@@ -294,7 +294,8 @@ class L0Prune(StructuredPass):
             self._require_enough(program, self.scored(program), tokens[: -self.held_out][: self.fit_samples])
         precision = forward_precision(self.forward_dtype, dtype_of(program), tokens.device)
         with naming_overflow(program, tokens[: max(self.start_samples, self.fit_samples)], precision):
-            run = Run(self, program, tokens, seconds)
+            with self.saying_what_stays(program):
+                run = Run(self, program, tokens, seconds)
             finished = run.finished()
         learner = run.learner
         plan = finished.program.plan
@@ -323,7 +324,7 @@ class L0Prune(StructuredPass):
             "widths": [*widths[:-1][:: max(1, len(widths) // 40)], *widths[-1:]],
             "post": run.post,
         }
-        section = {
+        section: dict[str, Any] = {
             "method": self.name,
             "target": str(self.targets[0]),
             "removed_share": removed,
@@ -335,6 +336,8 @@ class L0Prune(StructuredPass):
             **run.notes,
             **finished.notes,
         }
+        if stays := self.left_alone(program):
+            section["left_alone"] = stays
         results = {} if description is None else {"calibration": description}
         after = finished.program.with_results(**results, structured=section)
         details = {"requested": str(self.targets[0]), "removed_share": removed, "seconds": seconds}

@@ -10,6 +10,8 @@ Before, as torch.export writes them, and after:
 Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view. Each module
 remembers which parameters it stands for (`fxprune.lifted.Origin`).
 
+Masks of pruned weights that the checkpoint has (`fxprune.weight_masks`) become the Linears' own.
+
 Refused, and left as it is:
  1. a weight that is not read straight from a parameter (computed weights);
  2. a bias that is not a parameter, or is not one-dimensional;
@@ -18,8 +20,9 @@ Refused, and left as it is:
 
 from __future__ import annotations
 
+import logging
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,12 +33,14 @@ from fxprune.errors import PostconditionError
 from fxprune.graphs import copy_graph_module, erase_dead
 from fxprune.lifted import Origin, make_grouped, make_linear
 from fxprune.pass_base import Pass, PassResult
+from fxprune.weight_masks import masks_of_projections, masks_of_zeros
 
 if TYPE_CHECKING:
     from fxprune.program import Program
 
 __all__ = ["LiftLinears", "lift_graph"]
 
+_LOGGER = logging.getLogger(__name__)
 aten = torch.ops.aten
 _TRANSPOSE = {aten.t.default, aten.numpy_T.default}
 
@@ -208,18 +213,47 @@ def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) ->
 
 
 class LiftLinears(Pass):
-    """Turn every projection into a call of an `nn.Linear` (see the module's docstring for the graph)."""
+    """Turn every projection into a call of an `nn.Linear` (see the module's docstring for the graph).
+
+    Args:
+        hold_zeros: whether zeros without a mask are held too, where they are a tenth of a weight or more: those of a
+            model that another tool has pruned, which keeps no masks. Without it a warning says where they are.
+    """
 
     name = "lift_linears"
+
+    def __init__(self, *, hold_zeros: bool = False) -> None:
+        self.hold_zeros = hold_zeros
 
     def call(self, program: Program) -> PassResult:
         """Lift; a graph without projections to lift is returned as it is."""
         lifted, names = lift_graph(program.graph_module)
         if not names:
             return PassResult(program, modified=False, details={"linears": 0})
+        details: dict[str, Any] = {"linears": len(names)}
+        masks = dict(program.weight_masks)
+        if program.source is not None and program.source.weight_masks:
+            found, others = masks_of_projections(lifted, program.source.weight_masks)
+            masks |= found
+            program = program.replace(source=replace(program.source, weight_masks=others))
+        zeros = masks_of_zeros(lifted, masks)
+        if zeros and self.hold_zeros:
+            masks |= zeros
+        elif zeros:
+            removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
+            details["zeros_without_masks"] = {"linears": list(zeros), "weights": removed}
+            _LOGGER.warning(
+                "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
+                "hold_zeros (--hold-zeros) keeps them as they are",
+                removed,
+                len(zeros),
+                next(iter(zeros)),
+            )
+        if masks:
+            details["masked_linears"] = len(masks)
         program = program.with_reference("traced", program.graph_module)
-        program = program.replace(graph_module=lifted, channels=None, groups=()).with_reference("lifted", lifted)
-        return PassResult(program, modified=True, details={"linears": len(names)})
+        program = program.replace(graph_module=lifted, channels=None, groups=(), weight_masks=masks)
+        return PassResult(program.with_reference("lifted", lifted), modified=True, details=details)
 
     def ensures(self, before: Program, after: Program) -> None:
         """No projection that could be lifted is left.

@@ -12,7 +12,8 @@ Refused, and listed in the details with the reason:
  2. heads that are not independent units (one class for several heads);
  3. heads whose units own different numbers of weights;
  4. heads that no Linear reads;
- 5. heads that a norm over all of them ties together.
+ 5. heads that a norm over all of them ties together;
+ 6. heads that layouts hold in parts in two ways at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from fxprune.groups import AttentionGroup, collect_slices, common_owner
 from fxprune.locate import NormIndex, elements_per_index, require_lifted, unique_name, with_channels
+from fxprune.parts import parts_of
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -96,8 +98,8 @@ def _sharing(channels: ChannelMap, heads: IdArray, carries: NDArray[np.bool_]) -
 
 def _owned(
     program: Program, channels: ChannelMap, sites: Sequence[tuple[AttentionSite, IdArray]]
-) -> Iterator[tuple[AttentionSite, _Slices, _Slices, IdArray | None]]:
-    """For each attention what its heads own, what they share, and which set each head shares."""
+) -> Iterator[tuple[AttentionSite, _Slices, _Slices, IdArray | None, IdArray | str | None]]:
+    """For each attention what its heads own, what they share, which set each head shares, and the parts they are in."""
     elements = elements_per_index(program)
     carries = _in_linears(channels)
     found = [_sharing(channels, classes, carries) for _, classes in sites]
@@ -106,8 +108,10 @@ def _owned(
     own = collect_slices(channels, [classes for _, classes in sites], elements)
     sets = [(classes, set_of) for (_, classes, set_of), useful in zip(found, whole, strict=True) if useful]
     shared = iter(collect_slices(channels, [c for c, _ in sets], elements, [s for _, s in sets]))
-    for (site, _), slices, (sharing, _, _), useful in zip(sites, own, found, whole, strict=True):
-        yield site, slices, next(shared) if useful else (), sharing if useful else None
+    sharing = [s if useful else None for (s, _, _), useful in zip(found, whole, strict=True)]
+    parts = parts_of(channels, [classes for _, classes in sites], sharing)
+    for (site, _), slices, mine, part in zip(sites, own, sharing, parts, strict=True):
+        yield site, slices, () if mine is None else next(shared), mine, part
 
 
 class LocateAttention(Pass):
@@ -140,16 +144,23 @@ class LocateAttention(Pass):
                 refused[site.module or site.node] = reason
         kept = tuple(group for group in program.groups if not isinstance(group, AttentionGroup))
         groups: list[AttentionGroup] = []
-        for site, slices, shared, sharing in _owned(program, channels, sites):
+        for site, slices, shared, sharing, parts in _owned(program, channels, sites):
             if slices is None or shared is None:
                 refused[site.module or site.node] = "its heads own different numbers of weights"  # refusal 3
                 continue
             if not any(s.consumes for s in slices):
                 refused[site.module or site.node] = "no Linear reads its heads"  # refusal 4
                 continue
+            if isinstance(parts, str):
+                refused[site.module or site.node] = parts  # refusal 6
+                continue
             head_dim = next(s.per_unit for s in slices if s.consumes)
             owner = common_owner([s.parameter for s in (*slices, *shared) if s.role])
             name = unique_name(owner, AttentionGroup.kind, (*kept, *groups))
-            groups.append(AttentionGroup(name, len(groups), slices, shared, sharing, head_dim=head_dim, node=site.node))
+            groups.append(
+                AttentionGroup(
+                    name, len(groups), slices, shared, sharing, parts=parts, head_dim=head_dim, node=site.node
+                )
+            )
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

@@ -33,6 +33,7 @@ from fxprune.locate import (
     unique_name,
     with_channels,
 )
+from fxprune.parts import parts_of
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -48,9 +49,23 @@ __all__ = ["LocateExperts"]
 
 
 def _per_token(sites: Sequence[NormSite], nodes: Mapping[str, Node]) -> int:
-    """The largest k of a top-k among the experts."""
+    """The largest k of some top-ks."""
     counts = (nodes[site.node].args[1] for site in sites if site.kind == "topk")
     return max((count for count in counts if isinstance(count, int)), default=1)
+
+
+def _per_part(
+    channels: ChannelMap, classes: IdArray, sites: Sequence[NormSite], nodes: Mapping[str, Node], per_token: int
+) -> int:
+    """How many experts of each part must stay: what is chosen inside it, and a token's share of the parts it sees."""
+    speakers = np.unique(channels.needs[classes].indices)  # what is chosen inside a part speaks for it
+    among = [
+        site
+        for site in channels.norms
+        if site.choice and site.rows is None and np.isin(channels.class_of[site.ids], speakers).all()
+    ]
+    seen = min((_per_token([site], nodes) for site in among if site.kind == "topk"), default=1)
+    return max(_per_token(sites, nodes), -(-per_token // seen))
 
 
 class LocateExperts(Pass):
@@ -89,7 +104,7 @@ class LocateExperts(Pass):
         norms, nodes = NormIndex(channels), {node.name: node for node in program.graph_module.graph.nodes}
         groups: list[ExpertGroup] = []
         slices_of = collect_slices(channels, candidates, elements_per_index(program))
-        for classes, slices in zip(candidates, slices_of, strict=True):
+        for classes, slices, parts in zip(candidates, slices_of, parts_of(channels, candidates), strict=True):
             sites = norms.over(classes, together=True)
             reason = pinned_reason(channels, classes)
             if reason is None and slices is None:
@@ -100,14 +115,22 @@ class LocateExperts(Pass):
                 reason = "its experts are normalised together"
             if reason is None and not channels.source[classes].all():
                 reason = "something else needs its experts"
+            if reason is None and isinstance(parts, str):
+                reason = parts
             owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
-            if reason is not None or slices is None:
+            if reason is not None or slices is None or isinstance(parts, str):
                 refused[f"{owner or 'model'}: {len(classes)} experts"] = str(reason)
                 continue
             name = unique_name(owner, ExpertGroup.kind, (*known, *groups))
             choices = tuple(site.node for site in sites)
-            per_token = _per_token(sites, nodes)
-            groups.append(ExpertGroup(name, len(groups), slices, per_token=per_token, choices=choices))
+            per_token = _per_token([site for site in sites if site.rows is None], nodes)
+            inside = [site for site in sites if site.rows is not None]
+            per_part = _per_part(channels, classes, inside, nodes, per_token) if inside else 1
+            groups.append(
+                ExpertGroup(
+                    name, len(groups), slices, parts=parts, per_token=per_token, choices=choices, per_part=per_part
+                )
+            )
         return groups
 
     def _channels(
@@ -127,8 +150,10 @@ class LocateExperts(Pass):
         tensors = program.graph_module.state_dict(keep_vars=True)
         groups: list[ExpertMlpGroup] = []
         slices_of = collect_slices(channels, candidates, elements_per_index(program))
-        for classes, slices in zip(candidates, slices_of, strict=True):
+        for classes, slices, parts in zip(candidates, slices_of, parts_of(channels, candidates), strict=True):
             reason = pinned_reason(channels, classes)
+            if reason is None and parts is not None:
+                reason = "a layout holds them in parts, and every expert keeps channels of its own"
             if reason is None and norms.over(classes, together=True):
                 reason = "normalised together: removing a channel changes the others"
             if reason is None and (activation[classes] < 0).any():

@@ -34,6 +34,7 @@ from fxprune.locate import (
     with_channels,
 )
 from fxprune.norms import find_rms_norm
+from fxprune.parts import parts_of
 from fxprune.pass_base import Pass, PassResult
 from fxprune.unreached import meets_width
 
@@ -93,7 +94,8 @@ class LocateHidden(Pass):
         refused: dict[str, str] = {}
         kept = tuple(group for group in program.groups if not isinstance(group, HiddenGroup))
         groups: list[HiddenGroup] = []
-        for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
+        all_slices, all_parts = collect_slices(channels, candidates, elements), parts_of(channels, candidates)
+        for classes, slices, parts in zip(candidates, all_slices, all_parts, strict=True):
             norms = norm_index.over(classes)
             reason = pinned_reason(channels, classes)  # refusal 1
             if reason is None:  # refusal 2
@@ -103,13 +105,15 @@ class LocateHidden(Pass):
                 reason = f"{outside}, which the traced sample does not reach, has an axis of them or of a multiple"
             if reason is None and slices is None:
                 reason = "its channels own different numbers of weights"  # refusal 3
+            if reason is None and isinstance(parts, str):
+                reason = parts
             owner = common_owner([s.parameter for s in slices if s.role]) if slices else ""
-            if reason is not None or slices is None:
+            if reason is not None or slices is None or isinstance(parts, str):
                 refused[f"{owner or 'model'}: {len(classes)} channels"] = str(reason)
                 continue
             name = unique_name(owner or "model", HiddenGroup.kind, (*kept, *groups))
             modules = tuple(dict.fromkeys(norm.module for norm in norms))
             multiple = _multiple(program, [s.parameter for s in slices if s.parameter in experts])
-            groups.append(HiddenGroup(name, len(groups), slices, norms=modules, multiple=multiple))
+            groups.append(HiddenGroup(name, len(groups), slices, parts=parts, norms=modules, multiple=multiple))
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

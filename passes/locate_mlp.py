@@ -10,7 +10,8 @@ Refused, and listed in the details with the reason:
  1. channels that are pinned;
  2. channels that are normalised together (removing one changes the others): sub-norms;
  3. channels without an activation between the Linears (a low-rank pair);
- 4. channels that own different numbers of weights.
+ 4. channels that own different numbers of weights;
+ 5. channels that layouts hold in parts in two ways at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fxprune.locate import (
     unique_name,
     with_channels,
 )
+from fxprune.parts import parts_of
 from fxprune.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
@@ -85,18 +87,19 @@ class LocateMlp(Pass):
         refused: dict[str, str] = {}
         kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         groups: list[Group] = []
-        for classes, slices in zip(candidates, collect_slices(channels, candidates, elements), strict=True):
+        all_slices, all_parts = collect_slices(channels, candidates, elements), parts_of(channels, candidates)
+        for classes, slices, parts in zip(candidates, all_slices, all_parts, strict=True):
             reason = _refusal(channels, classes, normed, activation)
             if slices is None:
                 refused[f"{len(classes)} channels"] = reason or "they own different numbers of weights"  # refusal 4
                 continue
             name = common_owner([s.parameter for s in slices if s.role])
-            if reason is not None:
-                refused[name or "model"] = reason
+            if reason is not None or isinstance(parts, str):
+                refused[name or "model"] = reason or str(parts)  # refusal 5
                 continue
             rows = sum(s.per_unit for s in slices if s.produces)
             op = channels.activations[activation[classes].min()].op
             name = unique_name(name, MlpGroup.kind, (*kept, *groups))
-            groups.append(MlpGroup(name, len(groups), slices, activation=op, gated=rows > 1))
+            groups.append(MlpGroup(name, len(groups), slices, parts=parts, activation=op, gated=rows > 1))
         details = {"groups": len(groups), "refused": refused}
         return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)

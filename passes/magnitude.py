@@ -34,10 +34,10 @@ class MagnitudeSolver:
             gram.require_finite()
         return Prepared(gram)
 
-    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
         """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, torch.float32)
-        return finish(weight, working, keep_largest(working.abs(), sparsity), prepared)
+        return finish(weight, working, keep_largest(working.abs(), sparsity, held=held), prepared)
 
 
 class Magnitude(SparsePass):

@@ -140,7 +140,10 @@ class Save(Pass):
             history=[event.to_json() for event in program.history],
             epsilons=_epsilons(program),
             expected=_expected(program),
-            weight_masks=masks_of_state(program.graph_module, program.weight_masks),
+            weight_masks={
+                **program.source.weight_masks,
+                **masks_of_state(program.graph_module, program.weight_masks),
+            },
             buffers={name for name, _ in program.graph_module.named_buffers(remove_duplicate=False)},
             overwrite=self.overwrite,
             max_shard_size=self.max_shard_size,

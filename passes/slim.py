@@ -4,7 +4,8 @@
     k ─ expand (…, 3, 3, …) ─ reshape (…, 9, …)             =>      k ─ expand (…, 2, 3, …) ─ reshape (…, 6, …)
 
 Linears, parameters and cache inputs become narrower, baked-in constants are rewritten, masks vanish (soft gates are
-folded into the consumer). Parameters that no unit was removed from are shared with the old graph.
+folded into the consumer). Parameters that no unit was removed from are shared with the old graph. Masks of single
+weights are cut with their weights; how many groups still hold an N:M pattern is told.
 
 Refused:
  1. a program without a plan;
@@ -14,9 +15,11 @@ Refused:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.mask_figures import pattern_figures
 from fxprune.masks import has_masks
 from fxprune.pass_base import Pass, PassResult
 from fxprune.slimming import slim_graph
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from fxprune.program import Program
 
 __all__ = ["Slim"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Slim(Pass):
@@ -55,7 +60,22 @@ class Slim(Pass):
         )
         slim = program.with_reference("unslimmed", program.graph_module)
         slim = slim.replace(graph_module=graph_module, interface=interface, channels=None, weight_masks=masks)
-        return PassResult(slim, modified=True, details={"linear_parameters": [before, _linear_parameters(slim)]})
+        details: dict[str, Any] = {"linear_parameters": [before, _linear_parameters(slim)]}
+        patterns = pattern_figures(program.graph_module, program.weight_masks, graph_module, masks)
+        if patterns:
+            details["patterns"] = patterns
+            slim = slim.with_results(mask_patterns=patterns)
+        for one in patterns:
+            if one["holding"] < one["groups"]:
+                _LOGGER.warning(
+                    "%d of %d groups still hold the pattern %s in %d Linears: channels were cut out of what they read; "
+                    "to have both, remove units first and prune weights to the pattern afterwards",
+                    one["holding"],
+                    one["groups"],
+                    one["pattern"],
+                    one["linears"],
+                )
+        return PassResult(slim, modified=True, details=details)
 
     def ensures(self, before: Program, after: Program) -> None:
         """No mask is left.

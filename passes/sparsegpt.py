@@ -61,17 +61,19 @@ class SparseGptSolver:
         """Factor the inverse Hessian; see `fxprune.solvers.prepare_hessian`."""
         return prepare_hessian(gram, self.damping, self.dtype, self.name)
 
-    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
         """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, self.dtype)
         assert prepared.dead is not None
         assert prepared.factor is not None
         working[:, prepared.dead] = 0
-        solution, mask = sweep(working, prepared.factor, sparsity, self.block_size)
+        solution, mask = sweep(working, prepared.factor, sparsity, self.block_size, held)
         return finish(weight, solution, mask, prepared)
 
 
-def sweep(weight: Tensor, factor: Tensor, sparsity: Sparsity, block_size: int = 128) -> tuple[Tensor, Tensor]:
+def sweep(
+    weight: Tensor, factor: Tensor, sparsity: Sparsity, block_size: int = 128, held: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the mask and update what stays, from the first input to the last.
 
     Args:
@@ -79,6 +81,7 @@ def sweep(weight: Tensor, factor: Tensor, sparsity: Sparsity, block_size: int = 
         factor: (in, in) upper triangular, R^T R = H^-1; same dtype and device.
         sparsity: what goes; M divides `in`.
         block_size: columns between two updates of all columns to the right.
+        held: (out, in) bool, False for weights that are gone already: they go again, and count.
 
     Returns:
         The new weight (out, in), 0 where removed, and the mask (out, in) bool, True for kept.
@@ -88,18 +91,29 @@ def sweep(weight: Tensor, factor: Tensor, sparsity: Sparsity, block_size: int = 
         block_size = -(-block_size // sparsity.m) * sparsity.m
     work = weight.T.contiguous()
     mask = torch.empty_like(work, dtype=torch.bool)
+    there = None if held is None else held.T.contiguous()
+    gone = 0 if held is None else rows * columns - int(held.sum())
+    missing = max(0, sparsity.removed(rows * columns) - gone)
+    before = 0  # weights of earlier blocks that were there
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         # Rounded at the ends of blocks, so that the counts of all blocks add up to that of the whole.
         count = sparsity.removed(rows * end) - sparsity.removed(rows * start)
         block = work[start:end]
-        error = _sweep_block(block, mask[start:end], factor[start:end, start:end], sparsity, count)
+        mine = None if there is None else there[start:end]
+        if mine is not None:
+            share, alive = missing / max(1, rows * columns - gone), int(mine.sum())
+            count = mine.numel() - alive + round(share * (before + alive)) - round(share * before)
+            before += alive
+        error = _sweep_block(block, mask[start:end], factor[start:end, start:end], sparsity, count=count, held=mine)
         if end < columns:
             work[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
     return work.mul_(mask).T.contiguous(), mask.T.contiguous()
 
 
-def _sweep_block(block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity, count: int) -> Tensor:
+def _sweep_block(
+    block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity, *, count: int, held: Tensor | None
+) -> Tensor:
     """Solve one block in place: block, mask (columns, out), factor (columns, columns) -> errors (columns, out)."""
     columns = block.shape[0]
     by_column = factor.T.contiguous()
@@ -107,7 +121,8 @@ def _sweep_block(block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity
     error = torch.empty_like(block)
     strip = _STRIP if sparsity.m is None else sparsity.m
     if sparsity.m is None:
-        removed = lowest((block * inverse_diagonal).square_(), count)
+        scores = (block * inverse_diagonal).square_()
+        removed = lowest(scores if held is None else scores.masked_fill_(~held, -1.0), count)
         torch.logical_not(removed, out=mask)
         weighted = removed * inverse_diagonal
     else:
@@ -119,7 +134,11 @@ def _sweep_block(block: Tensor, mask: Tensor, factor: Tensor, sparsity: Sparsity
             current.addmm_(by_column[first:last, :first], error[:first], alpha=-1)
         if sparsity.n is not None:
             scores = (current * inverse_diagonal[first:last]).square_()
-            mask[first:last] = keep_of_group(scores, sparsity.n)
+            if held is None:
+                mask[first:last] = keep_of_group(scores, sparsity.n)
+            else:
+                there = held[first:last]
+                mask[first:last] = keep_of_group(scores.masked_fill_(~there, -1.0), sparsity.n) & there
             torch.mul(~mask[first:last], inverse_diagonal[first:last], out=weighted[first:last])
         torch.mul(block[first], weighted[first], out=error[first])
         for i in range(first + 1, last):

@@ -38,12 +38,13 @@ class WandaSolver:
         notes = {"dead_inputs": int(dead.sum())} if bool(dead.any()) else {}
         return Prepared(gram, dead, notes=notes)
 
-    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity) -> Solved:
+    def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
         """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, torch.float32)
         assert prepared.gram is not None
         norms = prepared.gram.matrix.diagonal().to(working.device).sqrt().to(working.dtype)
-        return finish(weight, working, keep_largest(working.abs() * norms, sparsity, per_row=True), prepared)
+        mask = keep_largest(working.abs() * norms, sparsity, per_row=True, held=held)
+        return finish(weight, working, mask, prepared)
 
 
 class Wanda(SparsePass):

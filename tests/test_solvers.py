@@ -9,11 +9,11 @@ import torch
 
 from fxprune.errors import CalibrationError, PlanError, PreconditionError, UsageError
 from fxprune.gram import Gram, gram_of
-from fxprune.passes.alps import AlpsPrepared, AlpsSolver, admm, conjugate_gradients, interpolate_inverse
+from fxprune.passes.alps import AlpsPrepared, AlpsSolver, admm, interpolate_inverse
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.passes.sparsegpt import SparseGptSolver
 from fxprune.passes.wanda import WandaSolver
-from fxprune.solvers import Damping, inverse_factor, prepare_hessian
+from fxprune.solvers import Damping, conjugate_gradients, inverse_factor, prepare_hessian
 from fxprune.sparsity import Sparsity, keep_largest
 
 if TYPE_CHECKING:

@@ -343,11 +343,28 @@ def _subset(size: int, least: int = 1, multiple: int = 1) -> st.SearchStrategy[l
 
 
 @st.composite
+def _in_parts(draw: st.DrawFn, group: Group) -> list[int]:
+    """As many units of every part; of an attention whole KV heads, with as many query heads of each."""
+    parts = group.parts
+    members = [[unit] for unit in range(group.units)]
+    if isinstance(group, AttentionGroup):
+        parts, members = group.kv_parts, [group.heads_of(kv) for kv in range(group.kv_heads)]
+    assert parts is not None
+    least = -(-group.least // len(parts))
+    count, each = draw(st.integers(least, parts.shape[1])), draw(st.integers(1, len(members[0])))
+    chosen = [int(part[place]) for part in parts for place in draw(st.permutations(range(len(part))))[:count]]
+    return [members[one][place] for one in chosen for place in draw(st.permutations(range(len(members[one]))))[:each]]
+
+
+@st.composite
 def legal_plans(draw: st.DrawFn, groups: Sequence[Group], kind: str) -> Plan:
     """A legal plan for the groups of one kind, or of all; a group may be left whole."""
     kept: dict[str, list[int]] = {}
     for group in groups:
         if kind not in {group.kind, "all"} or draw(st.integers(0, 3)) == 0:
+            continue
+        if group.parts is not None:
+            kept[group.name] = draw(_in_parts(group))
             continue
         if isinstance(group, AttentionGroup):
             heads = draw(_subset(group.kv_heads))
