@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
@@ -41,7 +42,7 @@ from fxprune.manifest import (
 )
 from fxprune.mixed_config import config_class_of, mixed_config
 from fxprune.mixed_model import model_class_of, stock_model_class
-from fxprune.mixed_record import read_record
+from fxprune.mixed_record import check_overrides, read_record
 from fxprune.output import staged_directory
 from fxprune.registry import resolve
 from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, verify_headers, write_shards
@@ -186,25 +187,45 @@ def _write_config(layout: Layout, source: Source, path: Path) -> None:
     """Write `config.json`: that of a uniform model as it is, that of a mixed one with what differs."""
     config = layout.config
     if layout.kind == "mixed":
+        model_class = stock_model_class(source.model_class)
         shapes = {name: tuple(tensor.shape) for name, tensor in layout.tensors.items()}
-        config = _mixed_config(config, layout, {*layout.changed, *layout.added_biases}, shapes, path)
-        model_class = model_class_of(stock_model_class(source.model_class), type(config))
-        config = build_skeleton(model_class, config).config  # it names only the shapes that no field gives
-        config.dtype = layout.config.dtype
+        named = {*layout.changed, *layout.added_biases}
+        config = _mixed_config(build_skeleton(model_class, config), layout, named, shapes, path)
+        # Built once, it names only the shapes that no field gives.
+        config = build_skeleton(model_class_of(model_class, type(config)), config).config
     config.to_json_file(path)
 
 
 def _mixed_config(
-    config: PreTrainedConfig, said: Layout | Manifest, named: set[str], shapes: Mapping[str, Shape], path: Path | str
+    plain: PreTrainedModel, said: Layout | Manifest, named: set[str], shapes: Mapping[str, Shape], path: Path | str
 ) -> PreTrainedConfig:
-    """The configuration of a mixed model: `said` has what differs, `shapes` those of the parameters in `named`."""
+    """The configuration of a mixed model.
+
+    Args:
+        plain: the skeleton of `config.json` without what differs.
+        said: what differs.
+        named: the parameters that it names.
+        shapes: their shapes.
+        path: the file, for messages.
+    """
+    check_overrides(plain.config, said.config_overrides, str(path))
     values = {
         "overrides": dict(said.config_overrides),
-        "parameters": {name: shapes[name] for name in sorted(named) if name in shapes and len(shapes[name]) <= 2},
+        "parameters": {name: shapes[name] for name in sorted(named) if name in shapes and _is_projections(plain, name)},
         "constants": {name: dict(numbers) for name, numbers in said.constants.items()},
     }
-    mixed: PreTrainedConfig = mixed_config(config, read_record(values, str(path)), said.layer_overrides, path)
-    return mixed
+    record = read_record(values, str(path))
+    config: PreTrainedConfig = mixed_config(plain.config, record, said.layer_overrides, path)
+    return config
+
+
+def _is_projections(plain: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is the weight or the bias of a module that can be given another shape."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return attribute in {"weight", "bias"} and isinstance(plain.get_submodule(owner), nn.Linear | Conv1D)
+    except AttributeError:
+        return False
 
 
 def _write_companions(source: Source, directory: Path) -> None:
@@ -373,7 +394,7 @@ def _configure(model: PreTrainedModel, path: Path) -> None:
     """Let the configuration of a rebuilt model say what it can about it, and experts run in a way that they can."""
     if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
         model.set_experts_implementation("eager")
-    model.config.name_or_path = str(path)
+    model.config.name_or_path = model.name_or_path = str(path)  # adapters name their base by it
 
 
 def _fit(
@@ -414,7 +435,7 @@ def _fit_mixed(
             raise CheckpointError(f"{where}: config.json does not give {name} its dense shape; {again}")
     named = {*manifest.parameters, *manifest.added_biases}
     try:
-        config = _mixed_config(plain.config, manifest, named, shapes, where)
+        config = _mixed_config(plain, manifest, named, shapes, where)
         return _built(model_class_of(type(plain), type(config)), config, dtype, where)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}; {again}") from error

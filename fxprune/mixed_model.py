@@ -106,7 +106,9 @@ class MixedModelMixin:
                 continue
             return candidate
         if type(self).__name__ in (config.architectures or ()) or name.startswith(prefix or " "):
-            raise CheckpointError(f"config.json: {type(self).__name__} has no {name}; write the checkpoint again")
+            raise CheckpointError(
+                f"config.json: {type(self).__name__} has no module for {name}; write the checkpoint again"
+            )
         return None
 
     def initialize_weights(self) -> None:
