@@ -126,9 +126,8 @@ def write_genai_config(directory: str | Path, source: Source) -> Path:
 def _most(config: Any, field: str) -> int:
     """The largest value of a field that layers may have for themselves."""
     if config.is_heterogeneous:
-        return max(getattr(layer, field) for layer in config.per_layer_config)
-    value: int = getattr(config, field)
-    return value
+        return max(int(getattr(layer, field)) for layer in config.per_layer_config)
+    return int(getattr(config, field))
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from contextlib import contextmanager
-from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -24,7 +25,6 @@ from fxprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from fxprune.mixed_record import MixedRecord
 
@@ -49,8 +49,10 @@ NOT_READ = (
 """Fields that a checkpoint may not choose: a value such as `"owner/kernel"` would fetch code from the hub."""
 
 _BASE = "base_model_type"
+_EXTENDED: dict[Any, Any] = {}
+_LOCK = threading.RLock()
 _RECORD = "fxprune"
-_ONLY_OURS = {"this checkpoint needs `import fxprune`": {}}
+_ONLY_OURS: dict[str, dict[str, int]] = {"this checkpoint needs `import fxprune`": {}}
 """`per_layer_config` where no layer has fields of its own. A stock configuration class that is named explicitly does
 not look at `model_type`; this it refuses, and what it says ends in the key."""
 
@@ -164,7 +166,7 @@ class MixedConfigMixin:
                 )
             from fxprune.build_limits import check_depth  # noqa: PLC0415 - only when one is read
 
-            check_depth(values, kwargs.get("name_or_path") or "config.json")
+            check_depth(values, Path(kwargs.get("name_or_path") or "config.json"))
         values.pop(_BASE, None)
         if values.get("per_layer_config") == _ONLY_OURS:
             del values["per_layer_config"]
@@ -198,7 +200,6 @@ def _base_of(values: Mapping[str, Any]) -> type[PreTrainedConfig]:
     return found
 
 
-@cache
 def config_class_of(stock: type[PreTrainedConfig]) -> type[Any]:
     """The class of mixed models' configurations that extends a configuration class of transformers.
 
@@ -206,6 +207,14 @@ def config_class_of(stock: type[PreTrainedConfig]) -> type[Any]:
     """
     if issubclass(stock, MixedConfigMixin):
         return stock
+    with _LOCK:
+        if stock not in _EXTENDED:
+            _EXTENDED[stock] = _extend(stock)
+        extended: type[Any] = _EXTENDED[stock]
+        return extended
+
+
+def _extend(stock: type[PreTrainedConfig]) -> type[Any]:
     names = [name for name in dir(stock) if name.startswith("validate_") and callable(getattr(stock, name))]
     body: dict[str, Any] = dict.fromkeys(names, _accepts)
     body |= {

@@ -9,8 +9,8 @@ ordinary model of its base: it is trained, adapted, copied, saved and loaded by 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping  # noqa: TC003 - transformers evaluates the annotations of model classes
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fxprune.mixed_record import MixedRecord
 
 __all__ = ["MixedModelMixin", "model_class_of", "register_models", "stock_model_class"]
+
+
+_EXTENDED: dict[tuple[Any, Any], type[Any]] = {}
+_LOCK = threading.RLock()
 
 
 class MixedModelMixin:
@@ -145,11 +149,14 @@ def model_class_of(stock: type[PreTrainedModel], config_class: type[PreTrainedCo
     """
     if issubclass(stock, MixedModelMixin):
         return stock
-    return _extended(stock, config_class or config_class_of(stock.config_class))
+    key = stock, config_class or config_class_of(stock.config_class)
+    with _LOCK:
+        if key not in _EXTENDED:
+            _EXTENDED[key] = _extend(*key)
+        return _EXTENDED[key]
 
 
-@cache
-def _extended(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[Any]:
+def _extend(stock: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[Any]:
     body = {
         "__module__": __name__,
         "__qualname__": f"Slim{stock.__name__}",
