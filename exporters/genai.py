@@ -3,7 +3,7 @@
     DIR/model.onnx  genai_config.json  tokenizer.json ...     og.Model(DIR)
 
 The configuration's type is `decoder`, the runtime's form for any decoder, so nothing depends on the architecture's
-name. `num_key_value_heads` is the largest count of a layer; the runtime takes each layer's own from the graph, so
+name. Numbers of heads are the largest of a layer; the runtime takes each layer's own from the graph, so
 layers may differ. The package is optional: `pip install 'fxprune[genai]'`.
 """
 
@@ -99,7 +99,7 @@ def write_genai_config(directory: str | Path, source: Source) -> Path:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "hidden_size": config.hidden_size,
                 "head_size": max(key[3] for key in keys),
-                "num_attention_heads": config.num_attention_heads,
+                "num_attention_heads": _most(config, "num_attention_heads"),
                 "num_key_value_heads": max(key[1] for key in keys),
                 "num_hidden_layers": layers,
                 "inputs": {
@@ -119,6 +119,13 @@ def write_genai_config(directory: str | Path, source: Source) -> Path:
     path = graph.with_name(CONFIG_NAME)
     write_json(path, data)
     return path
+
+
+def _most(config: Any, field: str) -> int:
+    """The largest value of a field that layers may have for themselves."""
+    if config.is_heterogeneous:
+        return max(int(getattr(layer, field)) for layer in config.per_layer_config)
+    return int(getattr(config, field))
 
 
 def _shape(value: onnx.ValueInfoProto) -> list[int]:

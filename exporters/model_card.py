@@ -154,26 +154,33 @@ def _summary(manifest: Manifest, directory: Path, architecture: str) -> str:
     if layers:
         parts.append(f"It keeps {layers} of the dense model's layers.")
     if manifest.kind == "mixed":
-        parts.append(f"Plain `from_pretrained` cannot load it: {cell(manifest.reason)}.")
+        parts.append(f"No configuration of transformers' own describes it, fxprune does: {cell(manifest.reason)}.")
     return " ".join(parts)
 
 
 def _loading(manifest: Manifest, repo_id: str | None, architecture: str, *, tokenizer: bool) -> list[str]:
     where = repo_id or "path/to/this/directory"
-    if manifest.kind == "uniform":
-        causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not architecture.isidentifier()
+    mixed = manifest.kind == "mixed"
+    causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not architecture.isidentifier()
+    if mixed and not causal:
+        code = ["import fxprune", "", f'model = fxprune.load("{where}")']
+    else:
         loader = "AutoModelForCausalLM" if causal else architecture
         names = sorted([loader, "AutoTokenizer"] if tokenizer or causal else [loader])
         code = [
+            *(["import fxprune  # transformers then knows this kind of model", ""] if mixed else []),
             f"from transformers import {', '.join(names)}",
             "",
             f'model = {loader}.from_pretrained("{where}")',
             *([f'tokenizer = AutoTokenizer.from_pretrained("{where}")'] if "AutoTokenizer" in names else []),
         ]
-    else:
-        code = ["from fxprune.loading import load_model", "", f'loaded = load_model("{where}")']
-        code += ["model, tokenizer = loaded.model, loaded.tokenizer"]
-    more = [] if manifest.kind == "uniform" else ["", "The package is installed with `pip install fxprune`."]
+    tuned = (
+        "It is trained, adapted (LoRA) and saved like any other model; what `save_pretrained`, `Trainer` or peft's "
+        "`merge_and_unload` and `save_pretrained` write is loaded in the same way."
+    )
+    more = ["", tuned]
+    if mixed:
+        more += ["", "The package is installed with `pip install fxprune`."]
     return ["", "## How to load it", "", "```python", *code, "```", *more]
 
 

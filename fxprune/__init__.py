@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fxprune.auto_classes import install
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -52,6 +54,9 @@ def save(program: Program, out: Path | str, *, overwrite: bool = False, max_shar
 
     options = {"out": str(out), "overwrite": overwrite, "max_shard_size": max_shard_size}
     return build_pass("save", options)(program).program
+
+
+install()
 
 
 def __getattr__(name: str) -> Any:

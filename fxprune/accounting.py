@@ -257,8 +257,8 @@ def _graph_heads(module: GraphModule, outputs: Sequence[str] | None) -> Iterator
     output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
     values = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
     if outputs is not None and "logits" in outputs:
-        named = dict(zip(outputs, values, strict=True))
-        roots, named_logits = [named["logits"]], True
+        # By position: a graph with fewer layers has fewer caches among its outputs, after the logits.
+        roots, named_logits = [values[list(outputs).index("logits")]], True
     else:
         roots, named_logits = list(output.all_input_nodes), False
     for root in roots:

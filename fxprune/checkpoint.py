@@ -2,16 +2,15 @@
 
 A *uniform* checkpoint has a `config.json` that says everything: plain `from_pretrained` loads it, and so does all that
 is built on it. A *mixed* one has layers that differ, or widths, biases or numbers that the configuration class does not
-allow; its `config.json` keeps the dense widths at the slim depth, with the layers' own in `per_layer_config` where the
-class accepts them, and `fxprune.json` says the rest. Reading needs the model class, never the dense weights, pickles or
-foreign code.
+allow; its `config.json` keeps the dense widths at the slim depth, the layers' own in `per_layer_config`, and the rest
+in a record (`fxprune.mixed_config`), under a `model_type` that transformers knows once fxprune is imported.
+`fxprune.json` says all of it again, sealed. Reading needs the model class, never the dense weights, pickles or foreign
+code.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from fxprune.auto_classes import MODEL_TYPE
 from fxprune.build_limits import bounded_build
-from fxprune.config_fields import get_field, has_field, set_layer_fields
-from fxprune.constants import apply_constants, float_changes
+from fxprune.constants import apply_constants
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
-from fxprune.layout import Layout, classify, mark_config, runs_grouped, same_bits
+from fxprune.layout import Layout, classify, same_bits
+from fxprune.loading import quiet_transformers, weight_files
 from fxprune.manifest import (
     CONFIG_NAME,
+    MANIFEST_NAME,
     Manifest,
     ShapeChange,
     SourceRecord,
@@ -39,20 +41,21 @@ from fxprune.manifest import (
     versions,
     write_manifest,
 )
+from fxprune.mixed_config import config_class_of, mixed_config
+from fxprune.mixed_model import model_class_of, stock_model_class
+from fxprune.mixed_record import check_overrides, read_record
 from fxprune.output import staged_directory
 from fxprune.registry import resolve
 from fxprune.shards import hash_dense_weights, read_shapes, read_tensors, verify_hashes, verify_headers, write_shards
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
-    build_layered_skeleton,
     build_skeleton,
-    config_with,
     fill_skeleton,
     outer_lists,
     read_config,
-    resize_projections,
     resolve_model_class,
+    runs_grouped,
     state_shapes,
 )
 from fxprune.trial import ExpectedLogits, relative_error, run_once, tolerance_of, wrong_result
@@ -67,9 +70,17 @@ if TYPE_CHECKING:
     from fxprune.program import Source
     from fxprune.skeleton import Shape
 
-__all__ = ["CheckpointInfo", "ExpectedLogits", "Layout", "classify", "load", "load_skeleton", "save"]
+__all__ = [
+    "CheckpointInfo",
+    "ExpectedLogits",
+    "Layout",
+    "classify",
+    "is_mixed_directory",
+    "load",
+    "load_skeleton",
+    "save",
+]
 
-_LOGGER = logging.getLogger(__name__)
 _GENERATION_NAME = "generation_config.json"
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _MOST_TENSORS = 10_000
@@ -82,7 +93,7 @@ class CheckpointInfo:
 
     Attributes:
         directory: where.
-        kind: `"uniform"`: plain `from_pretrained` loads it. `"mixed"`: `fxprune.load` does.
+        kind: `"uniform"`: plain `from_pretrained` loads it. `"mixed"`: it does once fxprune is imported.
         reason: why it is not uniform; empty if it is.
         files: SHA-256 of each weight file.
         parameters: number of elements in the weight files.
@@ -153,11 +164,8 @@ def save(
     """
     with staged_directory(directory, overwrite=overwrite) as staging:
         layout = classify(tensors, source, epsilons, expected, buffers=buffers)
-        # Plain loading refuses other shapes, but not other numbers, and leaves out biases that it does not know: where
-        # shapes are those of config.json, it must not find the weights.
-        overlooked = layout.kind == "mixed" and not layout.changed
-        files = write_shards(layout.tensors, staging, max_shard_size, "fxprune" if overlooked else "model")
-        _write_config(layout, staging / CONFIG_NAME)
+        files = write_shards(layout.tensors, staging, max_shard_size, "model")
+        _write_config(layout, source, staging / CONFIG_NAME)
         _write_companions(source, staging)
         named = {renumbered(name, layout.kept_layers): mask for name, mask in (weight_masks or {}).items()}
         write_masks(staging, {name: mask for name, mask in named.items() if name is not None})
@@ -179,23 +187,49 @@ def save(
     )
 
 
-def _write_config(layout: Layout, path: Path) -> None:
-    """Write `config.json`, with `per_layer_config` beside the dense values if its class accepts that.
-
-    A class may refuse to be constructed with some field differing between layers (llama's validation reads the number
-    of heads globally), and there may be more to say than fields of layers. Then the record is in `fxprune.json` only: a
-    part of it would describe no model, and what cannot be constructed could not be read by anybody.
-    """
+def _write_config(layout: Layout, source: Source, path: Path) -> None:
+    """Write `config.json`: that of a uniform model as it is, that of a mixed one with what differs."""
     config = layout.config
-    if layout.layer_overrides and not layout.config_overrides and not layout.constants:
-        candidate = copy.deepcopy(config)
-        set_layer_fields(candidate, layout.layer_overrides)
-        try:
-            type(config).from_dict(candidate.to_dict())
-            config = candidate
-        except BUILD_ERRORS as error:
-            _LOGGER.info("config.json has no per_layer_config: %s refuses it (%s)", type(config).__name__, error)
+    if layout.kind == "mixed":
+        model_class = stock_model_class(source.model_class)
+        shapes = {name: tuple(tensor.shape) for name, tensor in layout.tensors.items()}
+        named = {*layout.changed, *layout.added_biases}
+        config = _mixed_config(build_skeleton(model_class, config), layout, named, shapes, path)
+        # Built once, it names only the shapes that no field gives.
+        config = build_skeleton(model_class_of(model_class, type(config)), config).config
     config.to_json_file(path)
+
+
+def _mixed_config(
+    plain: PreTrainedModel, said: Layout | Manifest, named: set[str], shapes: Mapping[str, Shape], path: Path | str
+) -> PreTrainedConfig:
+    """The configuration of a mixed model.
+
+    Args:
+        plain: the skeleton of `config.json` without what differs.
+        said: what differs.
+        named: the parameters that it names.
+        shapes: their shapes.
+        path: the file, for messages.
+    """
+    check_overrides(plain.config, said.config_overrides, str(path))
+    values = {
+        "overrides": dict(said.config_overrides),
+        "parameters": {name: shapes[name] for name in sorted(named) if name in shapes and _is_projections(plain, name)},
+        "constants": {name: dict(numbers) for name, numbers in said.constants.items()},
+    }
+    record = read_record(values, str(path))
+    config: PreTrainedConfig = mixed_config(plain.config, record, said.layer_overrides, path)
+    return config
+
+
+def _is_projections(plain: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is the weight or the bias of a module that can be given another shape."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return attribute in {"weight", "bias"} and isinstance(plain.get_submodule(owner), nn.Linear | Conv1D)
+    except AttributeError:
+        return False
 
 
 def _write_companions(source: Source, directory: Path) -> None:
@@ -246,6 +280,9 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint that `save` wrote, uniform or mixed, from its directory alone.
 
+    A directory without `fxprune.json` is loaded if transformers wrote it for a mixed model (`save_pretrained`, a
+    checkpoint of `Trainer`): there is no hash to compare then, and everything else is checked as ever.
+
     Args:
         directory: the checkpoint.
         dtype: floating dtype to convert to; by default every tensor keeps the one it was saved with.
@@ -255,15 +292,18 @@ def load(
             False takes all files as they are, for changes that were meant. `fxprune.json` must be as it was written.
 
     Returns:
-        The model in evaluation mode. The configuration of a mixed one is heterogeneous: `config.per_layer_config[i]`
-        answers for layer `i`, and reading globally what differs between layers raises. Experts whose widths the grouped
-        matrix product cannot take run one by one.
+        The model in evaluation mode. That of a mixed checkpoint is an instance of a class that extends transformers'
+        own (`fxprune.mixed_model`), which is trained, adapted and saved like any other. Its configuration is
+        heterogeneous: `config.per_layer_config[i]` answers for layer `i`, and reading globally what differs between
+        layers raises. Experts whose widths the grouped matrix product cannot take run one by one.
 
     Raises:
         CheckpointError: a file is missing, damaged, changed, or does not fit the others; the message says which.
     """
-    path, manifest = _described(directory, verify=bool(verify_hash))
     target = torch.device(device)
+    if is_mixed_directory(directory):
+        return _load_saved(Path(directory).expanduser(), dtype, target)
+    path, manifest = _described(directory, verify=bool(verify_hash))
     shapes = read_shapes(path, manifest.files)
     if verify_hash:
         verify_headers(path, manifest.headers)
@@ -284,7 +324,7 @@ def load(
     except (MemoryError, *BUILD_ERRORS) as error:
         raise CheckpointError(f"{path}: {type(model).__name__} cannot be filled with its tensors: {error}") from error
     apply_constants(model, manifest.constants)
-    _configure(model, manifest, path)
+    _configure(model, path)
     if (path / _GENERATION_NAME).exists() and model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
@@ -306,12 +346,17 @@ def load_skeleton(directory: str | Path, *, dtype: torch.dtype | None = None) ->
     Raises:
         CheckpointError: one of the two files is missing, damaged, or does not fit the other.
     """
+    if is_mixed_directory(directory):
+        path = Path(directory).expanduser()
+        with bounded_build(_MOST_TENSORS, path):
+            model_class, config = _saved_class(path)
+            return _built(model_class, config, dtype, str(path))
     path, manifest = _described(directory)
     whole = all((path / name).is_file() for name in manifest.files)
     with bounded_build(len(read_shapes(path, manifest.files)) if whole else _MOST_TENSORS, path):
         plain = _plain(path, dtype)
         model = _fit(plain, manifest, _recorded_shapes(plain, manifest, path), dtype, path)
-    _configure(model, manifest, path)
+    _configure(model, path)
     return model
 
 
@@ -352,13 +397,11 @@ def _plain(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         raise CheckpointError(f"{path / CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
 
 
-def _configure(model: PreTrainedModel, manifest: Manifest, path: Path) -> None:
+def _configure(model: PreTrainedModel, path: Path) -> None:
     """Let the configuration of a rebuilt model say what it can about it, and experts run in a way that they can."""
     if model.config._experts_implementation == "grouped_mm" and not runs_grouped(model):
         model.set_experts_implementation("eager")
-    if manifest.layer_overrides:
-        set_layer_fields(model.config, manifest.layer_overrides)
-    model.config.name_or_path = str(path)
+    model.config.name_or_path = model.name_or_path = str(path)  # adapters name their base by it
 
 
 def _fit(
@@ -397,41 +440,74 @@ def _fit_mixed(
     for name, change in manifest.parameters.items():
         if dense.get(name) != change.dense:
             raise CheckpointError(f"{where}: config.json does not give {name} its dense shape; {again}")
-    config = _overridden(plain.config, manifest.config_overrides, where)
-    try:
-        model = build_layered_skeleton(type(plain), config, manifest.layer_overrides, dtype)
-    except BUILD_ERRORS as error:
-        raise CheckpointError(f"{where}: {dict(manifest.config_overrides)}: {error}; {again}") from error
     named = {*manifest.parameters, *manifest.added_biases}
-    odd = [name for name in resize_projections(model, shapes) if name not in named]
-    if odd:
-        raise CheckpointError(f"{where}: fxprune.json does not mention the changed {odd[:4]}; {again}")
     try:
-        apply_constants(model, manifest.constants)
+        config = _mixed_config(plain, manifest, named, shapes, where)
+        return _built(model_class_of(type(plain), type(config)), config, dtype, where)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}; {again}") from error
-    numbers = float_changes(plain, model)
-    for name, values in manifest.constants.items():
-        numbers.setdefault(name, {}).update(values)
-    mark_config(model.config, {name: get_field(plain.config, name) for name in manifest.config_overrides}, numbers)
-    return model
 
 
-def _overridden(config: PreTrainedConfig, overrides: Mapping[str, Any], where: str) -> PreTrainedConfig:
-    """The configuration with the numbers that its class may refuse; what is no number of it stays out.
+def _built(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None, where: str
+) -> PreTrainedModel:
+    try:
+        return build_skeleton(model_class, config, dtype)
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"{where}: {model_class.__name__} cannot be built: {error}") from error
 
-    Fields with other values decide which code runs: a checkpoint may choose them through the configuration class only.
-    """
-    for name, value in overrides.items():
-        old = get_field(config, name)
-        allowed = {int: (int, type(None)), float: (float,)}.get(type(value), ())
-        hidden = any(part.startswith("_") for part in name.split("."))
-        if hidden or not has_field(config, name) or not isinstance(old, allowed) or isinstance(old, bool):
-            raise CheckpointError(
-                f"{where}: {type(config).__name__} has no number {name} that {value!r} could replace; restore the file "
-                "that was changed, or write the checkpoint again"
-            )
-    return config_with(config, overrides)
+
+def is_mixed_directory(directory: str | Path) -> bool:
+    """Whether transformers wrote a directory for a mixed model: it has our `model_type`, and no `fxprune.json`."""
+    path = Path(directory).expanduser()
+    if not (path / CONFIG_NAME).is_file() or (path / MANIFEST_NAME).exists():
+        return False
+    try:
+        values = json.loads((path / CONFIG_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+
+
+def _saved_class(path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """Class and configuration of a directory that transformers wrote for a mixed model."""
+    stock = read_config(path / CONFIG_NAME)
+    architecture = (stock.architectures or [None])[0]
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path / CONFIG_NAME} names no class in `architectures`; save the model again")
+    model_class = resolve_model_class(stock, architecture)
+    values = json.loads((path / CONFIG_NAME).read_bytes())
+    config_class = config_class_of(type(stock))
+    try:
+        config: PreTrainedConfig = config_class.from_dict(values, name_or_path=str(path))
+    except BUILD_ERRORS as error:
+        raise CheckpointError(f"{path / CONFIG_NAME} cannot be used: {error}; save the model again") from error
+    return model_class_of(model_class, config_class), config
+
+
+def _load_saved(path: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """Load what transformers wrote for a mixed model, the way that transformers does, with its weights all there."""
+    files = weight_files(path)
+    with bounded_build(len(read_shapes(path, [file.name for file in files])), path):
+        model_class, config = _saved_class(path)
+        try:
+            with quiet_transformers():
+                model, info = model_class.from_pretrained(
+                    path,
+                    config=config,
+                    dtype=dtype or "auto",
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except (OSError, *BUILD_ERRORS) as error:
+            raise CheckpointError(f"{path}: {model_class.__name__} cannot be loaded: {error}") from error
+    odd = {what: sorted(info[what]) for what in ("missing_keys", "unexpected_keys") if info[what]}
+    if odd:
+        details = "; ".join(f"{what.replace('_', ' ')} {names[:4]}" for what, names in odd.items())
+        raise CheckpointError(f"{path}: config.json and the weights do not belong together: {details}")
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> set[str]:
@@ -449,16 +525,17 @@ def _prove(staging: Path, layout: Layout, source: Source, expected: ExpectedLogi
     model = load(staging, verify_hash="headers")
     _compare(model, layout, source, "fxprune.load", proved=expected is not None)
     _compute(model, layout, expected, "fxprune.load")
-    if layout.kind == "uniform":
-        del model
-        model_class: Any = source.model_class
-        try:
-            with _no_progress_bars():
-                plain = model_class.from_pretrained(staging, local_files_only=True, use_safetensors=True)
-        except (OSError, *BUILD_ERRORS) as error:
-            raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
-        _compare(plain, layout, source, "from_pretrained", proved=expected is not None)
-        _compute(plain, layout, expected, "from_pretrained")
+    model_class: Any = type(model)
+    del model
+    if len({tensor.dtype for tensor in layout.tensors.values() if tensor.is_floating_point()}) > 1:
+        return  # `from_pretrained` converts all to one, as it does with any model
+    try:
+        with _no_progress_bars():
+            plain = model_class.from_pretrained(staging, local_files_only=True, use_safetensors=True)
+    except (OSError, *BUILD_ERRORS) as error:
+        raise CheckpointError(f"{model_class.__name__}.from_pretrained refuses the checkpoint: {error}") from error
+    _compare(plain, layout, source, "from_pretrained", proved=expected is not None)
+    _compute(plain, layout, expected, "from_pretrained")
 
 
 def _compute(model: PreTrainedModel, layout: Layout, expected: ExpectedLogits | None, how: str) -> None:
@@ -482,7 +559,7 @@ def _compare(model: PreTrainedModel, layout: Layout, source: Source, how: str, *
     Tables that the class computes itself are no weights: they may have been cast, and the class may change them while
     it runs. With `proved`, the logits say whether they are right.
     """
-    classes = (type(model), source.model_class)
+    classes = (stock_model_class(type(model)), stock_model_class(source.model_class))
     if classes[0] is not classes[1]:
         raise CheckpointError(f"{how} gave a {classes[0].__name__}, not a {classes[1].__name__}")
     state: dict[str, Tensor] = model.state_dict()

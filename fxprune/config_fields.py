@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 __all__ = [
     "fields_of",
@@ -20,9 +20,10 @@ __all__ = [
     "has_field",
     "nested_configs",
     "path_of",
+    "readable",
     "set_field",
-    "set_layer_fields",
     "values_with",
+    "with_values",
 ]
 
 
@@ -81,29 +82,27 @@ def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:
     setattr(owner, last, value)
 
 
-def set_layer_fields(config: PreTrainedConfig, layers: Mapping[int, Mapping[str, Any]]) -> None:
-    """Let a configuration answer for each layer with the fields that are its own.
-
-    Args:
-        config: it is changed, or what is nested in it where the names say so.
-        layers: fields with their values by layer index.
-    """
-    owners = dict.fromkeys(name.rpartition(".")[0] for fields in layers.values() for name in fields)
-    for path in owners:
-        owner = get_field(config, path) if path else config
-        owner.per_layer_config = {
-            index: {name.rpartition(".")[2]: value for name, value in fields.items() if name.rpartition(".")[0] == path}
-            for index, fields in layers.items()
-        }
-
-
 def values_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as `config.json` has it, with some fields changed, for its class's `from_dict`."""
-    values: dict[str, Any] = copy.deepcopy(config.to_dict())
+    return with_values(config.to_dict(), overrides)
+
+
+def with_values(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the content of a `config.json` with some fields changed, by their dotted names."""
+    changed: dict[str, Any] = copy.deepcopy(dict(values))
     for name, value in overrides.items():
         *path, last = name.split(".")
-        place = values
+        place = changed
         for part in path:
             place = place[part]
         place[last] = value
-    return values
+    return changed
+
+
+def readable(values: Mapping[str, Any], not_read: Collection[str]) -> dict[str, Any]:
+    """The content of a `config.json`, nested configurations included, without fields that it may not choose."""
+    return {
+        key: readable(value, not_read) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in not_read
+    }

@@ -29,12 +29,15 @@ from fxprune.constants import (
     differences,
     epsilon_attributes,
     find_float_fields,
+    float_changes,
     numbers_of,
 )
 from fxprune.constants import expected as numbers_expected
 from fxprune.depth import kept_layers, reduce_depth, renumbered
 from fxprune.errors import CheckpointError
 from fxprune.head_counts import find_head_counts
+from fxprune.mixed_config import is_mixed, stock_config
+from fxprune.mixed_model import model_class_of, stock_model_class
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
@@ -42,6 +45,7 @@ from fxprune.skeleton import (
     build_skeleton,
     config_with,
     fill_skeleton,
+    is_aligned,
     resize_projections,
     resolve_model_class,
     state_shapes,
@@ -59,12 +63,10 @@ if TYPE_CHECKING:
     from fxprune.skeleton import Shape
     from fxprune.trial import ExpectedLogits
 
-__all__ = ["Layout", "classify", "mark_config", "runs_grouped", "same_bits"]
+__all__ = ["Layout", "classify", "same_bits"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONSTANT = re.compile(r"(?:.*\.)?lifted_tensor_\d+")
-_GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
-_MARK = "fxprune"
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def classify(
             expressed neither by it nor by a narrower `nn.Linear`, a number can be set nowhere, or no layout gives the
             expected logits. The message names layers, modules and parameters.
     """
-    model_class: type[PreTrainedModel] = source.model_class
-    config, carried = _unmarked(config_with(source.config, {}))
+    model_class: type[PreTrainedModel] = stock_model_class(source.model_class)
+    config = config_with(stock_config(source.config), {})
     if resolve_model_class(config, model_class.__name__) is not model_class:
         raise CheckpointError(
             f"{model_class.__qualname__} from {model_class.__module__} is not transformers' own class of this name; a "
@@ -149,7 +151,7 @@ def classify(
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{model_class.__name__} cannot be built from the source's config: {error}") from error
     tensors = _without_constants(tensors, dense, buffers)
-    new_numbers = _new_numbers(tensors, dense, epsilons or {}, carried)
+    new_numbers = _new_numbers(tensors, dense, epsilons or {}, _carried(source, dense))
     kept = kept_layers(tensors, dense)
     gone = [name for name in epsilons or {} if renumbered(name, kept) is None]
     if gone:
@@ -226,22 +228,13 @@ def _not_plain(given: Mapping[str, Tensor], changed: Mapping[str, tuple[Shape, S
     dtypes = sorted({str(tensor.dtype) for tensor in given.values() if tensor.is_floating_point()})
     if len(dtypes) != 1:
         return f"tensors have several dtypes: {', '.join(dtypes)}"
-    narrow = [name for name, (old, new) in changed.items() if old[-1] != new[-1] and not _is_aligned(given[name])]
+    narrow = [name for name, (old, new) in changed.items() if old[-1] != new[-1] and not is_aligned(given[name])]
     if narrow:
         return (
-            f"rows of {narrow[0]} are no multiple of {_GROUPED_ALIGNMENT} bytes, which the grouped matrix product that "
+            f"rows of {narrow[0]} are no multiple of 16 bytes, which the grouped matrix product that "
             "transformers chooses for experts needs; fxprune.load chooses another one"
         )
     return ""
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.dim() != 3 or tensor.shape[-1] * tensor.element_size() % _GROUPED_ALIGNMENT == 0
-
-
-def runs_grouped(model: PreTrainedModel) -> bool:
-    """Whether the rows of all expert weights of a model have the strides that grouped matrix products need."""
-    return all(_is_aligned(parameter) for parameter in model.parameters())
 
 
 def _objection(wanted: Numbers, model: PreTrainedModel) -> str:
@@ -253,31 +246,16 @@ def _objection(wanted: Numbers, model: PreTrainedModel) -> str:
     return problem
 
 
-def mark_config(
-    config: PreTrainedConfig, overrides: Mapping[str, Any], constants: Mapping[str, Mapping[str, float | int]]
-) -> None:
-    """Note on the configuration of a loaded model what it cannot say, so that the model can be slimmed and saved again.
-
-    Args:
-        config: the configuration with the overrides, as the model uses it; it is changed.
-        overrides: the overrides, with the values that the configuration class accepts.
-        constants: the numbers of modules that are not those of the configuration with the accepted values.
-    """
-    if overrides or constants:
-        setattr(config, _MARK, {"accepted": dict(overrides), "constants": {k: dict(v) for k, v in constants.items()}})
-
-
-def _unmarked(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Constants]:
-    """The configuration as its class accepts it, and the numbers that were set on the modules of its model."""
-    mark = getattr(config, _MARK, None)
-    if mark is None:
-        return config, {}
-    delattr(config, _MARK)
-    floats = {
-        name: {attribute: value for attribute, value in values.items() if type(value) is float}
-        for name, values in mark["constants"].items()
-    }
-    return config_with(config, mark["accepted"]), floats
+def _carried(source: Source, dense: PreTrainedModel) -> Constants:
+    """The floats with which a source that is a mixed model differs already from what its class derives."""
+    if not is_mixed(source.config):
+        return {}
+    config = copy.deepcopy(source.config)
+    slim = build_skeleton(model_class_of(type(dense), type(config)), config, torch.float32)
+    numbers = float_changes(dense, slim)
+    for name, values in config.slim_record.constants.items():
+        numbers.setdefault(name, {}).update({key: value for key, value in values.items() if type(value) is float})
+    return numbers
 
 
 def _without_constants(

@@ -27,9 +27,11 @@ from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from fxprune.auto_classes import MODEL_TYPE
 from fxprune.build_limits import check_depth
-from fxprune.config_fields import get_field, has_field, nested_configs, path_of, set_field
+from fxprune.config_fields import get_field, has_field, nested_configs, path_of, readable, set_field
 from fxprune.errors import CheckpointError
+from fxprune.mixed_config import NOT_READ, is_mixed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,14 +46,17 @@ __all__ = [
     "build_layered_skeleton",
     "build_skeleton",
     "config_with",
+    "construct_layers",
     "fill_skeleton",
     "initialize_buffers",
+    "is_aligned",
     "layer_config_path",
     "layer_list",
     "outer_lists",
     "read_config",
     "resize_projections",
     "resolve_model_class",
+    "runs_grouped",
     "state_shapes",
 ]
 
@@ -71,20 +76,13 @@ BUILD_ERRORS = (
 
 # Taken from the model's own configuration every time a block runs, because users switch them on the model.
 _FOLLOWED = ("_attn_implementation", "_experts_implementation")
-# A checkpoint may not choose them: a value such as "owner/kernel" would fetch code from the hub.
-_NOT_READ = (
-    "attn_implementation",
-    "_attn_implementation",
-    "experts_implementation",
-    "_experts_implementation",
-    "per_layer_config",
-    "auto_map",
-    "fxprune",
-)
+# Not the dense configuration's own: what kernels run is not for a checkpoint to choose, and layers have other readers.
+_NOT_READ = (*NOT_READ, "per_layer_config", "fxprune", "base_model_type")
+_GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """Read a `config.json` whose model type transformers knows; per-layer records in it are left out.
+    """Read a `config.json` whose model type transformers knows; what it says of a mixed model is left out.
 
     Args:
         path: the file.
@@ -99,26 +97,19 @@ def read_config(path: Path) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); write the checkpoint again") from error
     model_type = values.get("model_type") if isinstance(values, dict) else None
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if model_type == MODEL_TYPE:
+        model_type = values.get("base_model_type")
+    if not isinstance(model_type, str) or model_type == MODEL_TYPE or model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
             "comes with a checkpoint is never run)"
         )
-    values = _readable(values)
+    values = readable(values, _NOT_READ) | {"model_type": model_type}
     check_depth(values, path)
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{path}: the configuration class refuses these values: {error}") from error
-
-
-def _readable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json`, or what is nested in it, without what a checkpoint may not choose."""
-    return {
-        key: _readable(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if key not in _NOT_READ
-    }
 
 
 def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel]:
@@ -167,7 +158,7 @@ def build_skeleton(
 
     Args:
         model_class: the class.
-        config: its configuration; the model gets a copy.
+        config: its configuration; the model gets a copy, without per-layer fields unless it is a mixed model's.
         dtype: floating dtype of parameters and buffers; by default the configuration's, else float32.
 
     Returns:
@@ -176,7 +167,7 @@ def build_skeleton(
     Raises:
         One of `BUILD_ERRORS`: the class cannot be built from this configuration.
     """
-    config = config_with(config, {})
+    config = copy.deepcopy(config) if is_mixed(config) else config_with(config, {})
     with torch.device("meta"), hf_init.no_init_weights():
         # The method behind AutoModel.from_config, which would choose the class itself.
         model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
@@ -245,10 +236,14 @@ class _FollowModel:
         self.layer_config = layer_config
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
-        for name in _FOLLOWED:
-            value = getattr(self.model_config, name, None)
-            if getattr(self.layer_config, name, None) != value:
-                setattr(self.layer_config, name, value)
+        _follow(self.model_config, self.layer_config)
+
+
+def _follow(model_config: PreTrainedConfig, layer_config: PreTrainedConfig) -> None:
+    for name in _FOLLOWED:
+        value = getattr(model_config, name, None)
+        if getattr(layer_config, name, None) != value:
+            setattr(layer_config, name, value)
 
 
 def build_layered_skeleton(
@@ -280,34 +275,57 @@ def build_layered_skeleton(
     plain = build_skeleton(model_class, config, dtype)
     if not overrides:
         return plain
+    # The plain model's configuration: the kernels are resolved in it.
+    return construct_layers(plain, plain.config, overrides, lambda: build_skeleton(model_class, plain.config, dtype))
+
+
+def construct_layers(
+    plain: PreTrainedModel,
+    config: PreTrainedConfig,
+    overrides: Mapping[int, Mapping[str, int]],
+    construct: Callable[[], PreTrainedModel],
+) -> PreTrainedModel:
+    """Construct a model whose layers have configurations of their own.
+
+    Args:
+        plain: the model without them, on the meta device: it shows where the layers are.
+        config: the configuration that the model is constructed with.
+        overrides: for each layer index that differs, configuration fields with their values.
+        construct: constructs it.
+
+    Returns:
+        What `construct` returns.
+
+    Raises:
+        CheckpointError: the layers cannot be found, an index or a field does not exist, or the class refuses an
+            override.
+    """
+    class_name = type(plain).__name__
     name = layer_list(plain)
     if name is None:
-        raise CheckpointError(f"{model_class.__name__} has no single list of layers, so layers cannot be overridden")
+        raise CheckpointError(f"{class_name} has no single list of layers, so layers cannot be overridden")
     blocks = list(plain.get_submodule(name).children())
     for index, fields in overrides.items():
         if not 0 <= index < len(blocks) or not all(has_field(plain.config, field) for field in fields):
             raise CheckpointError(
-                f"layer override {index}: {dict(fields)} does not fit {type(config).__name__} with {len(blocks)} "
+                f"layer override {index}: {dict(fields)} does not fit {type(plain.config).__name__} with {len(blocks)} "
                 "layers; config.json and fxprune.json do not belong together"
             )
     built: list[nn.Module] = []
     try:
-        # The plain model's configuration: the kernels are resolved in it.
-        configs = [config_with(plain.config, overrides.get(index, {})) for index in range(len(blocks))]
+        configs = [config_with(config, overrides.get(index, {})) for index in range(len(blocks))]
         path = layer_config_path(plain)
         if path:
             configs = [get_field(each, path) for each in configs]
         with _constructing({type(block) for block in blocks}, configs, built):
-            model = build_skeleton(model_class, plain.config, dtype)
+            model = construct()
     except BUILD_ERRORS as error:
         index = max(len(built) - 1, 0)
         fields = dict(overrides.get(index, {}))
-        raise CheckpointError(
-            f"{name}.{index}: {model_class.__name__} cannot be built with {fields}: {error}"
-        ) from error
+        raise CheckpointError(f"{name}.{index}: {class_name} cannot be built with {fields}: {error}") from error
     layers = list(model.get_submodule(name).children())
     if len(built) != len(layers) or any(block is not layer for block, layer in zip(built, layers, strict=True)):
-        raise CheckpointError(f"{model_class.__name__} does not construct the blocks of {name} one by one, in order")
+        raise CheckpointError(f"{class_name} does not construct the blocks of {name} one by one, in order")
     own = get_field(model.config, path) if path else model.config
     for layer, layer_config in zip(layers, configs, strict=True):
         layer.register_forward_pre_hook(_FollowModel(own, layer_config))
@@ -334,6 +352,9 @@ def _constructing(
                 return
             config = configs[len(built)]
             built.append(block)
+            for value in (*args, *kwargs.values()):
+                if type(value) is type(config):  # the model's: its kernels are resolved by now
+                    _follow(value, config)
             args = tuple(config if type(value) is type(config) else value for value in args)
             kwargs = {key: config if type(value) is type(config) else value for key, value in kwargs.items()}
             construct(block, *args, **kwargs)
@@ -350,6 +371,16 @@ def _constructing(
                 del block_class.__init__
             else:
                 block_class.__init__ = construct  # type: ignore[method-assign]
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether the rows of a tensor have the strides that grouped matrix products need, if it has three dimensions."""
+    return tensor.dim() != 3 or tensor.shape[-1] * tensor.element_size() % _GROUPED_ALIGNMENT == 0
+
+
+def runs_grouped(model: nn.Module) -> bool:
+    """Whether the rows of all expert weights of a model have the strides that grouped matrix products need."""
+    return all(is_aligned(parameter) for parameter in model.parameters())
 
 
 def resize_projections(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 
 from fxprune.calibration import calibration_set
 from fxprune.channels import get_attribute
+from fxprune.checkpoint import is_mixed_directory
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
@@ -158,7 +159,8 @@ def prune_streaming(
 
 def _refuse_mixed(directory: Path) -> None:
     """A mixed checkpoint's layers have shapes that its configuration does not say, and the graph comes from there."""
-    if (directory / MANIFEST_NAME).is_file() and read_manifest(directory).kind == "mixed":
+    written = (directory / MANIFEST_NAME).is_file() and read_manifest(directory).kind == "mixed"
+    if written or is_mixed_directory(directory):
         raise PreconditionError(f"{directory} is a mixed checkpoint, which cannot be streamed: prune it in memory")
 
 

@@ -14,8 +14,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import fxprune
 from fxprune.default_model import default_model_path
 from fxprune.errors import CheckpointError
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.plan import Plan
+from fxprune.tracing import trace
+from fxprune.workflow import LOCATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +85,22 @@ def tiny_llama_dir(
     path = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     tiny_llama.save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mixed_dir(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny Llama with other numbers of query heads, KV heads and MLP channels in each layer; read-only."""
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(trace(tiny_llama, tokenizer=tiny_tokenizer)).program
+    plan = {"model.layers.0.self_attn": (0, 2, 3, 4), "model.layers.0.mlp": range(8, 72)}
+    plan |= {"model.layers.1.self_attn": (3, 4, 5), "model.layers.1.mlp": range(48)}
+    program = Pipeline([build_pass(name, {}) for name in ("insert_masks", "slim")])(
+        program.replace(plan=Plan.of(plan))
+    ).program
+    path = tmp_path_factory.mktemp("mixed") / "mixed"
+    fxprune.save(program, path)
     return path
 
 

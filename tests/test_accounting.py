@@ -123,6 +123,7 @@ def test_head_is_found_by_data_flow(cap: float | None) -> None:
     assert lm_heads(graph) == ("projection",)
     # Without a name the cache outputs do not make the value projection a head: it feeds the attention too.
     assert lm_heads(graph, outputs=["logits", "present.0.key", "present.0.value"]) == ("projection",)
+    assert lm_heads(graph, outputs=["logits"]) == ("projection",)  # asked with the outputs of a shorter graph
     # The name decides: the value projection makes the output that is called logits here.
     assert lm_heads(graph, outputs=["other", "present.0.key", "logits"]) == ("v",)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from fxprune.checkpoint import load, load_skeleton, save
 from fxprune.errors import CheckpointError
+from fxprune.mixed_model import stock_model_class
 from fxprune.skeleton import state_shapes
 from tests.slices import (
     SMALL,
@@ -120,7 +121,8 @@ def test_reloaded_model_computes_what_the_masked_one_does(case: Case, tmp_path: 
     assert info.kind == kind
     assert (info.reason == "") == (kind == "uniform")
     loaded = load(tmp_path / "out")
-    assert type(loaded) is type(model)
+    assert stock_model_class(type(loaded)) is type(model)
+    assert (type(loaded) is type(model)) == (kind == "uniform")
     assert not loaded.training
     assert loaded.state_dict().keys() - set(tensors) <= set(json_of(tmp_path / "out")["zero_biases"])
     torch.testing.assert_close(logits(loaded), logits(reference), atol=1e-5, rtol=1e-5)
@@ -130,10 +132,10 @@ def test_reloaded_model_computes_what_the_masked_one_does(case: Case, tmp_path: 
     assert state_shapes(skeleton) == state_shapes(loaded)
     assert all(tensor.is_meta for tensor in (*skeleton.parameters(), *skeleton.buffers()))
     assert skeleton.config.to_dict() == loaded.config.to_dict()
-    if kind == "uniform":
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        torch.testing.assert_close(logits(plain), logits(loaded), atol=0, rtol=0)
-        assert text(plain) == text(reference)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(plain) is type(loaded)
+    torch.testing.assert_close(logits(plain), logits(loaded), atol=0, rtol=0)
+    assert text(plain) == text(reference)
 
 
 Written = tuple["PreTrainedModel", "dict[str, Tensor]", "Path"]
@@ -160,14 +162,17 @@ def test_mixed_config_keeps_dense_values_and_records_layers(tmp_path: Path) -> N
         "2": {"intermediate_size": 16},
     }
     assert "allow_global_per_layer_attribute_access" not in config
+    assert (config["model_type"], config["base_model_type"], config["fxprune"]) == ("fxprune", "qwen3", {"version": 1})
     with pytest.raises(RuntimeError, match="per-layer attribute"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        type(model).from_pretrained(tmp_path / "out")
 
 
-def test_plain_loading_of_a_mixed_checkpoint_is_refused(written: Written) -> None:
-    assert "per_layer_config" not in json_of(written[2], "config.json")  # LlamaConfig cannot be constructed with it
-    with pytest.raises(RuntimeError, match="mismatch"):
-        AutoModelForCausalLM.from_pretrained(written[2])
+def test_the_class_without_layers_of_their_own_refuses_a_mixed_checkpoint(written: Written) -> None:
+    record = json_of(written[2], "config.json")["fxprune"]
+    name = "model.layers.1.mlp.down_proj.bias"  # all that no field says
+    assert record == {"version": 1, "parameters": {name: [32]}}
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        type(written[0]).from_pretrained(written[2])
 
 
 def test_every_tensor_comes_back_and_buffers_are_those_of_an_ordinary_model(

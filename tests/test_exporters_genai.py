@@ -17,10 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import fxprune
 from fxprune.errors import ExportError, PreconditionError, UsageError, VerificationError
 from fxprune.exporters.genai import GenaiRunner, require_genai, write_genai_config
 from fxprune.exporters.genai_tokenizer import TokenizerComparison, compare_tokenizers
 from fxprune.exporters.ort import OrtRunner
+from fxprune.exporting import ExportRequest, run_export
 from fxprune.harness_model import RunnerLM
 from fxprune.passes.export_onnx import ExportOnnx
 from fxprune.passes.verify import Verify
@@ -100,6 +102,20 @@ def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Progr
     ]
     decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (2, 3)
+
+
+def test_a_mixed_model_that_was_saved_and_loaded(tmp_path: Path) -> None:
+    """By the command's own way: the directory is loaded, exported, and proved in the runtime."""
+    program = located("llama", **MIXED)
+    first = next(group for group in program.groups if group.kind == "attention")
+    plan = Plan.of({first.name: first.heads_of(1), "model.layers.1.mlp": range(13)})
+    fxprune.save(with_source(slimmed(program, plan), tokenizer=byte_tokenizer()), tmp_path / "slim")
+    found = run_export(str(tmp_path / "slim"), ExportRequest(tmp_path / "out", "genai"), lambda _: None)
+    assert all(rung["passed"] for rung in found["verify"])
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (6, 3)
+    runner = OrtRunner(tmp_path / "out" / "model.onnx", threads=1)
+    assert [tensor.shape[1] for tensor in runner.empty_past(1)] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize(("module", "model"), LM_EVAL)

@@ -15,6 +15,7 @@ from fxprune.errors import ExportError, UsageError, VerificationError
 from fxprune.exporters.int4 import Int4Options, quantize_graph
 from fxprune.exporters.onnx_files import check_external_data, read_graph, write_graph
 from fxprune.exporters.ort import OrtRunner, run_onnx
+from fxprune.exporting import ExportRequest, run_export
 from fxprune.runners import GraphRunner, position_ids_from_mask
 from tests.onnx_models import exported, tokens
 
@@ -126,6 +127,16 @@ def test_the_graph_computes_with_the_rounded_weights(tmp_path: Path, name: str, 
     assert any("GatherBlockQuantized" in reader for reader in readers)
     if name == "qwen3":  # tied: one table serves both
         assert "MatMulNBits, GatherBlockQuantized" in readers
+
+
+def test_a_mixed_model_that_was_saved_and_loaded(mixed_dir: Path, tmp_path: Path) -> None:
+    request = ExportRequest(tmp_path / "out", int4={"group_size": 16})
+    found = run_export(str(mixed_dir), request, lambda _: None)
+    assert all(rung["passed"] for rung in found["verify"])
+    assert 0 < found["int4"]["difference"]["mean_kl"] < 1
+    packed = arrays(tmp_path / "out" / "model.onnx")
+    groups = [packed[f"model.layers.{layer}.mlp.down_proj.weight_Q4"].shape[1] for layer in range(2)]
+    assert groups == [64 // 16, 48 // 16]
 
 
 def test_the_projection_to_the_vocabulary_is_a_choice(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fxprune.checkpoint import load
 from fxprune.errors import ExportError
 from fxprune.exporters.onnx import OnnxExport, export_onnx
 from fxprune.exporters.ort import OrtRunner, run_onnx
@@ -19,7 +20,7 @@ from fxprune.groups import AttentionGroup
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.plan import Plan
-from fxprune.runners import GraphRunner, greedy, position_ids_from_mask
+from fxprune.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
 from fxprune.tracing import trace
 from tests.families import located
 from tests.onnx_models import (
@@ -61,6 +62,17 @@ def test_onnx_runtime_equals_the_graph(name: str, fusions: str, batch: int, padd
     for ours, theirs in zip(past, expected_past, strict=True):
         visible = mask[:, None, :, None].bool().expand_as(ours)
         torch.testing.assert_close(ours[visible], theirs[visible], atol=1e-4, rtol=0)
+
+
+def test_a_mixed_model_that_was_saved_and_loaded(mixed_dir: Path, tmp_path: Path) -> None:
+    model = load(mixed_dir)
+    export = export_onnx(lifted(model), tmp_path)
+    runner = OrtRunner(export.path, threads=1)
+    assert [tensor.shape[1] for tensor in runner.empty_past(1)] == [2, 2, 1, 1]
+    ids, mask = tokens(2, 12, padding=4)
+    expected, _ = run_in_steps(EagerRunner(model), ids, mask, [8, 12])
+    logits, _ = run_in_steps(runner, ids, mask, [8, 12])
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
 def test_a_slim_program_with_other_heads_in_every_layer(tmp_path: Path) -> None:

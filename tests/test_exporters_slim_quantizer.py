@@ -14,6 +14,7 @@ from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, 
 from transformers.exporters.configs import ExportFormat
 
 import fxprune.exporters
+from fxprune.checkpoint import load
 from fxprune.errors import ExportError, PlanError, PreconditionError, UsageError
 from fxprune.exporters import SlimQuantizer
 from fxprune.passes.magnitude_units import MagnitudeUnits
@@ -136,6 +137,19 @@ def test_a_pt2_export_is_the_masked_model(pt2: Exported, tmp_path: Path) -> None
     assert all(torch.equal(tensor, pt2.weights[name]) for name, tensor in pt2.model.state_dict().items())
     assert pt2.quantizer.program is not None
     assert pt2.quantizer.program.plan == PLAN
+
+
+def test_a_mixed_model_that_was_saved_and_loaded_is_slimmed_further(mixed_dir: Path) -> None:
+    model = load(mixed_dir)
+    inputs, quantizer = sample_inputs(model), SlimQuantizer(MagnitudeUnits(ratio=0.3), model=model)
+    exported = DynamoExporter().export(model, inputs, DynamoConfig(**dynamic(inputs), quantizer=quantizer))
+    assert quantizer.program is not None
+    assert quantizer.program.plan is not None
+    assert_masked(exported.program.module(), inputs, quantizer.program)
+    shapes = {name: tuple(tensor.shape) for name, tensor in exported.program.state_dict.items()}
+    widths = [shapes[f"model.layers.{layer}.mlp.down_proj.weight"][1] for layer in range(2)]
+    assert widths == [len(quantizer.program.plan.kept[f"model.layers.{layer}.mlp"]) for layer in range(2)]
+    assert sum(widths) < 64 + 48
 
 
 def test_an_onnx_export_is_the_masked_model_and_smaller(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fxprune.batching import BatchSize
 from fxprune.errors import CalibrationError, CheckpointError, UsageError, VerificationError
+from fxprune.loading import load_model
 from fxprune.matmul import wide_products
 from fxprune.runners import EagerRunner, GraphRunner
 from fxprune.scoring import Scorer, context_length
@@ -24,6 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from fxprune.harness_model import RunnerLM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 LINES = (
@@ -97,6 +100,17 @@ def test_loglikelihoods_are_those_of_lm_eval(
         assert value == pytest.approx(other, abs=1e-4), pair
         assert greedy == other_greedy
     assert len({round(value, 3) for value, _ in found}) > len(PAIRS) - 2  # they tell requests apart
+
+
+def test_a_mixed_model_that_was_saved_and_loaded(mixed_dir: Path) -> None:
+    """In lm-eval's own class, which opens the directory with transformers, and in ours."""
+    loaded = load_model(mixed_dir)
+    requests = instances("loglikelihood", PAIRS)
+    opened = HFLM(pretrained=str(mixed_dir), batch_size=1, device="cpu", dtype="float32")
+    expected = opened.loglikelihood(requests, disable_tqdm=True)
+    assert loaded.tokenizer is not None
+    found = RunnerLM(EagerRunner(loaded.model), loaded.tokenizer).loglikelihood(requests)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
 
 def test_a_greedy_continuation_is_found_and_its_last_token(

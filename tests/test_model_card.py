@@ -61,8 +61,10 @@ def test_the_card_says_what_the_checkpoint_is_and_how_to_load_it(tmp_path: Path)
     assert "ratio=0.2" in text
     assert "/home/someone" not in text
     mixed = (written(tmp_path / "mixed", (8, 16)) / "README.md").read_text()
-    assert "load_model(" in mixed
-    assert "AutoModelForCausalLM" not in mixed
+    assert "import fxprune" in mixed
+    assert "import fxprune" not in text
+    assert "AutoModelForCausalLM.from_pretrained(" in mixed
+    assert "`save_pretrained`" in mixed
     assert "32 x 8 to 16" in mixed
 
 
@@ -134,7 +136,7 @@ def test_a_whole_checkpoint_is_uploaded_with_its_card(tmp_path: Path) -> None:
     assert set(uploaded["allow_patterns"]) == set(pushed.files) >= {"README.md", "config.json", "fxprune.json"}
     assert ".secret" not in pushed.files
     assert pushed.url == "https://hub/commit/1"
-    assert 'load_model("me/slim")' in (directory / "README.md").read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("me/slim")' in (directory / "README.md").read_text()
 
 
 def test_paths_of_this_machine_are_not_uploaded(tmp_path: Path) -> None:

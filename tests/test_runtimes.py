@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fxprune.checkpoint import load
 from fxprune.compiled import CompiledRunner
 from fxprune.errors import ExportError, UsageError
 from fxprune.exporters.report_bench import bench_markdown
@@ -109,6 +110,16 @@ def test_forms_open_in_their_runtimes(tiny_llama_dir: Path) -> None:
     with pytest.raises(UsageError, match="unknown"):
         open_in(str(graph), "tvm", threads=1)
     assert list(RUNTIMES) == ["torch", "torch.compile", "onnxruntime", "genai"]
+
+
+def test_a_mixed_model_that_was_saved_and_loaded_runs_in_every_runtime(mixed_dir: Path) -> None:
+    tokens = torch.tensor([[5, 8, 13, 21, 34]])
+    model = load(mixed_dir)
+    expected = greedy(EagerRunner(model), tokens, 4)
+    assert torch.equal(greedy(CompiledRunner(model, backend="eager"), tokens, 4), expected)
+    for runtime in ("torch", "onnxruntime"):
+        form = open_in(str(mixed_dir), runtime, threads=1)
+        assert torch.equal(greedy(form.runner, tokens, 4), expected), runtime
 
 
 def test_a_runtime_that_is_not_installed_names_its_extra(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,13 @@ def test_a_shard_with_a_wrong_hash_is_named_when_it_is_read(dense: Path, text: P
     load(tmp_path / "out")
 
 
+def test_a_mixed_model_that_transformers_saved_is_refused_too(mixed_dir: Path, text: Path, tmp_path: Path) -> None:
+    load(mixed_dir).save_pretrained(tmp_path / "saved")
+    with pytest.raises(PreconditionError, match="mixed checkpoint.*prune it in memory"):
+        prune_streaming(tmp_path / "saved", tmp_path / "out", Wanda(**options(text)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_manifest_must_know_every_shard_and_say_every_shape(dense: Path, text: Path, tmp_path: Path) -> None:
     describe(dense, "mixed")
     with pytest.raises(PreconditionError, match="mixed checkpoint.*prune it in memory"):
