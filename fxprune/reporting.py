@@ -143,6 +143,9 @@ def report_of(
         if section in program.results:
             report[section] = program.results[section]
     details = {name: program.results[name] for name in ("checkpoint", "onnx") if name in program.results}
+    if program.unreached:  # no part of the figures above: they are of what the graph computes
+        sizes = [tensor.numel() for tensor in program.unreached.values()]
+        details["unreached"] = {"tensors": len(sizes), "elements": sum(sizes), "first": next(iter(program.unreached))}
     if details:
         report["details"] = details
     return {name: value for name, value in {**report, **sections}.items() if value is not None}

@@ -92,7 +92,7 @@ def _computed(module: nn.Module) -> Iterator[tuple[str, str]]:
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
             yield f"has {kind}", f"make it a plain parameter first: torch.nn.utils.remove_{kind}(module)"
         if isinstance(hook, BasePruningMethod):
-            which = hook._tensor_name  # type: ignore[attr-defined]  # set when it was applied
+            which = hook._tensor_name
             yield f"has a {which} under torch.nn.utils.prune", f'call torch.nn.utils.prune.remove(module, "{which}")'
 
 
@@ -117,7 +117,7 @@ def unsavable_reason(model: nn.Module) -> str:
     where = f"{model_class.__qualname__} from {model_class.__module__}"
     remedy = "it can be pruned and exported, but not saved as a checkpoint: leave save out, and export the graph"
     try:
-        known = resolve_model_class(model.config, model_class.__name__)  # type: ignore[arg-type]  # it has a config
+        known = resolve_model_class(model.config, model_class.__name__)
     except CheckpointError:
         return f"transformers maps {type(model.config).__name__} to no model class called {where}; {remedy}"
     return "" if known is model_class else f"{where} is not transformers' own class of this name; {remedy}"

@@ -72,8 +72,8 @@ def without_unsavable(program: Program, pruning: Pass) -> Program:
     listed = {f"all {len(asked[kind])} groups of kind {kind}": reason for kind, reason in refused.items()}
     seconds = time.perf_counter() - start
     event = Event("ask_savable", {"kinds": list(kinds)}, modified=True, seconds=seconds, details={"refused": listed})
-    groups = tuple(group for group in program.groups if group.kind not in refused)
-    return program.replace(groups=groups, history=(*program.history, event))
+    rest = tuple(group for group in program.groups if group.kind not in refused)
+    return program.replace(groups=rest, history=(*program.history, event))
 
 
 def _first_unit(group: Group) -> IdArray:
@@ -90,7 +90,7 @@ def _expected(source: Source) -> ExpectedLogits | None:
     tokens = {"input_ids": ids} | ({"decoder_input_ids": ids} if source.config.is_encoder_decoder else {})
     for inputs in (tokens | {"attention_mask": torch.ones_like(ids)}, tokens):
         try:
-            model: PreTrainedModel = build_skeleton(source.model_class, source.config, torch.float32)  # type: ignore[arg-type]
+            model: PreTrainedModel = build_skeleton(source.model_class, source.config, torch.float32)
             model.set_attn_implementation("eager")
             with torch.no_grad():
                 logits = model(**prepared(model, inputs, "meta", torch.float32)).logits
@@ -104,7 +104,7 @@ def _refusal(program: Program, groups: Sequence[Group], expected: ExpectedLogits
     """Why the class cannot save a model without the first unit of some groups; empty if it can."""
     source = program.source
     assert source is not None
-    dense = build_skeleton(source.model_class, source.config, torch.float32)  # type: ignore[arg-type]  # as classify
+    dense = build_skeleton(source.model_class, source.config, torch.float32)
     shapes, owners = state_shapes(dense), aliases(dense)
     for group in groups:
         units = _first_unit(group)

@@ -129,7 +129,7 @@ def trace(
 def _restore_tables(model: nn.Module) -> None:
     from fxprune.rope_tables import restore_tables  # noqa: PLC0415 - imports transformers
 
-    changed = restore_tables(model)  # type: ignore[arg-type]  # it is a Hugging Face model
+    changed = restore_tables(model)
     if changed:
         _LOGGER.info("%s: %s were rounded by a cast and are computed anew", type(model).__name__, ", ".join(changed))
 

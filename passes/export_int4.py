@@ -100,8 +100,7 @@ class ExportInt4(Pass):
         if not program.interface.cache or program.source is None:
             raise PreconditionError("export_int4 is for causal language models with a cache")
         self._how().check()
-        model = None if program.source is None else program.source.path
-        prepare_output(self.out, overwrite=self.overwrite, inputs=[model, self.onnx])
+        prepare_output(self.out, overwrite=self.overwrite, inputs=[program.source.path, self.onnx])
 
     def _how(self) -> Int4Options:
         return Int4Options(
