@@ -91,8 +91,15 @@ def _movement(call: Call) -> Ids:
 def _note_rows(call: Call, ids: Tensor) -> None:
     """Write down the rows that a result has and its operand has not: an axis was split, or axes changed places."""
     carried = call.ids_of(call.tensor_nodes()[0])
-    before = set() if carried is None or call.node.target not in _VIEWS else _prefixes(_varying(carried))
     line = _varying(ids)
+    if line.dim() < 2:
+        return
+    before: set[int] = set()
+    if carried is not None:
+        known = _varying(carried)
+        if torch.equal(known, line):  # only positions were moved
+            return
+        before = _prefixes(known) if call.node.target in _VIEWS else before
     for rows in sorted(_prefixes(line) - before):
         call.ledger.rows.append(line.reshape(rows, -1).numpy().astype(np.int32))
 

@@ -108,6 +108,7 @@ class LoraProduct(nn.Module):
         gate = None if self.mask is None else self.mask.per_channel().to(dtype)
         bias = None if base.bias is None else base.bias.to(dtype)
         with torch.autocast(device, enabled=False):
+            y: Tensor
             if self.support is not None:
                 scale, narrow = lora
                 y = _supported(rows, gate, base.weight.to(dtype) + scale * (up @ down) * self.support, bias, narrow)

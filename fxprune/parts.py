@@ -95,7 +95,8 @@ def _partition(units: IdArray, count: int) -> IdArray | None:
     sizes = sizes[sizes > 0]
     if len(sizes) == 1 or sizes[0] == 1 or (sizes != sizes[0]).any():
         return None
-    return (key % count).reshape(len(sizes), -1)
+    parts: IdArray = (key % count).reshape(len(sizes), -1)
+    return parts
 
 
 def _same(parts: IdArray, sharing: IdArray) -> bool:

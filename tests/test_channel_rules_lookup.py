@@ -80,14 +80,22 @@ def test_an_order_of_positions_leaves_channels_as_they_are() -> None:
     assert not walked.ledger.pins
 
 
-def test_a_choice_inside_groups_of_channels_pins_them() -> None:
-    def limited(x: Any) -> Any:
-        return aten.topk.default(aten.view.default(x, [B, S, 2, 2]), 1)[0]
+@pytest.mark.parametrize("choose", [lambda x: aten.topk.default(x, 1)[0], lambda x: aten.max.dim(x, -1, True)[0]])
+def test_what_is_chosen_inside_rows_of_channels_speaks_for_the_row(choose: Callable[[Any], Any]) -> None:
+    walked = Walked(lambda x: choose(aten.view.default(x, [B, S, 2, 2])), x=values(B, S, EXPERTS))
+    assert not walked.ledger.pins
+    assert walked.out.tolist() == [[[[5], [6]]] * S] * B  # a channel for each row
+    (site,) = walked.ledger.norms
+    assert site.choice
+    assert site.rows is not None
+    assert site.rows.tolist() == [[1, 2], [3, 4]]
+    assert pairs(walked.ledger.needs) == {(1, 5), (2, 5), (3, 6), (4, 6)}
+    assert [rows.tolist() for rows in walked.ledger.rows] == [[[1, 2], [3, 4]]] * 2  # the view's, and the choice's
+    ordered = Walked(lambda x: aten.sort.default(aten.view.default(x, [B, S, 2, 2]))[0], x=values(B, S, EXPERTS))
+    assert str(only_pin(ordered)) == "sort: puts channels in an order that depends on their values"
 
-    assert str(only_pin(Walked(limited, x=values(B, S, EXPERTS)))) == (
-        "topk: chooses inside groups of channels, each of which would have to keep equally many"
-    )
 
+def test_positions_that_one_row_is_chosen_along_are_no_rows() -> None:
     def one_group(x: Any) -> Any:
         return aten.topk.default(aten.view.default(x, [B, S, 1, EXPERTS]), 1)[0]
 
