@@ -31,7 +31,8 @@ class ForwardRunner(EagerRunner):
 
     def __init__(self, model: Callable[..., Any], name: str = "torch") -> None:
         super().__init__(model, name)
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        config: Any = getattr(model, "config", None)
+        self.vocabulary = int(config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def step(
