@@ -34,6 +34,7 @@ from fxprune.constants import expected as numbers_expected
 from fxprune.depth import kept_layers, reduce_depth, renumbered
 from fxprune.errors import CheckpointError
 from fxprune.head_counts import find_head_counts
+from fxprune.precision import is_low, main_dtype
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
@@ -358,7 +359,17 @@ def _filled(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: Ex
     floating = next(tensor for tensor in tensors.values() if tensor.is_floating_point())
     rest = {name: floating.new_zeros(shape) for name, shape in state_shapes(model).items() if name not in tensors}
     fill_skeleton(model, {**tensors, **rest}, device)
+    if is_low(dtype := main_dtype(given.values())):
+        _round_buffers(model, dtype)
     return model
+
+
+def _round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round computed buffers as the class does that is built in a lower dtype, such as the scale of embeddings."""
+    stored = dict(build_skeleton(type(model), model.config, dtype).named_buffers())
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name in stored:
+            buffer.copy_(buffer.to(stored[name].dtype))
 
 
 def _mixed(
