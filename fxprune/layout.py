@@ -38,6 +38,7 @@ from fxprune.errors import CheckpointError
 from fxprune.head_counts import find_head_counts
 from fxprune.mixed_config import is_mixed, stock_config
 from fxprune.mixed_model import model_class_of, stock_model_class
+from fxprune.precision import is_low, main_dtype
 from fxprune.skeleton import (
     BUILD_ERRORS,
     aliases,
@@ -352,7 +353,17 @@ def _filled(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: Ex
     floating = next(tensor for tensor in tensors.values() if tensor.is_floating_point())
     rest = {name: floating.new_zeros(shape) for name, shape in state_shapes(model).items() if name not in tensors}
     fill_skeleton(model, {**tensors, **rest}, device)
+    if is_low(dtype := main_dtype(given.values())):
+        _round_buffers(model, dtype)
     return model
+
+
+def _round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round computed buffers as the class does that is built in a lower dtype, such as the scale of embeddings."""
+    stored = dict(build_skeleton(type(model), model.config, dtype).named_buffers())
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name in stored:
+            buffer.copy_(buffer.to(stored[name].dtype))
 
 
 def _mixed(
