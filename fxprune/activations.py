@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
+from fxprune.engine import require_length
 from fxprune.errors import CalibrationError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
 from fxprune.runners import GraphRunner, position_ids_from_mask
@@ -84,7 +85,7 @@ def collect_statistics(
     """Run calibration tokens through a graph and collect moments of what some Linears read.
 
     Args:
-        graph_module: a lifted flat graph of a causal language model with a cache.
+        graph_module: a lifted flat graph of a causal language model.
         interface: how it is called.
         linears: qualified names of the Linears.
         tokens: (samples, length) int64.
@@ -97,6 +98,7 @@ def collect_statistics(
     Raises:
         CalibrationError: an activation is NaN or infinite; the message names the first Linear.
     """
+    require_length(interface, tokens.shape[1])
     body = _without_head(graph_module, interface)
     runner = GraphRunner(body, interface)
     moments = {name: _Moments() for name in linears}

@@ -174,7 +174,7 @@ def _run(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    dense = front_end(loaded, watch)
+    dense = front_end(loaded, watch, step)
     step.requires(dense)
     say(f"{step.name}: one calibration for {len(budgets)} budgets")
     planned = step.budgets(dense)

@@ -107,7 +107,7 @@ def prune_model(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    program = front_end(loaded, watch)
+    program = front_end(loaded, watch, step)
     seed = int(options.get("seed", 0))
     if isinstance(step, SparsePass):
         return _prune_weights(program, step, place, wanted, seed=seed, watch=watch, say=say)

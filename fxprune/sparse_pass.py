@@ -37,7 +37,7 @@ from fxprune.locate import require_lifted
 from fxprune.matmul import multiplies_bfloat16, product_rate
 from fxprune.pass_base import Pass, PassResult
 from fxprune.progress import track
-from fxprune.runners import GraphRunner
+from fxprune.runners import text_maker
 from fxprune.scope import called_projections, targets_of
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss
@@ -291,7 +291,7 @@ class SparsePass(Pass):
             )
         if self.needs_data:
             self._dtype(program)
-            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
+            text_samples(program.interface, torch.zeros(1, self.seq_len, dtype=torch.long))
             if program.source is None:
                 raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
 
@@ -364,7 +364,7 @@ class SparsePass(Pass):
         texts = calibration_set(
             CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
             tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
+            runner=text_maker(program) if program.interface.causal else None,
             config=program.source.config,
             device=device,
         )

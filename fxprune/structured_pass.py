@@ -11,7 +11,7 @@ A method says how it comes to its curves; everything else is an option that ever
 in what they are about and can be compared. Several budgets share one calibration: their plans are nested.
 
 Refused:
- 1. a program without heads or MLP channels, or without a cache-carrying language-model interface to run text through;
+ 1. a program without heads or MLP channels, or without a causal-language-model interface to run text through;
  2. a target that is out of range, or that no legal plan reaches (the message says what can be reached);
  3. a consumer that two groups share (its reconstruction could not be told apart);
  4. more inputs than calibration tokens.
@@ -31,6 +31,7 @@ from fxprune.accounting import block_linear_parameters
 from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
 from fxprune.curves import Limits
+from fxprune.engine import require_length
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.input_grams import input_grams
@@ -39,7 +40,7 @@ from fxprune.loading import resolve_dtype
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
-from fxprune.runners import GraphRunner
+from fxprune.runners import text_maker
 from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.structured_case import Budgets, Case
 from fxprune.targets import Target, budgets_of, cost_model, plans_for
@@ -312,8 +313,10 @@ class StructuredPass(Pass):
         groups = self.scored(program)
         if not groups:
             raise PreconditionError(_nothing_found(program))
-        if self.reads_text and (program.source is None or not program.interface.cache):
+        if self.reads_text and (program.source is None or not program.interface.causal):
             raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face causal language model")
+        if self.reads_text:
+            require_length(program.interface, self.seq_len)
         consumers = [piece.parameter for group in groups for piece in group.consumers]
         twice = sorted({name for name in consumers if consumers.count(name) > 1})
         if twice:
@@ -370,7 +373,7 @@ class StructuredPass(Pass):
         texts = calibration_set(
             CalibrationSpec(self.calibration, samples=self.samples, seq_len=self.seq_len, seed=self.seed),
             tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface),
+            runner=text_maker(program),
             config=program.source.config,
             device=device,
         )

@@ -9,7 +9,8 @@ has rescaled norms, whose weights were rounded anew, may differ by four times th
 says both figures.
 
 Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
-Logits at padding positions mean nothing and are left out.
+Logits at padding positions mean nothing and are left out. A model whose state does not fit into a graph (convolution,
+linear attention, Mamba) is compared on whole sequences, and on a longer one; its own cache is in the rung about text.
 """
 
 from __future__ import annotations
@@ -114,7 +115,14 @@ def _script(batch: int, padding: int, vocabulary: int, seed: int) -> tuple[list[
 
 
 def compare_runners(
-    rung: str, reference: Runner, candidate: Runner, *, vocabulary: int, tolerance: float, device: torch.device
+    rung: str,
+    reference: Runner,
+    candidate: Runner,
+    *,
+    vocabulary: int,
+    tolerance: float,
+    device: torch.device,
+    longer: int = 0,
 ) -> Rung:
     """Compare the logits of two forms over all cases.
 
@@ -125,11 +133,20 @@ def compare_runners(
         vocabulary: tokens are drawn below this.
         tolerance: allowed absolute difference.
         device: where the tokens go.
+        longer: tokens of one more sequence, which runs at once; none for 0.
 
     Returns:
         The rung; `passed` is False also for NaN.
     """
     worst, cases = 0.0, 0
+    if longer:
+        tokens = torch.randint(0, vocabulary, (1, longer), generator=torch.Generator().manual_seed(4)).to(device)
+        positions = torch.arange(longer, device=device).unsqueeze(0)
+        one, other = (
+            _at_least_float(runner.step(tokens, torch.ones_like(tokens), positions, None)[0])
+            for runner in (reference, candidate)
+        )
+        worst, cases = _largest(one - other), 1
     for seed, (batch, padding) in enumerate([(1, 0), (2, 0), (1, 2), (2, 2)]):
         steps, mask = _script(batch, padding, vocabulary, seed)
         pasts: list[Any] = [None, None]
@@ -144,10 +161,15 @@ def compare_runners(
                 out, pasts[index] = runner.step(tokens.to(device), so_far, positions, pasts[index])
                 logits.append(_at_least_float(out))
             real = so_far[:, -new:].bool()
-            error = (logits[0] - logits[1])[real].abs().max().item()
-            worst = max(worst, error if error == error else float("inf"))  # noqa: PLR0124 - NaN is unequal to itself
+            worst = max(worst, _largest((logits[0] - logits[1])[real]))
             cases += 1
     return Rung(rung, worst, tolerance, worst <= tolerance, cases)
+
+
+def _largest(differences: Tensor) -> float:
+    """The largest absolute value; infinite if one is NaN."""
+    error = differences.abs().max().item()
+    return error if error == error else float("inf")  # noqa: PLR0124 - NaN is unequal to itself
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:

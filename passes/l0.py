@@ -262,7 +262,7 @@ class L0Prune(StructuredPass):
         """See the base; the groups of all kinds are there, and LoRA finds its Linears."""
         if set(self.kinds) - set(EXTRA_KINDS):
             super().requires(program)
-        elif program.source is None or not program.interface.cache:
+        elif program.source is None or not program.interface.causal:
             raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face causal language model")
         missing = {kind for kind in self.kinds if kind in EXTRA_KINDS} - {group.kind for group in program.groups}
         if missing:

@@ -23,11 +23,13 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.errors import PreconditionError, VerificationError
+from fxprune.loading import max_positions
 from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
 from fxprune.reference import without_units
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner
+from fxprune.tracing import named_outputs
 from fxprune.verify import (
     DOUBLE_TOLERANCE,
     Rung,
@@ -42,6 +44,8 @@ from fxprune.verify_text import compare_greedy, same_text
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from fxprune.program import Program
     from fxprune.runners import Runner
@@ -92,21 +96,31 @@ class Verify(Pass):
         Raises:
             VerificationError: a rung does not hold.
         """
-        causal = bool(program.interface.cache)
+        causal = program.interface.causal and {*program.interface.inputs} <= _TEXT | _caches(program)
         rungs = _LanguageModelLadder(program).climb(self) if causal else _plain_ladder(program, self)
         certificate = [rung.to_json() for rung in rungs]
         changed = program.with_results(verify=[*program.results.get("verify", []), *certificate])
         return PassResult(changed, modified=True, details={"rungs": len(rungs)})
 
 
+_TEXT = {"input_ids", "attention_mask", "position_ids"}
+"""What text gives; a language model that takes more is compared on its example inputs."""
+_LONGER = 139
+"""Tokens of the longer sequence: more than one chunk of most models that compute in chunks, and no multiple of one."""
+
+
+def _caches(program: Program) -> set[str]:
+    return {entry.input for entry in program.interface.cache}
+
+
 class _LanguageModelLadder:
-    """The ladder of a causal language model with a cache."""
+    """The ladder of a causal language model."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         example = program.interface.example_inputs["input_ids"]
-        floating = next(t for t in program.interface.example_inputs.values() if t.is_floating_point())
-        self.device, self.dtype = example.device, floating.dtype
+        floating = (p.dtype for p in program.graph_module.parameters() if p.is_floating_point())
+        self.device, self.dtype = example.device, next(floating, torch.float32)
         source = program.source
         self.vocabulary = int(source.config.get_text_config().vocab_size) if source else int(example.max()) + 1
         self.slim = GraphRunner(program.graph_module, program.interface, "slim")
@@ -114,13 +128,21 @@ class _LanguageModelLadder:
     def _runner(self, form: Form, name: str) -> Runner:
         if isinstance(form.module, GraphModule):
             return GraphRunner(form.module, form.interface, name)
-        return EagerRunner(form.module, name)
+        return self._eager(form.module, name)
+
+    def _eager(self, model: Any, name: str) -> EagerRunner:
+        """The original code on the same terms as the graph: with a cache if the graph has one."""
+        return EagerRunner(model, name, cache=bool(self.program.interface.cache))
+
+    def _longer(self) -> int:
+        """Tokens of the longer sequence that forms without a cache are compared on."""
+        interface, source = self.program.interface, self.program.source
+        limits = [_LONGER, interface.fixed_length, max_positions(source.config) if source is not None else None]
+        return 0 if interface.cache else min(limit for limit in limits if limit is not None)
 
     def _rung(self, name: str, reference: Runner, candidate: Runner, forms: tuple[Form, ...]) -> Rung:
         tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
-        rung = compare_runners(
-            name, reference, candidate, vocabulary=self.vocabulary, tolerance=tolerance, device=self.device
-        )
+        rung = self._compare(name, reference, candidate, tolerance)
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
         if not rung.passed and graphs:
             rung = self._second_opinion(rung, graphs)
@@ -149,9 +171,15 @@ class _LanguageModelLadder:
         said += f"the graph's own float32 rounding is {own:.1e}"
         return replace(rung, passed=rung.max_abs_error <= 4 * own, detail=said)
 
-    def _compare(self, name: str, reference: Runner, candidate: Runner) -> Rung:
+    def _compare(self, name: str, reference: Runner, candidate: Runner, tolerance: float = DOUBLE_TOLERANCE) -> Rung:
         return compare_runners(
-            name, reference, candidate, vocabulary=self.vocabulary, tolerance=DOUBLE_TOLERANCE, device=self.device
+            name,
+            reference,
+            candidate,
+            vocabulary=self.vocabulary,
+            tolerance=tolerance,
+            device=self.device,
+            longer=self._longer(),
         )
 
     def climb(self, options: Verify) -> list[Rung]:
@@ -159,7 +187,9 @@ class _LanguageModelLadder:
         if options.checkpoint is not None:
             load: Any = resolve("fxprune.checkpoint:load")
             model = load(options.checkpoint, device=str(self.device))
-            rungs += self._deployed("reloaded checkpoint", EagerRunner(model, "reloaded"))
+            rungs += self._deployed(
+                "reloaded checkpoint", self._eager(model, "reloaded"), EagerRunner(model, "reloaded, with its cache")
+            )
             del model
             gc.collect()
         if options.onnx is not None:
@@ -182,7 +212,7 @@ class _LanguageModelLadder:
             masked = self._runner(forms["masked"], "masked")
             with without_units(self.program) as eager:
                 if eager is not None:
-                    runner = EagerRunner(eager, "eager, units taken out")
+                    runner = self._eager(eager, "eager, units taken out")
                     rungs.append(self._rung("masked = eager without the units", runner, masked, (forms["masked"],)))
             if current.module is not forms["masked"].module:
                 rungs.append(self._rung("slim = masked", masked, self.slim, (forms["masked"], current)))
@@ -193,13 +223,35 @@ class _LanguageModelLadder:
             )
         return rungs
 
-    def _deployed(self, name: str, runner: Runner) -> list[Rung]:
+    def _deployed(self, name: str, runner: Runner, writer: Runner | None = None) -> list[Rung]:
+        """Rungs of a deployed form: its logits, and the text that it (or `writer`, the same form) makes."""
         prompt = torch.arange(5, 13, device=self.device).unsqueeze(0) % self.vocabulary
         current = Form(self.program.graph_module, self.program.interface)
-        return [
-            self._rung(f"{name} = slim", self.slim, runner, (current,)),
-            compare_greedy(f"greedy text of {name} = slim", self.slim, runner, prompt, tie=self._tie()).require(),
-        ]
+        rungs = [self._rung(f"{name} = slim", self.slim, runner, (current,))]
+        title = f"greedy text of {name} = slim"
+        tokens = 12 if self.program.interface.fixed_length is None else self.program.interface.fixed_length - 8
+        if tokens < 1:
+            return [
+                *rungs,
+                Rung(title, 0.0, 0.0, passed=True, cases=0, detail="not climbed: the graph is for fewer tokens"),
+            ]
+        why_not = self._unlike_itself(prompt, tokens) if writer is not None else ""
+        if why_not:
+            return [*rungs, Rung(title, 0.0, 0.0, passed=True, cases=0, detail=f"not climbed: {why_not}")]
+        found = compare_greedy(title, self.slim, writer or runner, prompt, min(tokens, 12), tie=self._tie())
+        return [*rungs, found.require()]
+
+    def _unlike_itself(self, prompt: Tensor, tokens: int) -> str:
+        """Why the original model's own cache is nothing to hold a checkpoint to; empty if it is."""
+        if self.program.interface.cache:
+            return ""
+        original = self.program.references["eager"].module
+        runners = EagerRunner(original, "without its cache", cache=False), EagerRunner(original, "with its cache")
+        try:
+            same = compare_greedy("text", *runners, prompt, min(tokens, 12), tie=self._tie())
+        except PreconditionError as error:
+            return f"the original model does not run with its cache ({error})"
+        return "" if same.passed else "the original model itself writes another text with its cache than without"
 
     def _tie(self) -> float:
         """In half precision, two forms may each be off by the tolerance; in single precision nothing is a tie."""
@@ -237,7 +289,15 @@ def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
     def called(model: Any) -> Any:
         def run(*args: Any) -> Any:
             output = model(**dict(zip(program.interface.inputs, args, strict=True)))
-            return [output[name] for name in names] if isinstance(output, Mapping) else output
+            if not isinstance(output, (Mapping, tuple, list)):
+                return output
+            found = named_outputs(output)
+            if missing := [name for name in names if name not in found]:
+                raise VerificationError(
+                    f"{type(model).__name__} returns no {missing[0]} that the traced graph returns, but "
+                    f"{', '.join(found)}: trace it with example_inputs= that make it return the same each time"
+                )
+            return [found[name] for name in names]
 
         return run
 
