@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import PreconditionError
 from fxprune.exporters.genai import write_genai_config
-from fxprune.exporters.onnx import export_onnx
+from fxprune.exporters.onnx import export_onnx, onnx_refusal
 from fxprune.manifest import versions
 from fxprune.masks import has_masks
 from fxprune.output import prepare_output, staged_directory, write_json
@@ -65,10 +65,8 @@ class ExportOnnx(Pass):
         """
         if has_masks(program.graph_module):
             raise PreconditionError("export_onnx writes slim models: run slim first, masks are still in the graph")
-        if self.to == "genai" and (program.source is None or not program.interface.cache):
-            raise PreconditionError(
-                "onnxruntime-genai runs causal language models with a cache; export to onnx instead"
-            )
+        if reason := onnx_refusal(program, genai=self.to == "genai"):
+            raise PreconditionError(reason)
         prepare_output(self.out, overwrite=self.overwrite)
 
     def call(self, program: Program) -> PassResult:
