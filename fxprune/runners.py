@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from fxprune.errors import PreconditionError
 from fxprune.matmul import wide_products
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -31,6 +31,7 @@ __all__ = [
     "Past",
     "Runner",
     "greedy",
+    "named_results",
     "position_ids_from_mask",
     "rerun",
     "scoring_products",
@@ -72,6 +73,21 @@ def position_ids_from_mask(attention_mask: Tensor, new: int) -> Tensor:
     """Positions of the last `new` tokens when padding does not count: (batch, new) int64."""
     positions: Tensor = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return positions[:, -new:]
+
+
+@contextmanager
+def named_results(config: Any) -> Iterator[None]:
+    """A model whose configuration asks for tuples returns results by name; its parts read the same configuration."""
+    fields = {} if config is None else vars(config)
+    before = fields.get("return_dict", True)
+    if before is not False:
+        yield
+        return
+    fields["return_dict"] = True
+    try:
+        yield
+    finally:
+        fields["return_dict"] = before
 
 
 def rerun(
@@ -139,14 +155,13 @@ class EagerRunner:
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **options: Any
     ) -> Mapping[str, Any]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **options}
-        if getattr(getattr(self.model, "config", None), "return_dict", True) is False:
-            given["return_dict"] = True
         if "position_ids" not in self._parameters:  # what takes more by keywords hands it on to layers
             del given["position_ids"]
         if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in self._parameters.values()):
             given = {name: value for name, value in given.items() if name in self._parameters}
         try:
-            output = self.model(**given)
+            with named_results(getattr(self.model, "config", None)):
+                output = self.model(**given)
         except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise PreconditionError(
                 f"{self.name}: {_class_name(self.model)} does not run on tokens, a mask and "

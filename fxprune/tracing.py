@@ -30,6 +30,7 @@ from fxprune.errors import TraceError, UsageError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
+from fxprune.runners import named_results
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,7 +217,7 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     first = next(model.parameters())
     device = first.device
     # Outputs have names in the graph; a model that returns tuples by default is asked for them.
-    named = _named(model)
+    named = {"return_dict": True} if getattr(config, "return_dict", True) is False else {}
     if "pixel_values" in parameters and "input_ids" not in parameters:
         size: Any = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -273,8 +274,8 @@ def _cache(model: nn.Module, batch: int, length: int) -> Any:
     # On the meta device neither a mask nor tokens have values that could be looked at.
     mask = {} if device.type == "meta" else {"attention_mask": torch.ones_like(tokens)}
     padding = _without_padding(model.config) if device.type == "meta" else nullcontext()
-    with torch.no_grad(), _quiet_exporter(), apply_patches("dynamo"), padding:
-        output = model(input_ids=tokens, **mask, use_cache=True, **_named(model))
+    with torch.no_grad(), _quiet_exporter(), apply_patches("dynamo"), padding, named_results(model.config):
+        output = model(input_ids=tokens, **mask, use_cache=True)
     return getattr(output, "past_key_values", None)
 
 
@@ -293,10 +294,6 @@ def _without_padding(config: Any) -> Iterator[None]:
     finally:
         if padding is not None:
             fields["pad_token_id"] = padding
-
-
-def _named(model: nn.Module) -> dict[str, bool]:
-    return {"return_dict": True} if getattr(model.config, "return_dict", True) is False else {}
 
 
 def _growing_cache(model: nn.Module) -> Any:

@@ -28,7 +28,7 @@ from fxprune.pass_base import Pass, PassResult
 from fxprune.program import Form
 from fxprune.reference import without_units
 from fxprune.registry import resolve
-from fxprune.runners import EagerRunner, GraphRunner
+from fxprune.runners import EagerRunner, GraphRunner, named_results
 from fxprune.tracing import named_outputs
 from fxprune.verify import (
     DOUBLE_TOLERANCE,
@@ -288,7 +288,8 @@ def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
 
     def called(model: Any) -> Any:
         def run(*args: Any) -> Any:
-            output = model(**dict(zip(program.interface.inputs, args, strict=True)))
+            with named_results(getattr(model, "config", None)):
+                output = model(**dict(zip(program.interface.inputs, args, strict=True)))
             if not isinstance(output, (Mapping, tuple, list)):
                 return output
             found = named_outputs(output)

@@ -79,16 +79,22 @@ def slim(program: Program) -> GraphRunner:
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_a_hybrid_is_pruned_saved_and_evaluated_with_its_own_cache(kind: str, tmp_path: Path) -> None:
+def test_a_hybrid_is_pruned_saved_and_evaluated_with_its_own_cache(
+    kind: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     name, fields = HYBRIDS[kind]
-    model = build(name, **fields)
-    program = located(model)
+    model = build(name, **{**fields, "vocab_size": len(tiny_tokenizer)})
+    program = located(model, tokenizer=tiny_tokenizer)
     assert program.interface.causal
     assert not program.interface.cache
     assert program.interface.fixed_length is None
     assert {"attention", "mlp"} <= {group.kind for group in program.groups}
 
-    pruned = prune_program(program, "magnitude-units", {"ratio": 0.2, "round_to": 1}, out=tmp_path / "slim")
+    # One of the two is calibrated, on text that the original model samples with its own cache.
+    text_options = {"calibration": "self", "samples": 8, "seq_len": 16} if kind == "convolution" else {}
+    method = "flap" if text_options else "magnitude-units"
+    options = {"ratio": 0.2, "round_to": 1, **text_options}
+    pruned = prune_program(program, method, options, out=tmp_path / "slim")
     rungs = {rung["rung"]: rung for rung in pruned.results["verify"]}
     text = rungs["greedy text of reloaded checkpoint = slim"]
     assert text["cases"] == 1  # climbed, with the model's own cache
@@ -97,11 +103,9 @@ def test_a_hybrid_is_pruned_saved_and_evaluated_with_its_own_cache(kind: str, tm
 
     reloaded = fxprune.load(tmp_path / "slim")
     own, saved = pruned.graph_module.state_dict(), reloaded.state_dict()
-    held = {tensor.data_ptr() for tensor in saved.values()}
-    assert held
-    for key in own.keys() & saved.keys():
-        if own[key].shape == saved[key].shape:
-            assert torch.equal(own[key], saved[key]), key
+    parameters = {name for name, _ in pruned.graph_module.named_parameters()} & set(saved)
+    assert len(parameters) > 10
+    assert all(torch.equal(own[name], saved[name]) for name in parameters)
     tokens = torch.randint(4, 60, (96,), generator=torch.Generator().manual_seed(1))
     figures = [
         perplexity(form, tokens, text="t", window=48).perplexity for form in (EagerRunner(reloaded), slim(pruned))
@@ -111,14 +115,6 @@ def test_a_hybrid_is_pruned_saved_and_evaluated_with_its_own_cache(kind: str, tm
     generated = reloaded.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, 7:]
     assert torch.equal(generated, greedy(slim(pruned), prompt, 5))
     assert torch.equal(generated, greedy(EagerRunner(reloaded), prompt, 5))
-
-
-def test_a_hybrid_is_calibrated(tiny_tokenizer: Any) -> None:
-    name, fields = HYBRIDS["convolution"]
-    program = located(build(name, **{**fields, "vocab_size": len(tiny_tokenizer)}), tokenizer=tiny_tokenizer)
-    options = {"ratio": 0.2, "round_to": 1, "calibration": "self", "samples": 8, "seq_len": 16}
-    pruned = prune_program(program, "flap", options)
-    assert all(rung["passed"] for rung in pruned.results["verify"])
 
 
 def test_the_state_of_a_hybrid_goes_on_and_can_be_forked() -> None:
@@ -132,8 +128,8 @@ def test_the_state_of_a_hybrid_goes_on_and_can_be_forked() -> None:
     _, past = runner.step(ids[:, :6], mask[:, :6], positions[:, :6], None)
     copied = runner.fork(past)
     for start in (past, copied):  # the first must not have lengthened the second
-        first, start = runner.step(ids[:, 6:9], mask[:, :9], positions[:, 6:9], start)
-        second, _ = runner.step(ids[:, 9:], mask, positions[:, 9:], start)
+        first, longer = runner.step(ids[:, 6:9], mask[:, :9], positions[:, 6:9], start)
+        second, _ = runner.step(ids[:, 9:], mask, positions[:, 9:], longer)
         found = torch.cat([first, second], dim=1)
         assert torch.allclose(found, expected[:, 6:], atol=1e-4)
 
