@@ -1,4 +1,4 @@
-"""Every class that transformers maps an auto class to: pruned, saved, reloaded, generated, exported, or refused by name.
+"""Every class behind transformers' auto classes: pruned, saved, reloaded, generated, exported, or refused by name.
 
     python -m benchmarks.sweep [--auto AutoModelForCausalLM ...] [--type llama ...] [--method NAME] [--out JSON]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from fxprune.program import Interface, Program
 
-__all__ = ["Fusions", "OnnxExport", "export_onnx"]
+__all__ = ["Fusions", "OnnxExport", "export_onnx", "onnx_refusal"]
 
 Fusions = Literal["auto", "none", "cpu"]
 
@@ -98,6 +98,8 @@ def export_onnx(
         ExportError: an option is out of range, an axis that must be dynamic is not, an operator has no translation,
             or the parameters have no values.
     """
+    if reason := onnx_refusal(program):
+        raise ExportError(reason)
     fusions_used, opset = _options(fusions, opset)
     directory = Path(directory)
     timer = _Timer()
@@ -117,6 +119,28 @@ def export_onnx(
     timer.mark("save")
     size = path.stat().st_size + (path.with_name(data).stat().st_size if data else 0)
     return OnnxExport(path, opset, timer.seconds, size, fusions_used, rewrites, data)
+
+
+def onnx_refusal(program: Program, *, genai: bool = False) -> str:
+    """Why a program cannot be exported, as far as its interface says; empty if nothing stands in the way.
+
+    It costs nothing, so that it can be asked before a calibration.
+
+    Args:
+        program: with a flat graph, dense or slim; the interface is what counts.
+        genai: whether the graph is for onnxruntime-genai, which continues on a cache of keys and values.
+    """
+    name = program.source.name if program.source is not None else "the model"
+    length = program.interface.fixed_length
+    if length is not None:
+        return (
+            f"{name} cannot be exported to ONNX: its code loops over tokens or chunks of them, so that its graph holds "
+            f"for sequences of {length} tokens only; use the checkpoint with transformers"
+        )
+    if genai and (program.source is None or not program.interface.cache):
+        what = "has no cache of keys and values in its graph" if program.interface.causal else "is none"
+        return f"onnxruntime-genai runs causal language models with a cache, and {name} {what}; export to onnx instead"
+    return ""
 
 
 class _Timer:

@@ -14,6 +14,7 @@ import torch
 import torch.utils.dlpack
 
 from fxprune.errors import ExportError
+from fxprune.runners import rerun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,12 +98,20 @@ class OrtRunner:
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
     ) -> tuple[Tensor, Past]:
         """See `Runner.step`; the cache that comes back lives in ONNX Runtime's memory and goes in again as it is."""
+        if not self._past:
+            return rerun(self._whole, input_ids, attention_mask, position_ids, past)
         past = self.empty_past(input_ids.shape[0]) if past is None else past
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         feeds = {name: tensor for name, tensor in given.items() if name in self._inputs}
         feeds |= dict(zip(self._past, past, strict=True))
         outputs = _run(self._session, feeds, ["logits", *self._present])
         return outputs[0], outputs[1:]
+
+    def _whole(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Logits of whole sequences, of a graph without a cache."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        feeds = {name: tensor for name, tensor in given.items() if name in self._inputs}
+        return _run(self._session, feeds, ["logits"])[0]
 
 
 class OrtFunction:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels import get_attribute
-from fxprune.engine import text_samples
+from fxprune.engine import require_length, text_samples
 from fxprune.errors import NotFiniteError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
 
@@ -97,6 +97,7 @@ def collect_statistics(
     Raises:
         CalibrationError: an activation is NaN or infinite; the message names the first Linear.
     """
+    require_length(interface, tokens.shape[1])
     body = _without_head(graph_module, interface)
     samples = text_samples(interface, tokens)
     moments = {name: _Moments() for name in linears}

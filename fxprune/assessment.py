@@ -189,7 +189,7 @@ def _guards(wanted: Wanted, step: Pass, program: Program) -> bool:
     if wanted.guard == "none" or not (isinstance(step, StructuredPass) and step.reads_text):
         return False
     source = program.source
-    able = source is not None and source.tokenizer is not None and bool(program.interface.cache)
+    able = source is not None and source.tokenizer is not None and program.interface.causal
     if not able and wanted.guard != "python":
         raise UsageError("--guard reads text: it needs a causal language model with a tokenizer")
     return able

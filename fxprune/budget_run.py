@@ -176,7 +176,7 @@ def _run(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    dense = front_end(loaded, watch, hold_zeros=place.hold_zeros)
+    dense = front_end(loaded, watch, step, hold_zeros=place.hold_zeros)
     saving = build_pass("save", {"out": str(place.out / budgets[todo[0]].name), "overwrite": True})
     dense = saving.precheck(dense, step)
     step.requires(dense)

@@ -172,7 +172,8 @@ def _copied_axes(call: Call, before: list[int], after: list[int]) -> list[tuple[
     literal = [
         axis
         for axis, size in enumerate(sizes, start=len(after) - len(sizes))
-        if isinstance(size, int) and after[axis] > padded[axis]
+        # A graph for one number of tokens has it as a literal: what is repeated as often is repeated for each token.
+        if isinstance(size, int) and after[axis] > padded[axis] and size != call.fixed_length
     ]
     return [(axis, after[axis] // padded[axis], padded[axis]) for axis in literal]
 

@@ -103,6 +103,11 @@ class Call:
         self._overrides: dict[Node, Tensor] = {}
 
     @property
+    def fixed_length(self) -> int | None:
+        """The number of tokens of a graph that holds for one only; see `Interface`."""
+        return self._walk.interface.fixed_length
+
+    @property
     def op(self) -> str:
         """Short operator name, such as `mean` or `Linear`."""
         if self.node.op == "call_module":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,16 +35,33 @@ class CompiledRunner(EagerRunner):
             model: the model, in evaluation mode.
             backend: of `torch.compile`; `inductor` needs a C++ compiler on CPUs.
             name: how reports call the runner.
+
+        Raises:
+            ExportError: the model's cache is more than keys and values.
         """
         super().__init__(model, name)
+        _require_keys_and_values(model)
         self._compiled = torch.compile(self._whole_step, dynamic=True, fullgraph=True, backend=backend)
 
     def _whole_step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
     ) -> tuple[Tensor, Past]:
-        logits, cache = super().step(input_ids, attention_mask, position_ids, past)
+        from transformers import DynamicCache  # noqa: PLC0415 - only this runner needs transformers
+
+        cache = DynamicCache()
+        for layer in range(len(past) // 2 if past else 0):
+            assert past is not None
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        flat = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
         # Keys come out of a prompt as views and out of later steps contiguous; each layout would be compiled for.
-        return logits, [tensor.contiguous() for tensor in cache]
+        return output.logits, [tensor.contiguous() for tensor in flat]
 
     def step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
@@ -65,3 +83,18 @@ class CompiledRunner(EagerRunner):
                 "g++), and models without breaks in their graph; run with --runtime torch"
             ) from error
         return logits, list(cache)
+
+
+def _require_keys_and_values(model: Any) -> None:
+    """Refuse a model that keeps a state, which steps of one compiled graph cannot hand on as plain tensors."""
+    from transformers import DynamicCache  # noqa: PLC0415 - only this runner needs transformers
+
+    forward = inspect.signature(getattr(model, "forward", model)).parameters
+    config = getattr(model, "config", None)
+    layers = DynamicCache(config=config).layers if config is not None and "past_key_values" in forward else []
+    kept = next((type(layer).__name__ for layer in layers if hasattr(layer, "recurrent_states")), None)
+    if kept is not None or "past_key_values" not in forward:
+        raise ExportError(
+            f"torch.compile runs models whose cache is keys and values; {type(model).__name__} keeps "
+            f"{kept or 'another state'}: run with --runtime torch"
+        )

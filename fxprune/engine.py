@@ -43,6 +43,7 @@ __all__ = [
     "Residency",
     "Samples",
     "SiteStatistics",
+    "require_length",
     "text_samples",
 ]
 
@@ -413,6 +414,20 @@ def _check_finite(statistics: SiteStatistics) -> None:
             )
 
 
+def require_length(interface: Interface, length: int) -> None:
+    """Check that a graph runs calibration samples of a length.
+
+    Raises:
+        PreconditionError: it is for samples of another one.
+    """
+    fixed = interface.fixed_length
+    if fixed is not None and length != fixed:
+        raise PreconditionError(
+            f"calibration samples have {length} tokens and the graph runs sequences of exactly {fixed}, because the "
+            f"model's code loops over tokens or chunks of them: use seq_len={fixed}, or trace(model, length={length})"
+        )
+
+
 def text_samples(interface: Interface, tokens: Tensor) -> Samples:
     """Samples for a graph that reads tokens: all of a sequence's positions, no padding, empty caches.
 
@@ -422,7 +437,7 @@ def text_samples(interface: Interface, tokens: Tensor) -> Samples:
             sides.
 
     Raises:
-        PreconditionError: the graph needs an input that text does not give.
+        PreconditionError: the graph needs an input that text does not give, or samples of another length.
     """
     readers = [name for name in interface.inputs if name in {"input_ids", "decoder_input_ids"}]
     cache = {entry.input for entry in interface.cache}
@@ -436,6 +451,7 @@ def text_samples(interface: Interface, tokens: Tensor) -> Samples:
             f"calibration text gives no {strange[0] if strange else 'input_ids'}; pass samples of it"
         )
     length = tokens.shape[1]
+    require_length(interface, length)
 
     def fixed(batch: int) -> dict[str, Tensor]:
         mask = torch.ones(batch, length, dtype=torch.long, device=tokens.device)

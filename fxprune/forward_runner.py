@@ -13,7 +13,7 @@ import torch
 from fxprune.errors import UsageError
 from fxprune.model_class import text_inputs
 from fxprune.runners import EagerRunner
-from fxprune.verify_plain import named_outputs
+from fxprune.tracing import named_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -378,7 +378,7 @@ class _Run:
         device: torch.device | str,
         clock: Callable[[], float],
     ) -> None:
-        self.runner, self.case, self.clock = runner, case, clock
+        self.runner, self.case, self.clock, self.device = runner, case, clock, device
         generator = torch.Generator().manual_seed(seed)
         shape = (case.batch, case.past + case.tokens)
         tokens = torch.randint(vocabulary, shape, generator=generator).to(device)
@@ -392,17 +392,17 @@ class _Run:
     def milliseconds(self) -> float:
         """Run the case once: milliseconds of the step, or per token of decoding."""
         past = None if self.past is None else _fork(self.runner, self.past)
-        _synchronize(past)
+        _synchronize(self.device)
         start = self.clock()
         for step in self.steps:
-            logits, past = self.runner.step(*step, past)
-        _synchronize([logits])
+            _, past = self.runner.step(*step, past)
+        _synchronize(self.device)
         return (self.clock() - start) * 1e3 / len(self.steps)
 
 
 def _fork(runner: Runner, past: Past) -> Past:
     """A cache to start from that is not changed by what is done with `past`, or with what comes back."""
-    # A runtime that keeps its cache to itself says how to go back; one that appends in place must not lengthen ours.
+    # A runtime with a state of its own says how to go back; one that appends in place must not lengthen ours.
     fork: Callable[[Past], Past] | None = getattr(runner, "fork", None)
     return [tensor.clone() for tensor in past] if fork is None else fork(past)
 
@@ -420,10 +420,10 @@ def _vocabulary(runner: Runner, device: torch.device | str) -> int:
     return int(logits.shape[-1])
 
 
-def _synchronize(tensors: Sequence[Tensor] | None) -> None:
+def _synchronize(device: torch.device | str) -> None:
     """Wait until an accelerator has finished; nothing to do on the CPU."""
-    if tensors and tensors[0].device.type not in {"cpu", "meta"}:
-        torch.accelerator.synchronize(tensors[0].device)
+    if torch.device(device).type not in {"cpu", "meta"}:
+        torch.accelerator.synchronize(device)
 
 
 @contextmanager

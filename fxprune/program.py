@@ -53,12 +53,18 @@ class Interface:
             with one symbol always have the same length.
         outputs: names of the graph's outputs, in order.
         cache: the cache inputs and outputs, empty for a model without one.
+        causal: whether it is a causal language model, whose logits predict the next token. Without a cache it runs
+            whole sequences: models whose state is more than keys and values are traced so.
+        fixed_length: the only number of tokens that the graph runs, where the model's code loops over tokens or chunks
+            of them; shorter sequences are padded on the right. None for any number.
     """
 
     example_inputs: Mapping[str, Tensor]
     dynamic_axes: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     cache: tuple[CacheEntry, ...] = ()
+    causal: bool = False
+    fixed_length: int | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def prune_model(
     with watch.stage("load"):
         loaded = load_model(model, dtype=place.dtype, device=place.device)
     say("tracing and locating")
-    program = front_end(loaded, watch, hold_zeros=place.hold_zeros)
+    program = front_end(loaded, watch, step, hold_zeros=place.hold_zeros)
     require_savable(program.source)
     seed = int(options.get("seed", 0))
     if isinstance(step, SparsePass):

@@ -127,7 +127,8 @@ def program_of_exported(graph_module: GraphModule, inputs: Mapping[str, Any]) ->
             graph.erase_node(node)
     kept = tuple(result.name for result, _ in results if result.name is not None)
     axes = {node.name: symbolic_axes(node) for node in graph.nodes if node.op == "placeholder"}
-    interface = Interface(examples, axes, kept, pair_cache(examples, kept))
+    cache = pair_cache(examples, kept)
+    interface = Interface(examples, axes, kept, cache, causal=bool(cache) and "logits" in kept)
     # A fresh module: the exported one carries a hook that checks inputs against the original signature.
     program = Program(GraphModule(graph_module, graph), interface)
     return program, CallingConvention(codegen, names, tuple(result for result, _ in results))

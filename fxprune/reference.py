@@ -11,6 +11,7 @@ no counterpart in weights; a plan that removes experts has no such reference, an
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,11 @@ def without_units(program: Program) -> Iterator[Callable[..., Any] | None]:
         def forward(**kwargs: Any) -> Any:
             return torch.func.functional_call(eager, parameters.changed, (), kwargs)
 
-        yield forward
+        forward.__name__ = type(eager).__name__
+        called: Any = forward
+        called.__signature__ = inspect.signature(eager.forward)
+        called.config = getattr(eager, "config", None)
+        yield called
 
 
 def _hand_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

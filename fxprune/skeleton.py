@@ -104,12 +104,22 @@ def read_config(path: Path) -> PreTrainedConfig:
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
             "comes with a checkpoint is never run)"
         )
-    values = readable(values, _NOT_READ) | {"model_type": model_type}
+    values = {key: _with_floats(value) for key, value in readable(values, _NOT_READ).items()}
+    values["model_type"] = model_type
     check_depth(values, path)
     try:
         return CONFIG_MAPPING[model_type].from_dict(values)
     except BUILD_ERRORS as error:
         raise CheckpointError(f"{path}: the configuration class refuses these values: {error}") from error
+
+
+def _with_floats(value: Any) -> Any:
+    """Floats that JSON has no word for, as transformers writes them: `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in {"Infinity", "-Infinity", "NaN"}:
+            return float(value["__float__"])
+        return {key: _with_floats(one) for key, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else value
 
 
 def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.fx import GraphModule, Node
 from fxprune.channels import get_attribute
 from fxprune.errors import PostconditionError
 from fxprune.graphs import erase_dead
-from fxprune.program import CacheEntry, Interface
+from fxprune.program import CacheEntry
 
 if TYPE_CHECKING:
+    from fxprune.program import Interface
     from fxprune.slim_builder import GraphBuilder
 
 __all__ = ["assemble"]
@@ -49,11 +51,12 @@ def _without_dropped(builder: GraphBuilder) -> Interface:
     cache = [entry for entry in old.cache if entry.output not in dropped]
     gone = {entry.input for entry in old.cache if entry.output in dropped}
     order = {layer: index for index, layer in enumerate(dict.fromkeys(entry.layer for entry in cache))}
-    return Interface(
-        {name: builder.examples[name] for name in old.inputs if name not in gone},
-        {name: axes for name, axes in old.dynamic_axes.items() if name not in gone},
-        tuple(name for name in old.outputs if name not in dropped),
-        tuple(CacheEntry(entry.input, entry.output, order[entry.layer], entry.kind) for entry in cache),
+    return replace(
+        old,
+        example_inputs={name: builder.examples[name] for name in old.inputs if name not in gone},
+        dynamic_axes={name: axes for name, axes in old.dynamic_axes.items() if name not in gone},
+        outputs=tuple(name for name in old.outputs if name not in dropped),
+        cache=tuple(CacheEntry(entry.input, entry.output, order[entry.layer], entry.kind) for entry in cache),
     )
 
 

@@ -42,7 +42,7 @@ from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.precision import main_dtype
 from fxprune.progress import track
-from fxprune.runners import GraphRunner
+from fxprune.runners import text_maker
 from fxprune.scope import called_projections, targets_of
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss
@@ -305,7 +305,7 @@ class SparsePass(Pass):
             self._dtype(program)
             if program.source is not None:
                 check_method(self, program.source.model_class, program.source.config)
-            text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
+            text_samples(program.interface, torch.zeros(1, self.seq_len, dtype=torch.long))
             if program.source is None:
                 raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face model")
 
@@ -384,7 +384,7 @@ class SparsePass(Pass):
         texts = calibration_set(
             self.calibration_spec(),
             tokenizer=program.source.tokenizer,
-            runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
+            runner=text_maker(program) if program.interface.causal else None,
             config=program.source.config,
             device=device,
         )

@@ -44,7 +44,7 @@ from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
 from fxprune.reconstruction import Reconstruction
-from fxprune.runners import GraphRunner
+from fxprune.runners import text_maker
 from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.structured_case import Budgets, Case
 from fxprune.targets import Target, budgets_of, cost_model, plans_for
@@ -375,7 +375,7 @@ class StructuredPass(Pass):
             kind = "causal language model" if self.loss_reader() else "model that reads tokens"
             raise PreconditionError(f"{self.name} runs calibration text: it needs a Hugging Face {kind}")
         check_method(self, program.source.model_class, program.source.config)
-        text_samples(program.interface, torch.zeros(1, 2, dtype=torch.long))
+        text_samples(program.interface, torch.zeros(1, self.seq_len, dtype=torch.long))
 
     def _limits(self, group: Group) -> Limits:
         shares = [share for pattern, share in self.keep.items() if fnmatchcase(group.name, pattern)]
@@ -427,7 +427,7 @@ class StructuredPass(Pass):
             texts = calibration_set(
                 self.calibration_spec(),
                 tokenizer=program.source.tokenizer,
-                runner=GraphRunner(program.graph_module, program.interface) if program.interface.cache else None,
+                runner=text_maker(program) if program.interface.causal else None,
                 config=program.source.config,
                 device=device,
             )

@@ -2,6 +2,10 @@
 
 Hugging Face models go through `transformers.exporters` in their deployable form (cache, left-padded sample), plain
 `nn.Module`s through `torch.export`. Either way the result is a Program whose placeholders are flat tensors.
+
+A cache goes into the graph where all that it keeps grows with the tokens, as keys and values do: then an empty one is
+what a prompt starts from. A state of fixed size (convolution, linear attention, Mamba) is there or is not, and torch
+bakes in which; such a model is traced on whole sequences, without a cache.
 """
 
 from __future__ import annotations
@@ -9,7 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,26 +26,32 @@ from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, UsageError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
 from fxprune.program import CacheEntry, Interface, Program, Source
+from fxprune.runners import named_results
 from fxprune.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.unreached import find_shared, find_unreached
 from fxprune.weight_masks import masks_of_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor, nn
 
-__all__ = ["pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
+__all__ = ["named_outputs", "pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
 
 _LOGGER = logging.getLogger(__name__)
 _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
+_WHOLE = 11
+"""Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
+_LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
+"""Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
+_LOGGER = logging.getLogger(__name__)
 _broadcast: Any = torch.broadcast_shapes
 _agree: Any = torch._check
 
@@ -58,6 +70,7 @@ def trace(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     name: str | None = None,
     path: Path | None = None,
+    length: int | None = None,
 ) -> Program:
     """Trace a model to a Program.
 
@@ -75,40 +88,57 @@ def trace(
             later pass holds them; without a path they are looked for where `model.config.name_or_path` says that the
             model was loaded from. Masks under which the model has weights that are not zero are not held; a warning
             says so.
+        length: tokens of the sample of a causal language model that is traced on whole sequences. It matters where the
+            model's code loops over tokens or chunks of them (`Interface.fixed_length`): give the length of the
+            calibration samples.
 
     Returns:
         A Program whose graph calls aten operators, with the model itself kept as the reference `eager`.
 
     Raises:
-        TraceError: torch.export failed, a plain module came without `example_inputs`, or a Hugging Face model has other
-            parameters than its class: adapters, parametrizations, quantized weights. The message says what to do.
+        TraceError: no sample could be made or run, torch.export failed, a plain module came without `example_inputs`,
+            or a Hugging Face model has other parameters than its class: adapters, parametrizations, quantized weights.
+            The message says what to do.
         CheckpointError: the masks in `path` are damaged or of another model.
+        UsageError: `length` is below 2.
     """
+    if length is not None and length < 2:
+        raise UsageError(f"length is {length}: torch.export bakes in lengths of 0 and 1, give at least 2 tokens")
     model = unwrapped(model)
     model.eval()
     hugging_face = hasattr(model, "config") and hasattr(model, "dummy_inputs")
     if hugging_face:
         require_plain(model)
         _restore_tables(model)
-    args: tuple[Any, ...] = ()
     if isinstance(example_inputs, tuple):
         names = list(inspect.signature(model.forward).parameters)
         example_inputs = dict(zip(names, example_inputs, strict=False))
-    if example_inputs is None:
-        if not hugging_face:
-            raise TraceError(
-                f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
-            )
-        example_inputs = sample_inputs(model)
-    inputs = dict(example_inputs)
-    try:
-        exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, args, inputs)
-    except Exception as error:  # torch.export raises dozens of types; the cause stays attached
+    if example_inputs is None and not hugging_face:
         raise TraceError(
-            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {error}\n"
+            f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
+        )
+    try:
+        inputs = sample_inputs(model, length) if example_inputs is None else dict(example_inputs)
+        exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
+        causal = hugging_face and _is_causal(model, inputs)
+        fixed = _fixed_length(exported) if causal and _runs_whole_sequences(inputs) else None
+        if fixed is not None and fixed.longer is not None and example_inputs is None:
+            # One chunk is a special case of many: a sample of two may give a graph for any number of them.
+            inputs = sample_inputs(model, fixed.longer)
+            exported = _export_hugging_face(model, inputs)
+            fixed = _fixed_length(exported)
+        graph_module, interface = _flatten(exported, inputs)
+    except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
+        said = f"{type(error).__name__}: {error}".strip()
+        way = (
             "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
-        ) from error
-    graph_module, interface = _flatten(exported, inputs)
+            if example_inputs is not None
+            else "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
+            "data-dependent control flow."
+        )
+        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}") from error
+    if causal and "logits" in interface.outputs:
+        interface = _as_language_model(interface, fixed)
     source = None
     if hugging_face:
         source = Source(
@@ -134,14 +164,78 @@ def _restore_tables(model: nn.Module) -> None:
         _LOGGER.info("%s: %s were rounded by a cast and are computed anew", type(model).__name__, ", ".join(changed))
 
 
-def sample_inputs(model: nn.Module) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _FixedLength:
+    """A graph of whole sequences that holds for one length; `longer` is one that may give a graph for any."""
+
+    length: int
+    longer: int | None = None
+
+
+def _fixed_length(exported: torch.export.ExportedProgram) -> _FixedLength | None:
+    """Whether the graph of whole sequences holds for its own number of tokens only.
+
+    Where a model's code loops over tokens or chunks, torch notes how many rounds it has unrolled: an equation of the
+    length, which other lengths break. (Inequalities decide about shapes that broadcast, and hold more than they say.)
+    """
+    tokens = next(node for node in exported.graph.nodes if node.op == "placeholder" and node.name == "input_ids")
+    size = tokens.meta["val"].shape[1]
+    if not isinstance(size, torch.SymInt) or is_concrete_int(size):
+        return _FixedLength(int(size))
+    symbol, environment = size.node.expr, size.node.shape_env
+    equations = [g.expr for g in environment.guards if g.expr.free_symbols == {symbol} and g.expr.func.__name__ == "Eq"]
+    allowed = exported.range_constraints.get(symbol)
+    broken = [
+        length
+        for length in _LENGTHS
+        if any(equation.subs(symbol, length) == False for equation in equations)  # noqa: E712 - sympy's false
+        or (allowed is not None and length > 2 and not allowed.lower <= length <= allowed.upper)
+    ]
+    if not broken:
+        return None
+    length = int(size.node.hint)
+    return _FixedLength(length, broken[0] + 2 if broken[0] > length else None)
+
+
+def _as_language_model(interface: Interface, fixed: _FixedLength | None) -> Interface:
+    """Say that the graph is a causal language model; of one length, no axis of that length is dynamic."""
+    if fixed is None:
+        return replace(interface, causal=True)
+    ids = interface.dynamic_axes["input_ids"]
+    rows = ids.get(0)
+    axes = {
+        name: {axis: symbol for axis, symbol in of.items() if axis == 0 or symbol == rows}
+        for name, of in interface.dynamic_axes.items()
+    }
+    return replace(interface, causal=True, dynamic_axes=axes, fixed_length=fixed.length)
+
+
+def _runs_whole_sequences(inputs: Mapping[str, Any]) -> bool:
+    return "input_ids" in inputs and "past_key_values" not in inputs
+
+
+def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether it is a language model that generates from its input tokens, as its class and configuration say."""
+    generates: Any = getattr(model, "can_generate", lambda: False)
+    config: Any = model.config
+    both_ways = getattr(config, "is_decoder", True) is False  # an encoder's configuration, not told to be a decoder
+    return (
+        "input_ids" in inputs
+        and bool(generates())
+        and not getattr(config, "is_encoder_decoder", False)
+        and not both_ways
+    )
+
+
+def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
     """Make up a small sample of a Hugging Face model's deployable form.
 
-    Causal language models get tokens, a left-padded mask, positions and a cache; encoders get what their signature
-    asks for among tokens, pixels and decoder tokens.
+    Causal language models get tokens, a left-padded mask, positions and, if it grows with the tokens, a cache; encoders
+    get what their signature asks for among tokens, pixels and decoder tokens.
 
     Args:
         model: a `PreTrainedModel`, on any device, meta included.
+        length: tokens of a causal language model that gets no cache; a few when None.
 
     Returns:
         Keyword arguments of `model.forward`.
@@ -150,33 +244,45 @@ def sample_inputs(model: nn.Module) -> dict[str, Any]:
     config: Any = model.config
     first = next(model.parameters())
     device = first.device
-    vocabulary = getattr(config.get_text_config(), "vocab_size", 2) or 2
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (_BATCH, _NEW), generator=generator).to(device)
-    if getattr(config, "is_encoder_decoder", False):
-        more = torch.randint(0, vocabulary, (_BATCH, _PAST), generator=generator).to(device)
-        return {
-            "input_ids": more,
-            "attention_mask": _left_padded(_BATCH, _PAST, device),
-            "decoder_input_ids": ids,
-            "use_cache": False,
-        }
+    # Outputs have names in the graph; a model that returns tuples by default is asked for them.
+    named = {"return_dict": True} if getattr(config, "return_dict", True) is False else {}
     if "pixel_values" in parameters and "input_ids" not in parameters:
         size: Any = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         # Noise: what is blank gives every patch the same numbers, and hides what differs between them.
+        generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(_BATCH, config.num_channels, height, width, generator=generator)
-        return {"pixel_values": pixels.to(device, first.dtype)}
+        return {"pixel_values": pixels.to(device, first.dtype), **named}
+    if getattr(config, "is_encoder_decoder", False):
+        return {
+            "input_ids": _tokens(config, _PAST, device),
+            "attention_mask": _left_padded(_BATCH, _PAST, device),
+            "decoder_input_ids": _tokens(config, _NEW, device),
+            "use_cache": False,
+            **named,
+        }
+    no_cache = {"use_cache": False} if {"use_cache", "past_key_values"} & set(parameters) else {}
     generates: Any = getattr(model, "can_generate", lambda: False)
     if not generates():
-        no_cache = {"use_cache": False} if "use_cache" in parameters else {}
-        return {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _NEW, device), **no_cache}
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _left_padded(_BATCH, _PAST + _NEW, device)}
+        mask = _left_padded(_BATCH, _NEW, device)
+        return {"input_ids": _tokens(config, _NEW, device), "attention_mask": mask, **no_cache, **named}
+    cache = _growing_cache(model) if "past_key_values" in parameters else None
+    past, new = (0, length or _WHOLE) if cache is None else (_PAST, _NEW)
+    inputs = {"input_ids": _tokens(config, new, device), "attention_mask": _left_padded(_BATCH, past + new, device)}
     if "position_ids" in parameters:
-        inputs["position_ids"] = torch.arange(_PAST, _PAST + _NEW, device=device).repeat(_BATCH, 1)
-    if "past_key_values" in parameters:
-        inputs["past_key_values"] = _cache(model, _BATCH, _PAST)
-    return inputs
+        inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(_BATCH, 1)
+    rest = no_cache if cache is None else {"past_key_values": cache}
+    inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
+    return {**inputs, **rest, **named}
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    return name in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+
+def _tokens(config: Any, length: int, device: torch.device) -> Tensor:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", 2) or 2
+    return torch.randint(0, vocabulary, (_BATCH, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _left_padded(batch: int, length: int, device: torch.device) -> Tensor:
@@ -187,25 +293,52 @@ def _left_padded(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def _cache(model: nn.Module, batch: int, length: int) -> Any:
-    """A cache filled by the model itself, so that every model's own layout comes out right."""
+    """A cache filled by the model itself, so that every model's own layout comes out right; None if it returns none.
+
+    It is filled as the exporter traces it, sliding windows with all their tokens.
+    """
+    from transformers.exporters.utils import apply_patches  # noqa: PLC0415 - heavy, Hugging Face path only
+
     device = next(model.parameters()).device
     tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
-    with torch.no_grad(), _without_padding(model.config):
-        return model(input_ids=tokens, use_cache=True).past_key_values
+    # On the meta device neither a mask nor tokens have values that could be looked at.
+    mask = {} if device.type == "meta" else {"attention_mask": torch.ones_like(tokens)}
+    padding = _without_padding(model.config) if device.type == "meta" else nullcontext()
+    with torch.no_grad(), _quiet_exporter(), apply_patches("dynamo"), padding, named_results(model.config):
+        output = model(input_ids=tokens, **mask, use_cache=True)
+    return getattr(output, "past_key_values", None)
 
 
 @contextmanager
 def _without_padding(config: Any) -> Iterator[None]:
-    """Without a mask some models look for padding among the tokens, and on the meta device tokens have no values."""
-    padding = getattr(config, "pad_token_id", None)
-    if padding is None:
-        yield
-        return
-    config.pad_token_id = None
+    """Without a mask some models look for padding among the tokens: here there is no such token.
+
+    The field is set behind the back of configurations that check what they are given, and set back.
+    """
+    fields = vars(config)
+    padding = fields.get("pad_token_id")
+    if padding is not None:
+        fields["pad_token_id"] = None
     try:
         yield
     finally:
-        config.pad_token_id = padding
+        if padding is not None:
+            fields["pad_token_id"] = padding
+
+
+def _growing_cache(model: nn.Module) -> Any:
+    """A filled cache if every tensor of it grows with the tokens; None if the model keeps a state of fixed size."""
+    try:
+        cache = _cache(model, _BATCH, _PAST)
+        if cache is None:
+            return None
+        axes = _dynamic_axes_of_cache(model, cache)
+    except (AttributeError, TypeError, ValueError) as error:
+        # It may run without one all the same; if not, that error says more.
+        _LOGGER.warning("%s makes no cache (%s); it is traced on whole sequences", type(model).__name__, error)
+        return None
+    grows = all(len(changing) != 1 for changing in axes)  # of a state, the batch alone changes
+    return cache if any(axes) and grows else None
 
 
 def _dynamic_axes_of_cache(model: nn.Module, cache: Any) -> list[dict[int, Any]]:
@@ -396,6 +529,21 @@ def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
         names += [str(key)] if leaves == 1 and child.is_leaf() else [f"{key}_{index}" for index in range(leaves)]
     assert len(names) == len(placeholder)
     return tuple(names)
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors that a model returned, under the names that the outputs of its graph have."""
+    if isinstance(output, torch.Tensor):
+        return {"output_0": output}
+    fields = output.items() if isinstance(output, Mapping) else ((f"output_{i}", one) for i, one in enumerate(output))
+    named: dict[str, Tensor] = {}
+    for key, value in fields:
+        if isinstance(value, torch.Tensor):
+            named[str(key)] = value
+        else:
+            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            named |= {f"{key}_{index}": leaf for index, leaf in enumerate(leaves)}
+    return named
 
 
 def _by_products(names: tuple[str, ...], inputs: set[str]) -> set[str]:

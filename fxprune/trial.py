@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxprune.errors import CheckpointError
+from fxprune.runners import named_results
 from fxprune.skeleton import BUILD_ERRORS
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
 
 def _error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), named_results(model.config):
         output = model(**prepared(model, expected.inputs, device, model.dtype))
     got = output.logits if "logits" in output else output[0]
     wanted = expected.logits.to(device)
@@ -137,7 +138,7 @@ def run_once(model: PreTrainedModel, changed: Sequence[str]) -> None:
         for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), named_results(model.config):
             model(**prepared(model, inputs, next(model.parameters()).device, model.dtype))
     except BUILD_ERRORS as error:
         remedy = "give `expected` logits, with which head counts can be found; or "

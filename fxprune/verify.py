@@ -14,7 +14,8 @@ weights that were rounded anew, may differ by four times the graph's own roundin
 its own precision against float32.
 
 Forms are compared as runners, over batch 1 and 2 x {prefill, several tokens on a past, one token, left padding}.
-Logits at padding positions mean nothing and are left out.
+Logits at padding positions mean nothing and are left out. A model whose state does not fit into a graph (convolution,
+linear attention, Mamba) is compared on whole sequences, and on a longer one; its own cache is in the rung about text.
 """
 
 from __future__ import annotations
@@ -128,7 +129,14 @@ def _script(batch: int, padding: int, vocabulary: int, seed: int) -> tuple[list[
 
 
 def compare_runners(
-    rung: str, reference: Runner, candidate: Runner, *, vocabulary: int, tolerance: float, device: torch.device
+    rung: str,
+    reference: Runner,
+    candidate: Runner,
+    *,
+    vocabulary: int,
+    tolerance: float,
+    device: torch.device,
+    longer: int = 0,
 ) -> Rung:
     """Compare the logits of two forms over all cases.
 
@@ -139,22 +147,36 @@ def compare_runners(
         vocabulary: tokens are drawn below this.
         tolerance: allowed absolute difference.
         device: where the tokens go.
+        longer: tokens of one more sequence, which runs at once; none for 0.
 
     Returns:
         The rung; `passed` is False also for NaN.
     """
-    expected, given = (answers(runner, vocabulary=vocabulary, device=device) for runner in (reference, candidate))
+    expected, given = (
+        answers(runner, vocabulary=vocabulary, device=device, longer=longer) for runner in (reference, candidate)
+    )
     worst = largest_difference(expected, given)
     return Rung(rung, worst, tolerance, worst <= tolerance, len(expected))
 
 
-def answers(runner: Runner, *, vocabulary: int, device: torch.device) -> list[Tensor]:
-    """The logits of a form at all positions of all cases that are no padding, (positions, vocabulary) each."""
+def answers(runner: Runner, *, vocabulary: int, device: torch.device, longer: int = 0) -> list[Tensor]:
+    """The logits of a form at all positions of all cases that are no padding, (positions, vocabulary) each.
+
+    Args:
+        runner: the form.
+        vocabulary: ids are drawn below this.
+        device: where the runner wants its inputs.
+        longer: tokens of one more sequence, which is run first; none when 0.
+    """
     found = []
-    for tokens, mask in _cases(vocabulary):
+    if longer:
+        tokens = torch.randint(0, vocabulary, (1, longer), generator=torch.Generator().manual_seed(4)).to(device)
+        positions = torch.arange(longer, device=device).unsqueeze(0)
+        found.append(_at_least_float(runner.step(tokens, torch.ones_like(tokens), positions, None)[0])[0])
+    for parts, mask in _cases(vocabulary):
         past: Any = None
         seen = 0
-        for part in tokens:
+        for part in parts:
             new = part.shape[1]
             seen += new
             so_far = mask[:, :seen].to(device)

@@ -12,27 +12,28 @@ Two graphs that differ in float32 are compared once more in float64, as for lang
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
+from fxprune.errors import VerificationError
 from fxprune.loading import max_positions
 from fxprune.precision import Widened, is_low, short_name
+from fxprune.runners import named_results
+from fxprune.tracing import named_outputs
 from fxprune.verify import DOUBLE_TOLERANCE, ROUNDINGS, Rung, first_difference, in_double, tolerance_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
     from fxprune.program import Form, Interface
 
     Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-__all__ = ["PlainLadder", "named_outputs", "plain_cases"]
+__all__ = ["PlainLadder", "plain_cases"]
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 _SIZES = ((1, 2, 1), (2, 1, 1), (2, 2, 0))
@@ -120,22 +121,6 @@ def _drawn(
     return {name: values.to(interface.example_inputs[name].device) for name, values in found.items()}
 
 
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors that a module returns, named as tracing names them (`fxprune.tracing`)."""
-    if isinstance(output, Tensor):
-        return {"output_0": output}
-    children = output.items() if isinstance(output, Mapping) else ((f"output_{i}", one) for i, one in enumerate(output))
-    named: dict[str, Tensor] = {}
-    for key, value in children:
-        leaves = [(str(key), value)] if isinstance(value, Tensor) else _numbered(str(key), value)
-        named.update({name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)})
-    return named
-
-
-def _numbered(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    yield from ((f"{key}_{index}", leaf) for index, leaf in enumerate(pytree.tree_leaves(value)))
-
-
 class PlainLadder:
     """Compares forms of one model over all cases.
 
@@ -159,8 +144,25 @@ class PlainLadder:
         return run
 
     def eager(self, model: Callable[..., Any]) -> Function:
-        """A model, or what is called like it, as a function."""
-        return lambda inputs: named_outputs(model(**inputs))
+        """A model, or what is called like it, as a function.
+
+        Raises:
+            VerificationError: when it is called, and returns other things than the traced graph.
+        """
+        names = self.interface.outputs
+
+        def run(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            with named_results(getattr(model, "config", None)):
+                output = model(**inputs)
+            found = named_outputs(output)
+            if missing := [name for name in names if name not in found]:
+                raise VerificationError(
+                    f"{type(model).__name__} returns no {missing[0]} that the traced graph returns, but "
+                    f"{', '.join(found)}: trace it with example_inputs= that make it return the same each time"
+                )
+            return found
+
+        return run
 
     def form(self, form: Form) -> Function:
         """A form that verification keeps as a function."""

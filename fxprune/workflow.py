@@ -36,6 +36,7 @@ from fxprune.program import Form
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner, GraphRunner, Runner
 from fxprune.sparse_pass import SparsePass
+from fxprune.structured_pass import StructuredPass
 from fxprune.tracing import trace
 
 if TYPE_CHECKING:
@@ -89,17 +90,26 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def front_end(loaded: LoadedModel, watch: Stopwatch, *, hold_zeros: bool = False) -> Program:
+def front_end(loaded: LoadedModel, watch: Stopwatch, step: Pass | None = None, *, hold_zeros: bool = False) -> Program:
     """Trace a loaded model, lift its projections and locate what can be pruned.
 
     Args:
         loaded: the model; masks of pruned weights that its checkpoint has are held.
         watch: gets the seconds of tracing.
+        step: the pass that will prune it; a graph that holds for one length gets the length of its calibration samples.
         hold_zeros: whether zeros without a mask are held too (see `fxprune.passes.lift_linears`).
     """
+    length = _calibration_length(step)
     with watch.stage("trace"):
-        program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path)
+        program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path, length=length)
     return _located(program, hold_zeros=hold_zeros)
+
+
+def _calibration_length(step: Pass | None) -> int | None:
+    """Tokens of a pass's calibration samples; None if it reads none."""
+    if isinstance(step, SparsePass):
+        return step.seq_len if step.needs_data else None
+    return step.seq_len if isinstance(step, StructuredPass) and step.reads_text else None
 
 
 def _located(program: Program, *, hold_zeros: bool = False) -> Program:
@@ -345,13 +355,14 @@ def perplexities(
         program: the slim program.
         texts: what to measure on.
         windows: how many windows of a text; all when None.
-        window: tokens of each.
+        window: tokens of each, fewer where the graph is for shorter sequences.
         known: results of the dense form by text, which are not measured again; new ones are put there.
 
     Returns:
         Entries of the report's `quality` section.
     """
     assert program.source is not None
+    window = min(window, program.interface.fixed_length or window)
     lifted = program.references["lifted"]
     dense = GraphRunner(lifted.module, lifted.interface, "dense")  # type: ignore[arg-type]  # it is a graph
     slim = GraphRunner(program.graph_module, program.interface, "slim")

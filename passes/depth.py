@@ -8,7 +8,7 @@ ineffectiveness of the deeper layers", remove a run of layers, there chosen by a
 criterion: Kim et al. 2024, "Shortened LLaMA"). With several budgets a longer run contains the shorter one.
 
 Refused:
- 1. a program without a stack of layers that can be left out one by one, or without a cache-carrying language-model
+ 1. a program without a stack of layers that can be left out one by one, or without a causal-language-model
     interface to run text through;
  2. a target out of range, or one that leaves no layer;
  3. a target speed-up: latency tables have times of heads and channels, not of layers.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import PreconditionError
 from fxprune.exporters.genai import require_end_of_text, write_genai_config
-from fxprune.exporters.onnx import export_onnx
+from fxprune.exporters.onnx import export_onnx, onnx_refusal
 from fxprune.manifest import versions
 from fxprune.masks import has_masks
 from fxprune.model_class import is_language_model
@@ -70,10 +70,8 @@ class ExportOnnx(Pass):
         return program
 
     def _prepare(self, program: Program) -> None:
-        if self.to == "genai" and (program.source is None or not program.interface.cache):
-            raise PreconditionError(
-                "onnxruntime-genai runs causal language models with a cache; export to onnx instead"
-            )
+        if reason := onnx_refusal(program, genai=self.to == "genai"):
+            raise PreconditionError(reason)
         if self.to == "genai" and program.source is not None:
             require_end_of_text(program.source)
         inputs = [] if program.source is None else [program.source.path]

@@ -11,7 +11,8 @@ Refused, and listed in the details with the reason:
  2. channels that are normalised together (removing one changes the others): sub-norms;
  3. channels without an activation between the Linears (a low-rank pair);
  4. channels that own different numbers of weights;
- 5. channels that layouts hold in parts in two ways at once.
+ 5. channels that layouts hold in parts in two ways at once;
+ 6. channels with a number each in a buffer that no checkpoint holds: the class computes it anew, for all of them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ def _refusal(channels: ChannelMap, classes: IdArray, normed: NDArray[np.bool_], 
     return None
 
 
+def _computed_anew(program: Program) -> set[str]:
+    """Buffers of the graph that the original model does not save."""
+    original = program.references.get("eager")
+    if original is None or program.source is None:
+        return set()
+    return {name for name, _ in program.graph_module.named_buffers()} - set(original.module.state_dict())
+
+
 class LocateMlp(Pass):
     """Name the channels of every MLP (see the module's docstring for the graph and the refusals)."""
 
@@ -85,6 +94,7 @@ class LocateMlp(Pass):
         # Channels under a norm and without an activation are a residual stream, or a latent: locate_hidden's.
         candidates = [c for c in alike(channels, wanted) if not normed[c].any() or (activation[c] >= 0).all()]
         refused: dict[str, str] = {}
+        anew = _computed_anew(program)
         kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
         groups: list[Group] = []
         all_slices, all_parts = collect_slices(channels, candidates, elements), parts_of(channels, candidates)
@@ -94,6 +104,9 @@ class LocateMlp(Pass):
                 refused[f"{len(classes)} channels"] = reason or "they own different numbers of weights"  # refusal 4
                 continue
             name = common_owner([s.parameter for s in slices if s.role])
+            computed = next((s.parameter for s in slices if s.parameter in anew), None)
+            if reason is None and computed is not None:
+                reason = f"{computed} has a number for each, which the class computes anew for all of them"  # refusal 6
             if reason is not None or isinstance(parts, str):
                 refused[name or "model"] = reason or str(parts)  # refusal 5
                 continue

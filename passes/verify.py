@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxprune.errors import NotFiniteError, PreconditionError, VerificationError
+from fxprune.loading import max_positions
 from fxprune.overflow import described, find_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.precision import Widened, coarsest, is_low, short_name
@@ -99,7 +100,7 @@ class Verify(Pass):
         Raises:
             VerificationError: a rung does not hold.
         """
-        causal = bool(program.interface.cache)
+        causal = program.interface.causal and {*program.interface.inputs} <= _TEXT | _caches(program)
         ladder = _LanguageModelLadder(program) if causal else None
         rungs = _plain_ladder(program, self) if ladder is None else ladder.climb(self)
         certificate = [rung.to_json() for rung in rungs]
@@ -109,8 +110,18 @@ class Verify(Pass):
         return PassResult(changed, modified=True, details={"rungs": len(rungs)})
 
 
+_TEXT = {"input_ids", "attention_mask", "position_ids"}
+"""What text gives; a language model that takes more is compared on its example inputs."""
+_LONGER = 139
+"""Tokens of the longer sequence: more than one chunk of most models that compute in chunks, and no multiple of one."""
+
+
+def _caches(program: Program) -> set[str]:
+    return {entry.input for entry in program.interface.cache}
+
+
 class _LanguageModelLadder:
-    """The ladder of a causal language model with a cache."""
+    """The ladder of a causal language model."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -126,14 +137,22 @@ class _LanguageModelLadder:
     def _runner(self, form: Form, name: str) -> Runner:
         if isinstance(form.module, GraphModule):
             return GraphRunner(form.module, form.interface, name)
-        return EagerRunner(form.module, name)
+        return self._eager(form.module, name)
+
+    def _eager(self, model: Any, name: str) -> EagerRunner:
+        """The original code on the same terms as the graph: with a cache if the graph has one."""
+        return EagerRunner(model, name, cache=bool(self.program.interface.cache))
+
+    def _longer(self) -> int:
+        """Tokens of the longer sequence that forms without a cache are compared on."""
+        interface, source = self.program.interface, self.program.source
+        limits = [_LONGER, interface.fixed_length, max_positions(source.config) if source is not None else None]
+        return 0 if interface.cache else min(limit for limit in limits if limit is not None)
 
     def _rung(self, name: str, reference: Runner, candidate: Runner, forms: tuple[Form, ...]) -> Rung:
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
         tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
-        expected, given = (
-            answers(runner, vocabulary=self.vocabulary, device=self.device) for runner in (reference, candidate)
-        )
+        expected, given = (self._of(runner) for runner in (reference, candidate))
         error = largest_difference(expected, given)
         rung = Rung(name, error, tolerance, error <= tolerance, len(expected))
         if not math.isfinite(error):
@@ -177,6 +196,10 @@ class _LanguageModelLadder:
         rounded = rung.passed and exact <= ROUNDINGS * own
         return replace(rung, passed=agree or rounded, detail=f"max abs error in float32: {exact:.1e}; {said}")
 
+    def _of(self, runner: Runner) -> list[Tensor]:
+        """The logits of a form in all cases."""
+        return answers(runner, vocabulary=self.vocabulary, device=self.device, longer=self._longer())
+
     def _wide(self, form: Form) -> list[Tensor]:
         """A graph's logits in float32; computed once a graph."""
         assert isinstance(form.module, GraphModule)
@@ -188,7 +211,7 @@ class _LanguageModelLadder:
 
     def _answers(self, key: int, runner: Runner) -> list[Tensor]:
         if key not in self._known:
-            self._known[key] = answers(runner, vocabulary=self.vocabulary, device=self.device)
+            self._known[key] = self._of(runner)
         return self._known[key]
 
     def _second_opinion(self, rung: Rung, forms: tuple[Form, ...]) -> Rung:
@@ -212,9 +235,15 @@ class _LanguageModelLadder:
         said += f"the graph's own float32 rounding is {own:.1e}"
         return replace(rung, passed=rung.max_abs_error <= ROUNDINGS * own, detail=said)
 
-    def _compare(self, name: str, reference: Runner, candidate: Runner) -> Rung:
+    def _compare(self, name: str, reference: Runner, candidate: Runner, tolerance: float = DOUBLE_TOLERANCE) -> Rung:
         return compare_runners(
-            name, reference, candidate, vocabulary=self.vocabulary, tolerance=DOUBLE_TOLERANCE, device=self.device
+            name,
+            reference,
+            candidate,
+            vocabulary=self.vocabulary,
+            tolerance=tolerance,
+            device=self.device,
+            longer=self._longer(),
         )
 
     def climb(self, options: Verify) -> list[Rung]:
@@ -222,7 +251,9 @@ class _LanguageModelLadder:
         if options.checkpoint is not None:
             load: Any = resolve("fxprune.checkpoint:load")
             model = load(options.checkpoint, device=str(self.device))
-            rungs += self._deployed("reloaded checkpoint", EagerRunner(model, "reloaded"))
+            rungs += self._deployed(
+                "reloaded checkpoint", self._eager(model, "reloaded"), EagerRunner(model, "reloaded, with its cache")
+            )
             del model
             gc.collect()
         if options.onnx is not None:
@@ -245,7 +276,7 @@ class _LanguageModelLadder:
             masked = self._runner(forms["masked"], "masked")
             with without_units(self.program) as eager:
                 if eager is not None:
-                    runner = EagerRunner(eager, "eager, units taken out")
+                    runner = self._eager(eager, "eager, units taken out")
                     rungs.append(self._rung("masked = eager without the units", runner, masked, (forms["masked"],)))
             if current.module is not forms["masked"].module:
                 rungs.append(self._rung("slim = masked", masked, self.slim, (forms["masked"], current)))
@@ -256,13 +287,35 @@ class _LanguageModelLadder:
             )
         return rungs
 
-    def _deployed(self, name: str, runner: Runner) -> list[Rung]:
+    def _deployed(self, name: str, runner: Runner, writer: Runner | None = None) -> list[Rung]:
+        """Rungs of a deployed form: its logits, and the text that it (or `writer`, the same form) makes."""
         prompt = torch.arange(5, 13, device=self.device).unsqueeze(0) % self.vocabulary
         current = Form(self.program.graph_module, self.program.interface)
-        return [
-            self._rung(f"{name} = slim", self.slim, runner, (current,)),
-            compare_greedy(f"greedy text of {name} = slim", self.slim, runner, prompt, tie=self._tie()).require(),
-        ]
+        rungs = [self._rung(f"{name} = slim", self.slim, runner, (current,))]
+        title = f"greedy text of {name} = slim"
+        tokens = 12 if self.program.interface.fixed_length is None else self.program.interface.fixed_length - 8
+        if tokens < 1:
+            return [
+                *rungs,
+                Rung(title, 0.0, 0.0, passed=True, cases=0, detail="not climbed: the graph is for fewer tokens"),
+            ]
+        why_not = self._unlike_itself(prompt, tokens) if writer is not None else ""
+        if why_not:
+            return [*rungs, Rung(title, 0.0, 0.0, passed=True, cases=0, detail=f"not climbed: {why_not}")]
+        found = compare_greedy(title, self.slim, writer or runner, prompt, min(tokens, 12), tie=self._tie())
+        return [*rungs, found.require()]
+
+    def _unlike_itself(self, prompt: Tensor, tokens: int) -> str:
+        """Why the original model's own cache is nothing to hold a checkpoint to; empty if it is."""
+        if self.program.interface.cache:
+            return ""
+        original = self.program.references["eager"].module
+        runners = EagerRunner(original, "without its cache", cache=False), EagerRunner(original, "with its cache")
+        try:
+            same = compare_greedy("text", *runners, prompt, min(tokens, 12), tie=self._tie())
+        except PreconditionError as error:
+            return f"the original model does not run with its cache ({error})"
+        return "" if same.passed else "the original model itself writes another text with its cache than without"
 
     def _tie(self) -> float:
         """In half precision, two forms may each be off by what rounding does; in single precision nothing is a tie."""
@@ -305,8 +358,8 @@ class _LanguageModelLadder:
 def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
     """The ladder of a model without a cache, see `fxprune.verify_plain`."""
     config = None if program.source is None else program.source.config
-    dtype = next((p.dtype for p in program.graph_module.parameters() if p.is_floating_point()), torch.float32)
-    ladder = PlainLadder(program.interface, dtype, config)
+    weights = (*program.graph_module.parameters(), *program.interface.example_inputs.values())
+    ladder = PlainLadder(program.interface, coarsest(weights), config)
     forms = dict(program.references)
     current = Form(program.graph_module, program.interface)
     slim = ladder.form(current)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxprune.errors import VerificationError
 from fxprune.program import Interface
-from fxprune.verify_plain import PlainLadder, named_outputs, plain_cases
+from fxprune.tracing import named_outputs
+from fxprune.verify_plain import PlainLadder, plain_cases
 
 PAD = 3
 
