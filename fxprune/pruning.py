@@ -204,7 +204,6 @@ def stream_model(
         raise UsageError(f"--stream prunes weights; {method} removes units: leave --stream out")
     if place.dtype is not None:
         raise UsageError("--stream keeps the dtype of the shards; leave --dtype out")
-    check_model(model, step)
     report = prune_streaming(
         model,
         place.out,
