@@ -210,7 +210,6 @@ def stream_model(
         raise UsageError("--hold-zeros looks at all weights, and --stream has one block of them at a time")
     if place.dtype is not None:
         raise UsageError("--stream keeps the dtype of the shards; leave --dtype out")
-    check_model(model, step)
     report = prune_streaming(
         model,
         place.out,

@@ -28,6 +28,7 @@ from fxprune.lifted import parameter_of
 from fxprune.loading import check_weights, expand_user, load_tokenizer, local_snapshot, resolve_device
 from fxprune.manifest import MANIFEST_NAME, read_manifest
 from fxprune.measure import file_size, machine, peak_rss_bytes
+from fxprune.methods import check_method, class_of_model
 from fxprune.output import prepare_output
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Event
@@ -96,6 +97,7 @@ def prune_streaming(
     _refuse_mixed(expand_user(source))
     path = local_snapshot(source)
     _refuse_mixed(path)
+    check_method(method, *class_of_model(path))
     place = resolve_device(device)
     watch = Stopwatch()
     reader = ShardReader(path)
