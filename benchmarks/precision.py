@@ -10,14 +10,13 @@ of the perplexity may be lost against float32: the exit status says whether that
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +28,9 @@ from fxprune.measure import machine, peak_rss_bytes
 from fxprune.pruning import pass_of
 from fxprune.runners import EagerRunner
 from fxprune.workflow import Stopwatch, front_end, prune_program
+
+if TYPE_CHECKING:
+    import argparse
 
 DTYPES = ("float32", "bfloat16")
 ALLOWED = 0.01
