@@ -248,7 +248,7 @@ def test_logits_that_are_measured_are_not_rounded(programs: Any) -> None:
     assert divergence(head, states[None], states[None]) == 0.0
 
 
-def test_verification_finds_in_bfloat16_what_a_fixed_tolerance_let_pass(programs: Any, text: str) -> None:
+def test_verification_finds_in_bfloat16_what_a_fixed_tolerance_let_pass(programs: Any) -> None:
     """One weight is changed by what moves the logits less than 200 roundoffs, which was the tolerance."""
     options = {"ratio": 0.25}
     pruned = build_pass("magnitude-units", options)(programs("llama", torch.bfloat16)).program
