@@ -17,7 +17,6 @@ import torch
 
 from fxprune.calibration import CalibrationSpec, calibration_set
 from fxprune.channels import get_attribute
-from fxprune.checkpoint import is_mixed_directory
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
@@ -28,6 +27,7 @@ from fxprune.lifted import parameter_of
 from fxprune.loading import check_weights, expand_user, load_tokenizer, local_snapshot, resolve_device
 from fxprune.manifest import MANIFEST_NAME, read_manifest
 from fxprune.measure import file_size, machine, peak_rss_bytes
+from fxprune.mixed_config import is_mixed_directory
 from fxprune.output import prepare_output
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Event
