@@ -14,6 +14,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +24,6 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from fxprune.auto_classes import MODEL_TYPE
 from fxprune.build_limits import bounded_build
 from fxprune.constants import apply_constants
 from fxprune.depth import renumbered
@@ -32,7 +32,6 @@ from fxprune.layout import Layout, classify, same_bits
 from fxprune.loading import quiet_transformers, weight_files
 from fxprune.manifest import (
     CONFIG_NAME,
-    MANIFEST_NAME,
     Manifest,
     ShapeChange,
     SourceRecord,
@@ -41,7 +40,7 @@ from fxprune.manifest import (
     versions,
     write_manifest,
 )
-from fxprune.mixed_config import config_class_of, mixed_config
+from fxprune.mixed_config import config_class_of, is_mixed_directory, mixed_config
 from fxprune.mixed_model import model_class_of, stock_model_class
 from fxprune.mixed_record import check_overrides, read_record
 from fxprune.output import staged_directory
@@ -75,7 +74,6 @@ __all__ = [
     "ExpectedLogits",
     "Layout",
     "classify",
-    "is_mixed_directory",
     "load",
     "load_skeleton",
     "save",
@@ -387,14 +385,20 @@ def _described(directory: str | Path, *, verify: bool = True) -> tuple[Path, Man
 def _plain(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The skeleton of a checkpoint's `config.json`."""
     config = read_config(path / CONFIG_NAME)
-    architecture = (config.architectures or [None])[0]
-    if not isinstance(architecture, str):
-        raise CheckpointError(f"{path / CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
-    model_class = resolve_model_class(config, architecture)
+    model_class = _named_class(config, path)
     try:
         return build_skeleton(model_class, config, dtype)
     except BUILD_ERRORS as error:
-        raise CheckpointError(f"{path / CONFIG_NAME}: {architecture} cannot be built from it: {error}") from error
+        name = model_class.__name__
+        raise CheckpointError(f"{path / CONFIG_NAME}: {name} cannot be built from it: {error}") from error
+
+
+def _named_class(config: PreTrainedConfig, path: Path) -> type[PreTrainedModel]:
+    """The class of transformers that a configuration names."""
+    names = config.architectures
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{path / CONFIG_NAME} names no class in `architectures`; write the checkpoint again")
+    return resolve_model_class(config, names[0])
 
 
 def _configure(model: PreTrainedModel, path: Path) -> None:
@@ -457,25 +461,10 @@ def _built(
         raise CheckpointError(f"{where}: {model_class.__name__} cannot be built: {error}") from error
 
 
-def is_mixed_directory(directory: str | Path) -> bool:
-    """Whether transformers wrote a directory for a mixed model: it has our `model_type`, and no `fxprune.json`."""
-    path = Path(directory).expanduser()
-    if not (path / CONFIG_NAME).is_file() or (path / MANIFEST_NAME).exists():
-        return False
-    try:
-        values = json.loads((path / CONFIG_NAME).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
-
-
 def _saved_class(path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """Class and configuration of a directory that transformers wrote for a mixed model."""
     stock = read_config(path / CONFIG_NAME)
-    architecture = (stock.architectures or [None])[0]
-    if not isinstance(architecture, str):
-        raise CheckpointError(f"{path / CONFIG_NAME} names no class in `architectures`; save the model again")
-    model_class = resolve_model_class(stock, architecture)
+    model_class = _named_class(stock, path)
     values = json.loads((path / CONFIG_NAME).read_bytes())
     config_class = config_class_of(type(stock))
     try:
@@ -485,11 +474,22 @@ def _saved_class(path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return model_class_of(model_class, config_class), config
 
 
+def _elements(shapes: Mapping[str, Shape]) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
 def _load_saved(path: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """Load what transformers wrote for a mixed model, the way that transformers does, with its weights all there."""
-    files = weight_files(path)
-    with bounded_build(len(read_shapes(path, [file.name for file in files])), path):
+    stored = read_shapes(path, [file.name for file in weight_files(path)])
+    with bounded_build(len(stored), path):
         model_class, config = _saved_class(path)
+        # Names may be others than the class's, so elements are counted: no file can ask for much more than it holds.
+        wanted = _elements(state_shapes(_built(model_class, config, dtype, str(path))))
+        if wanted > 2 * _elements(stored):
+            raise CheckpointError(
+                f"{path}: config.json describes a model of {wanted} numbers, and the weight files hold "
+                f"{_elements(stored)}; restore the file that was changed, or save the model again"
+            )
         try:
             with quiet_transformers():
                 model, info = model_class.from_pretrained(

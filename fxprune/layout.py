@@ -233,7 +233,7 @@ def _not_plain(given: Mapping[str, Tensor], changed: Mapping[str, tuple[Shape, S
     if narrow:
         return (
             f"rows of {narrow[0]} are no multiple of 16 bytes, which the grouped matrix product that "
-            "transformers chooses for experts needs; fxprune.load chooses another one"
+            "transformers chooses for experts needs; fxprune chooses another one"
         )
     return ""
 

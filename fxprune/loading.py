@@ -94,13 +94,17 @@ def load_model(
             model type or class that transformers cannot build without code from the repository, or its weights are
             those of another class.
     """
+    from fxprune.mixed_config import is_mixed_directory  # noqa: PLC0415 - it imports transformers
+
     dtype, device = resolve_dtype(dtype), resolve_device(device)
     path = model_directory(name_or_path)
-    if (path / "fxprune.json").is_file():
+    sealed = (path / "fxprune.json").is_file()
+    if not sealed:
+        _check_plain_checkpoint(path)
+    if sealed or is_mixed_directory(path):
         # By name: the checkpoint format stands above this module, and does its own checks.
         model = importlib.import_module("fxprune.checkpoint").load(path, dtype=dtype, device=device)
     else:
-        _check_plain_checkpoint(path)
         model = _from_pretrained(path, dtype, device)
     tokenizer = load_tokenizer(path) if _has_tokenizer(path) else None
     return LoadedModel(model.eval(), tokenizer, model.config, str(name_or_path), path)

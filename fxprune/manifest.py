@@ -87,7 +87,7 @@ class Manifest(_Record):
     Attributes:
         schema_version: version of this schema.
         kind: `"uniform"` if `config.json` alone says every shape and plain `from_pretrained` loads the directory,
-            `"mixed"` if only fxprune does.
+            `"mixed"` if it does so only once fxprune is imported.
         reason: why it is not uniform; empty if it is.
         source: the dense model.
         versions: of fxprune and of the libraries that wrote the checkpoint.

@@ -35,6 +35,7 @@ __all__ = [
     "MixedConfigMixin",
     "config_class_of",
     "is_mixed",
+    "is_mixed_directory",
     "mixed_config",
     "stock_config",
     "whole_model",
@@ -190,6 +191,18 @@ class MixedConfigMixin:
 def is_mixed(config: object) -> bool:
     """Whether a configuration is that of a mixed model."""
     return isinstance(config, MixedConfigMixin)
+
+
+def is_mixed_directory(directory: str | Path) -> bool:
+    """Whether transformers wrote a directory for a mixed model: it has our `model_type`, and no `fxprune.json`."""
+    path = Path(directory).expanduser()
+    if not (path / "config.json").is_file() or (path / "fxprune.json").exists():
+        return False
+    try:
+        values = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
 def _base_of(values: Mapping[str, Any]) -> type[PreTrainedConfig]:

@@ -17,7 +17,6 @@ import torch
 
 from fxprune.calibration import calibration_set
 from fxprune.channels import get_attribute
-from fxprune.checkpoint import is_mixed_directory
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
@@ -29,6 +28,7 @@ from fxprune.loading import check_weights, expand_user, load_tokenizer, local_sn
 from fxprune.manifest import MANIFEST_NAME, read_manifest
 from fxprune.measure import file_size, machine, peak_rss_bytes
 from fxprune.methods import check_method, class_of_model
+from fxprune.mixed_config import is_mixed_directory
 from fxprune.output import prepare_output
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Event

@@ -2,8 +2,8 @@
 
     Program ──► config.json  model.safetensors  tokenizer  generation config  fxprune.json  README.md
 
-Uniform plans load with plain `AutoModelForCausalLM.from_pretrained`, mixed ones with `fxprune.load`. The program is
-not changed.
+Uniform plans load with plain `AutoModelForCausalLM.from_pretrained`, mixed ones too once fxprune is imported. The
+program is not changed.
 
 Refused:
  1. a program of a plain `nn.Module` (there is no config to write; export it instead);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
+import random
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,15 +353,63 @@ def test_bad_records_are_refused(
             how(directory)
 
 
+@pytest.mark.parametrize("names", [[], None, 1.5, ["NoSuchClass"]])
+def test_a_class_that_is_not_named_is_refused(names: object, mixed_dir: Path, tmp_path: Path) -> None:
+    """By `fxprune.load`, which takes the class that was saved; an auto class has one of its own."""
+    load(mixed_dir).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": names}))
+    for how in (load, load_skeleton):
+        with pytest.raises(CheckpointError, match="names no class in|no model class called|cannot be used|refuses"):
+            how(tmp_path)
+
+
+VALUES = (None, -1, 0, 3, 10**9, 10**30, 1.5, math.nan, "x", "", [], {}, [1], {"a": 1}, True, [10**9, 10**9])
+
+
+def mutated(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """A configuration in which one entry, nested ones included, has another value or is gone, or one came."""
+    changed = copy.deepcopy(config)
+    node = changed
+    key = rng.choice(list(node))
+    while isinstance(node[key], dict) and node[key] and rng.random() < 0.8:
+        node = node[key]
+        key = rng.choice(list(node))
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[rng.choice([key, key, key, "model.norm", "7"])] = rng.choice(VALUES)
+    return changed
+
+
+def test_a_mutated_configuration_gives_an_error_or_a_model(tmp_path: Path) -> None:
+    load(biased(tmp_path / "slim")).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    config = json.loads(path.read_bytes())
+    errors = 0
+    for seed in range(120):
+        path.write_text(json.dumps(mutated(config, random.Random(seed))))
+        try:
+            load(tmp_path / "saved")
+        except CheckpointError:
+            errors += 1
+    assert 40 < errors < 120
+
+
 def test_weights_that_do_not_belong_are_refused(mixed_dir: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(mixed_dir, tmp_path / "bad"))
     (directory / "fxprune.json").unlink()
     config = json.loads((directory / "config.json").read_bytes())
-    for depth, message in ((1, "unexpected keys"), (3, "missing keys"), (900, "far more parameters than the")):
-        (directory / "config.json").write_text(
-            json.dumps(config | {"num_hidden_layers": depth, "per_layer_config": {}})
-        )
-        with pytest.raises(CheckpointError, match=f"{message}|cannot be loaded"):
+    cases = [
+        (1, {"0": config["per_layer_config"]["0"]}, r"unexpected keys \['model\.layers\.1"),
+        (3, config["per_layer_config"], r"missing keys \['model\.layers\.2"),
+        (30, {}, "config.json describes a model of .* numbers, and the weight files hold"),
+        (900, {}, "far more parameters than the"),
+    ]
+    for depth, layers, message in cases:
+        values = config | {"num_hidden_layers": depth, "per_layer_config": layers}
+        (directory / "config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=message):
             load(directory)
 
 
