@@ -221,7 +221,8 @@ class GraphRunner:
                     f"loops over tokens or chunks of them: use shorter ones, or trace(model, length={length})"
                 )
             given = [torch.nn.functional.pad(tensor, (0, fixed - length)) for tensor in given]
-        return self._run(*given, [])["logits"][:, :length]
+        tokens, mask, positions = given
+        return self._run(tokens, mask, positions, [])["logits"][:, :length]
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past) -> Mapping[str, Tensor]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
