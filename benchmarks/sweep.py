@@ -123,12 +123,14 @@ def _one_line(text: str) -> str:
 
 
 def _as_published(model: Any, path: Path) -> Any:
-    """The model as its users get it: written in bfloat16, and loaded from there."""
+    """The model as its users get it: written in bfloat16, and loaded from there as the command line does."""
+    from fxprune.loading import load_model  # noqa: PLC0415
+
     model.save_pretrained(path)
-    return type(model).from_pretrained(path, dtype="auto").eval()
+    return load_model(path)
 
 
-def _prune(model: Any, method: str, row: dict[str, Any], scratch: Path) -> None:
+def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None:
     import torch  # noqa: PLC0415
 
     import fxprune  # noqa: PLC0415
@@ -136,7 +138,7 @@ def _prune(model: Any, method: str, row: dict[str, Any], scratch: Path) -> None:
     from fxprune.workflow import LOCATE, prune_program  # noqa: PLC0415
 
     row["stage"] = "trace"
-    program = fxprune.trace(model)
+    program = fxprune.trace(loaded.model, path=loaded.path)
     row["stage"] = "locate"
     program = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
     row["groups"] = dict(Counter(group.kind for group in program.groups))

@@ -138,6 +138,7 @@ _FILLED = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LINEAR, _FULL, _SLIDING, _CONVOLUTION = "linear_attention", "full_attention", "sliding_attention", "conv"
 
 
@@ -181,32 +182,18 @@ def _tiny(config_class: Any, attempt: Attempt) -> Any:
 
 
 def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: int, attempt: Attempt) -> Any:
-    values: dict[str, Any] = {}
     known = {field.name for field in dataclasses.fields(config_class)}
-    for name, value in fields.items():
-        if _DEPTH.search(name) and type(value) is int:
-            values[name] = value if attempt.own_depth else depth
-        elif type(value) is int:
-            values[name] = _integer(name, value, fields)
-    if not attempt.own_depth:
+    values = {name: _integer(name, value, fields) for name, value in fields.items() if type(value) is int}
+    if attempt.own_depth:
+        values |= {name: value for name, value in fields.items() if _DEPTH.search(name)}
+    else:
+        values |= {name: depth for name in values if _DEPTH.search(name)}
         values |= {name: value for name, value in _cut_lists(default, depth).items() if name in known}
     if not attempt.rope_part:
         values |= {name: HEAD_DIM for name in values if _ROPE_PART.search(name)}
-    for name, kind in (getattr(config_class, "sub_configs", None) or {}).items():
-        if dataclasses.is_dataclass(kind) and getattr(kind, "model_type", ""):
-            values[name] = _tiny(kind, attempt)
-        elif (sub := getattr(default, name, None)) is not None:
-            values[name] = _tiny(type(sub), attempt)
-    if attempt.kv_heads and "num_key_value_heads" in known - fields.keys():
-        values["num_key_value_heads"] = HEADS // 2
-    if attempt.fill:
-        values |= {name: value for name, value in _FILLED.items() if name in known - fields.keys()}
-        if "layer_types" in known - values.keys():
-            values["layer_types"] = [_CONVOLUTION if any("conv" in name for name in known) else _SLIDING, _FULL] * depth
-            values["layer_types"] = values["layer_types"][:depth]
-    values |= {
-        name: token for name, token in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 0)) if name in known
-    }
+    values |= _nested(config_class, default, attempt)
+    values |= {name: value for name, value in _given(known - fields.keys(), depth, attempt).items() if name in known}
+    values |= {name: token for name, token in _TOKENS.items() if name in known}
     if "is_decoder" in known:
         values["is_decoder"] = True
     config = config_class(**values)
@@ -214,6 +201,30 @@ def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: in
         values |= {name: value for name, value in _some_attention(depth).items() if name in known}
         config = config_class(**values)
     return config
+
+
+def _nested(config_class: Any, default: Any, attempt: Attempt) -> dict[str, Any]:
+    """Tiny configurations of the parts of a composed one."""
+    values: dict[str, Any] = {}
+    for name, kind in (getattr(config_class, "sub_configs", None) or {}).items():
+        if dataclasses.is_dataclass(kind) and getattr(kind, "model_type", ""):
+            values[name] = _tiny(kind, attempt)
+        elif (sub := getattr(default, name, None)) is not None:
+            values[name] = _tiny(type(sub), attempt)
+    return values
+
+
+def _given(unset: set[str], depth: int, attempt: Attempt) -> dict[str, Any]:
+    """Values for fields whose default is None, as far as the attempt gives them any."""
+    values: dict[str, Any] = {}
+    if attempt.kv_heads and "num_key_value_heads" in unset:
+        values["num_key_value_heads"] = HEADS // 2
+    if attempt.fill:
+        values |= {name: value for name, value in _FILLED.items() if name in unset}
+        if "layer_types" in unset:
+            other = _CONVOLUTION if any("conv" in name for name in unset) else _SLIDING
+            values["layer_types"] = ([other, _FULL] * depth)[:depth]
+    return values
 
 
 def _cut_lists(config: Any, depth: int) -> dict[str, list[Any]]:
