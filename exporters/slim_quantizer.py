@@ -166,7 +166,7 @@ def _compare(program: Program) -> None:
 
 
 def _runner(form: Form) -> GraphRunner:
-    return GraphRunner(form.module, form.interface, "masked")  # type: ignore[arg-type]  # masking makes graphs
+    return GraphRunner(form.module, form.interface, "masked")
 
 
 def _vocabulary(program: Program) -> int:

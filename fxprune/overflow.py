@@ -156,7 +156,7 @@ def naming_overflow(
     """
     try:
         yield
-    except (NotFiniteError, VerificationError, torch.linalg.LinAlgError) as error:
+    except (NotFiniteError, VerificationError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         run = getattr(error, "tokens", None)
         run = tokens if run is None else run
         found = None if run is None else find_overflow(program, run, forward_dtype)

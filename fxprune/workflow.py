@@ -364,7 +364,7 @@ def perplexities(
     assert program.source is not None
     window = min(window, program.interface.fixed_length or window)
     lifted = program.references["lifted"]
-    dense = GraphRunner(lifted.module, lifted.interface, "dense")  # type: ignore[arg-type]  # it is a graph
+    dense = GraphRunner(lifted.module, lifted.interface, "dense")
     slim = GraphRunner(program.graph_module, program.interface, "slim")
     known = {} if known is None else known
     entries = []
