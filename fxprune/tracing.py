@@ -118,15 +118,15 @@ def trace(
             f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
         )
     try:
-        inputs = sample_inputs(model, length) if example_inputs is None else dict(example_inputs)
+        inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
         exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
         fixed = _fixed_length(exported) if causal and _runs_whole_sequences(inputs) else None
-        if fixed is not None and fixed.longer is not None and example_inputs is None:
-            # One chunk is a special case of many: a sample of two may give a graph for any number of them.
-            inputs = sample_inputs(model, fixed.longer)
+        if fixed is not None and length is not None and example_inputs is None:
+            # What one length has unrolled, another may have unrolled without an equation that tells: it stays fixed.
+            inputs = sample_inputs(model, length)
             exported = _export_hugging_face(model, inputs)
-            fixed = _fixed_length(exported)
+            fixed = _FixedLength(length)
         graph_module, interface = _flatten(exported, inputs)
     except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
         said = f"{type(error).__name__}: {error}".strip()
@@ -166,10 +166,9 @@ def _restore_tables(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _FixedLength:
-    """A graph of whole sequences that holds for one length; `longer` is one that may give a graph for any."""
+    """A graph of whole sequences that holds for one length."""
 
     length: int
-    longer: int | None = None
 
 
 def _fixed_length(exported: torch.export.ExportedProgram) -> _FixedLength | None:
@@ -194,7 +193,7 @@ def _fixed_length(exported: torch.export.ExportedProgram) -> _FixedLength | None
     if not broken:
         return None
     length = int(size.node.hint)
-    return _FixedLength(length, broken[0] + 2 if broken[0] > length else None)
+    return _FixedLength(length)
 
 
 def _as_language_model(interface: Interface, fixed: _FixedLength | None) -> Interface:
