@@ -20,6 +20,15 @@ def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offsets, positions, right=True).clamp(max=offsets.shape[0] - 1)
 
 
+def _one_by_one(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """What torch's grouped product, which has no kernel for float64, gives: (rows, in) to (rows, out)."""
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    rows = [x[start:end] @ each for start, end, each in zip(starts, ends, weight, strict=True)]
+    rest = x.new_zeros(x.shape[0] - ends[-1], weight.shape[-1])
+    return torch.cat([*rows, rest])
+
+
 class GroupedLinear(nn.Module):
     """`y[r] = x[r] @ W[e(r)].T` for rows sorted by expert.
 
@@ -65,6 +74,8 @@ class GroupedLinear(nn.Module):
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Project (rows, in) to (rows, out); `offsets` (experts,) int32 are the ends of the experts' rows."""
         weight = self.weight if self.transposed else self.weight.transpose(-2, -1)
+        if self.op is torch.ops.aten._grouped_mm.default and x.dtype is torch.float64:
+            return _one_by_one(x, weight, offsets)
         projected: Tensor = self.op(x, weight, offsets)
         return projected
 

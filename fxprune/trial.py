@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from fxprune.runners import named_results
 from fxprune.skeleton import BUILD_ERRORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -68,6 +69,25 @@ def relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     Raises:
         One of `BUILD_ERRORS`: the model cannot run.
     """
+    with _experts_that_run(model):
+        return _relative_error(model, expected)
+
+
+@contextmanager
+def _experts_that_run(model: PreTrainedModel) -> Iterator[None]:
+    """In float64 experts run one by one: torch's grouped product has no kernel for it."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before != "grouped_mm" or model.dtype is not torch.float64:
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     before = model.config._attn_implementation
     if expected.logits.is_meta:  # the other kinds of attention look at the values of masks
         model.set_attn_implementation("eager")
