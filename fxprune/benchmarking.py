@@ -27,7 +27,15 @@ from fxprune.progress import track_repeats
 from fxprune.ratios import ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
-from fxprune.runtimes import check_language, check_precision, check_runtime, check_tokens, open_in, runtime_of
+from fxprune.runtimes import (
+    check_form,
+    check_language,
+    check_precision,
+    check_runtime,
+    check_tokens,
+    open_in,
+    runtime_of,
+)
 from fxprune.workflow import Stopwatch, cases_of, front_end
 
 if TYPE_CHECKING:
@@ -115,13 +123,16 @@ def run_bench(
         raise UsageError(f"cannot compare {' with '.join(runtimes)}; name the runtime for all forms with --runtime")
     if not {"torch", "torch.compile"} & set(runtimes):
         check_precision(forms, work.dtype)
+    if "genai" in runtimes and max(work.batches) > 1:
+        raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
+    for runtime in runtimes:
+        for form in forms:
+            check_form(form, runtime)
     check_tokens(forms)
     if work.decode:
         check_language(forms, "decoding", "time the forward pass of others alone (--decode 0)")
     if of_language := {"torch.compile", "genai"} & set(runtimes):
         check_language(forms, f"the runtime {min(of_language)}", "use torch or onnxruntime")
-    if "genai" in runtimes and max(work.batches) > 1:
-        raise UsageError("genai continues one sequence at a time with given tokens; leave out --batch, or that runtime")
     rounds = [
         _run_round(dict(zip(names, forms, strict=True)), cases, work, runtime, threads, out=out, say=say, gated=gated)
         for runtime in runtimes
@@ -308,12 +319,14 @@ def run_table(model: str, path: Path, work: Workload, out: Console, say: Callabl
     cases = cases_of(work.prefill or (512,), work.decode, work.past)
     if not cases:
         raise UsageError("a latency table needs a case; give --prefill or --decode")
+    repeats = _TABLE_REPEATS if work.repeats is None else work.repeats
+    if repeats < 2:
+        raise UsageError(f"a latency table needs at least 2 repeats, got {repeats}")
     check_language([model], "a latency table", "prune by --ratio, --target-params, --target-macs or --target-bytes")
     say(f"loading {model}")
     loaded = load_model(model, dtype=work.dtype)
     say("tracing and locating")
     program = front_end(loaded, Stopwatch())
-    repeats = work.repeats or _TABLE_REPEATS
     table = build_table(program, path, cases, threads=work.threads[0], repeats=repeats, say=say)
     out.print(_cost_table(table))
     return table.to_json()

@@ -76,6 +76,8 @@ def check_language(forms: Sequence[str], what: str, otherwise: str) -> None:
     """
     for form in forms:
         graph = _graph(form)
+        if graph is None and expand_user(form).suffix == ".onnx":
+            continue  # there is no such graph, which whoever opens it says
         if graph is None:
             require_language_model(what, *class_of_model(form), otherwise=otherwise)
         elif _forward_only(graph):
@@ -143,9 +145,19 @@ def _compiled(where: str, threads: int, dtype: str | None, say: Callable[[str], 
     return _loaded(where, dtype, "torch.compile", CompiledRunner)
 
 
-def _loaded(where: str, dtype: str | None, runtime: str, make: type[EagerRunner]) -> OpenForm:
-    if _graph(where) is not None and not (expand_user(where) / "config.json").is_file():
+def check_form(where: str, runtime: str) -> None:
+    """Refuse a form that a runtime does not run, as far as its files say.
+
+    Raises:
+        UsageError: it is an ONNX graph, and the runtime runs checkpoints.
+    """
+    graph_only = _graph(where) is not None and not (expand_user(where) / "config.json").is_file()
+    if graph_only and runtime in {"torch", "torch.compile"}:
         raise UsageError(f"{where} is an ONNX graph, which {runtime} does not run; name the checkpoint it came from")
+
+
+def _loaded(where: str, dtype: str | None, runtime: str, make: type[EagerRunner]) -> OpenForm:
+    check_form(where, runtime)
     loaded = load_model(where, dtype=dtype)
     if make is EagerRunner and not is_language_model(type(loaded.model), loaded.config):
         make = ForwardRunner

@@ -270,6 +270,7 @@ def test_bench_table_writes_what_was_measured(
         for variant in variants:
             progress.add([Measurement(variant, case.name, (10.0, 10.0), (9.0, 9.0)) for case in setting.cases])
 
+    monkeypatch.setattr(benchmarking, "check_language", lambda *_: None)
     monkeypatch.setattr(benchmarking, "load_model", lambda *args, **options: (args, options))
     monkeypatch.setattr(benchmarking, "front_end", lambda loaded, watch: located("llama") if loaded and watch else None)
     monkeypatch.setattr(latency_build, "_measure_all", measured)
