@@ -92,10 +92,10 @@ def run_evaluation(model: str, what: Evaluation, out: Console, say: Callable[[st
     """
     check_evaluation(what)
     check_precision([model], what.dtype)
-    check_language([model], *UNSCORED)
     if what.tasks:
         say(f"loading {', '.join(what.tasks)}")
     tasks = load_tasks(what.tasks, what.data) if what.tasks else []
+    check_language([model], *UNSCORED)
     say(f"loading {model}")
     form = open_evaluated(model, what)
     perplexities = [measure_perplexity(form, path, what) for path in what.ppl]
