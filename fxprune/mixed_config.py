@@ -164,7 +164,8 @@ class MixedConfigMixin:
         Raises:
             CheckpointError: it is that of another base, or what it says of its own is not valid.
         """
-        values = readable(config_dict, NOT_READ)
+        record = {key: config_dict[key] for key in (_RECORD,) if key in config_dict}  # its schema says what it may hold
+        values = readable(config_dict, NOT_READ) | record
         if values.get("model_type") == MODEL_TYPE:
             if _base_of(values) is not cls._stock:
                 raise CheckpointError(

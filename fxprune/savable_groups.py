@@ -79,6 +79,8 @@ def without_unsavable(program: Program, pruning: Pass) -> Program:
 def _first_unit(group: Group) -> IdArray:
     """The units that go together with the first one and leave others; empty where none may go."""
     together = np.arange(group.multiple)
+    if group.parts is not None:
+        together = group.parts[:, :1].reshape(-1)
     if group.sharing is not None and len(np.unique(group.sharing)) > 1:
         together = np.flatnonzero(group.sharing == group.sharing[0])
     return together if len(together) < group.units else together[:0]

@@ -141,7 +141,10 @@ def test_a_method_prunes_in_the_precision_that_went_in(
     name, options = case[0], options_of(case, text)
     key = family, named(case)
     if key not in _FLOAT32:
-        _FLOAT32[key] = figures(build_pass(name, options)(full).program, full)
+        pruned = build_pass(name, options)(full).program
+        if name == "depth":  # the only method that leaves the graph to the mask that follows
+            pruned = build_pass("insert_masks", {})(pruned).program
+        _FLOAT32[key] = figures(pruned, full)
     whole = name in WHOLE_WAY and case == next(one for one in METHODS if one[0] == name)
     out = tmp_path / "slim" if whole else None
     before = {key: value.clone() for key, value in program.graph_module.state_dict().items()}
