@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -343,7 +344,9 @@ def test_slopes_go_with_their_heads_and_gqa_inside_the_operator_is_understood() 
         assert_plain(program, Plan.of({group.name: kept}), x)
 
 
-def test_an_operator_that_cannot_be_narrowed_is_refused_by_name() -> None:
+def test_channels_in_parts_of_two_kinds_are_refused_by_name() -> None:
+    """Halves that change places with what they hold: no plan is safe for both, and none is offered."""
+
     class Ragged(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -354,9 +357,25 @@ def test_an_operator_that_cannot_be_narrowed_is_refused_by_name() -> None:
             return self.down(parts.transpose(-1, -2).flatten(-2))
 
     program = located_plain(Model(lambda m, x: m.mlp(x), mlp=Ragged()), X)
+    assert not program.groups
+    (located,) = (event for event in program.history if event.name == "locate_mlp")
+    assert located.details["refused"] == {"mlp": "layouts hold them in 2 parts and, across these, in 4"}
+
+
+def test_an_operator_that_cannot_be_narrowed_is_refused_by_name() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.down(nn.functional.silu(self.up(x)).reshape(-1, 2, 4).flatten(-2))
+
+    program = located_plain(Model(lambda m, x: m.mlp(x), mlp=Halves()), X)
     (group,) = program.groups
+    free = program.replace(groups=(dataclasses.replace(group, parts=None),))
     with pytest.raises(UnsupportedOpError, match=r"in mlp \(node .*does not pack into a tensor"):
-        Slim()(program.replace(plan=Plan.of({group.name: [0, 1, 2, 4]})))  # 3 of one half, 1 of the other
+        Slim()(free.replace(plan=Plan.of({group.name: [0, 1, 2, 4]})))  # 3 of one half, 1 of the other
     assert_plain(program, Plan.of({group.name: [0, 1, 6, 7]}))
 
 
