@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-all lint clean
 
 install: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: install
 # Two workers with one torch thread each: faster on two cores than one worker with two threads.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The same with the long matrix: 20 random plans for each family and kind of unit.
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --long
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,6 +35,17 @@ TINY_LINES = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long matrix is for `make test-all`."""
+    parser.addoption("--long", action="store_true", help="20 random plans for each family and kind of unit, not 5")
+
+
+@pytest.fixture(scope="session")
+def plans_a_cell(pytestconfig: pytest.Config) -> int:
+    """How many random plans a family and kind of unit is tried with."""
+    return 20 if pytestconfig.getoption("--long") else 5
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file run in one worker, where they share what is traced once; the zoo is split by family."""
     for item in items:

@@ -47,12 +47,12 @@ def test_every_family_has_its_kinds_of_units(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [pytest.param(*pair, marks=pytest.mark.xdist_group(pair[0]), id="-".join(pair)) for pair in PAIRS]
 )
-def test_slim_equals_masked_for_random_legal_plans(name: str, kind: str) -> None:
+def test_slim_equals_masked_for_random_legal_plans(name: str, kind: str, plans_a_cell: int) -> None:
     program = located(name)
     changed: list[float] = []
 
     @settings(
-        max_examples=20,
+        max_examples=plans_a_cell,
         derandomize=True,
         deadline=None,
         database=None,
