@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -123,14 +124,17 @@ def _with_floats(value: Any) -> Any:
 
 
 def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel]:
-    """Find a model class by name among those that transformers maps the configuration's class to.
+    """Find a model class by name among those that transformers has for the configuration's class.
+
+    These are the classes that an auto mapping gives for it, and transformers' own class of this name that is built from
+    it: a mapping may name a class for a whole configuration that is built from its text part.
 
     Args:
         config: the configuration.
         architecture: name of the class, as in `architectures[0]` of a `config.json`.
 
     Raises:
-        CheckpointError: no auto mapping has a class of this name for this configuration.
+        CheckpointError: transformers has no class of this name for this configuration.
     """
     for mapping in vars(modeling_auto).values():
         if not isinstance(mapping, _LazyAutoMapping):
@@ -142,10 +146,26 @@ def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[Pre
             if same and issubclass(candidate, PreTrainedModel):
                 model_class: type[PreTrainedModel] = candidate
                 return model_class
+    if own := _own_class(config, architecture):
+        return own
     raise CheckpointError(
         f"transformers maps {type(config).__name__} to no model class called {architecture!r}; checkpoints are written "
         "and read for classes of transformers' auto mappings only, and no other code is imported"
     )
+
+
+def _own_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel] | None:
+    """Transformers' own class of a name that some auto mapping knows, if it is built from the configuration's class."""
+    known = {
+        name
+        for mapping in vars(modeling_auto).values()
+        if isinstance(mapping, _LazyAutoMapping)
+        for value in mapping._model_mapping.values()
+        for name in (value if isinstance(value, tuple | list) else (value,))
+    }
+    found = getattr(transformers, architecture, None) if architecture in known else None
+    own = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
+    return found if own else None
 
 
 def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -181,8 +201,18 @@ def build_skeleton(
     with torch.device("meta"), hf_init.no_init_weights():
         # The method behind AutoModel.from_config, which would choose the class itself.
         model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    _move_to_meta(model)
     model.tie_weights()
     return model.eval()
+
+
+def _move_to_meta(model: nn.Module) -> None:
+    """Parameters that a class draws with functions that no device is the default of, such as `torch.normal`."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, empty)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
