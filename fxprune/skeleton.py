@@ -30,9 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fxprune.auto_classes import MODEL_TYPE
 from fxprune.build_limits import check_depth
-from fxprune.config_fields import get_field, has_field, nested_configs, path_of, readable, set_field
+from fxprune.config_fields import get_field, has_field, path_of, readable, set_field
 from fxprune.errors import CheckpointError
-from fxprune.mixed_config import NOT_READ, is_mixed
+from fxprune.mixed_config import NOT_READ, is_mixed, stock_layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,8 +77,8 @@ BUILD_ERRORS = (
 
 # Taken from the model's own configuration every time a block runs, because users switch them on the model.
 _FOLLOWED = ("_attn_implementation", "_experts_implementation")
-# Not the dense configuration's own: what kernels run is not for a checkpoint to choose, and layers have other readers.
-_NOT_READ = (*NOT_READ, "per_layer_config", "fxprune", "base_model_type")
+# Not the dense configuration's own: what kernels run is not for a checkpoint to choose, and the rest has other readers.
+_NOT_READ = (*NOT_READ, "fxprune", "base_model_type")
 _GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
 
 
@@ -100,6 +100,9 @@ def read_config(path: Path) -> PreTrainedConfig:
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type == MODEL_TYPE:
         model_type = values.get("base_model_type")
+        values["per_layer_config"] = stock_layers_of(values)
+        if values["per_layer_config"] is None:
+            del values["per_layer_config"]
     if not isinstance(model_type, str) or model_type == MODEL_TYPE or model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
@@ -169,13 +172,13 @@ def _own_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedMo
 
 
 def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return an independent, homogeneous copy with some fields changed; like per-layer configs it is not validated.
+    """Return an independent copy with some fields changed and without a mixed model's layers; it is not validated.
 
-    Fields of nested configurations have dotted names.
+    Fields of nested configurations have dotted names. Layers that the configuration class itself tells apart stay.
     """
     changed = copy.deepcopy(config)
-    for each in nested_configs(changed).values():
-        each.per_layer_config = None
+    if is_mixed(changed) and changed.slim_record.stock_layers is None:
+        changed.per_layer_config = None
     for name, value in overrides.items():
         set_field(changed, name, value)
     return changed
