@@ -43,7 +43,7 @@ AUTO = {
     "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
 }
-RATIO = 0.1
+RATIO = 0.05
 NEW_TOKENS = 4
 SECONDS = 180
 """After which a class counts as hanging."""

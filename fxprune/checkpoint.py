@@ -28,7 +28,7 @@ from fxprune.build_limits import bounded_build
 from fxprune.constants import apply_constants
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
-from fxprune.layout import Layout, classify, same_bits
+from fxprune.layout import Layout, classify, round_buffers, same_bits
 from fxprune.loading import quiet_transformers, weight_files
 from fxprune.manifest import (
     CONFIG_NAME,
@@ -544,6 +544,7 @@ def _compute(model: PreTrainedModel, layout: Layout, expected: ExpectedLogits | 
         run_once(model, [*layout.changed, *layout.added_biases])
         return
     if expected.dtype is not None:
+        round_buffers(model, layout.given, expected)
         model = model.to(expected.dtype)
     try:
         error = relative_error(model, expected)

@@ -61,13 +61,13 @@ def _owner(config: PreTrainedConfig, name: str) -> tuple[PreTrainedConfig | None
 def has_field(config: PreTrainedConfig, name: str) -> bool:
     """Whether there is a field of this dotted name."""
     owner, last = _owner(config, name)
-    return owner is not None and hasattr(owner, last)
+    return owner is not None and owner._hasattr_without_heterogeneous_validation(last)
 
 
 def get_field(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
-    """The value of a field by its dotted name; `default` where there is none."""
+    """The value of a field by its dotted name, the whole model's where layers differ; `default` where there is none."""
     owner, last = _owner(config, name)
-    return default if owner is None else getattr(owner, last, default)
+    return default if owner is None else owner._getattr_without_heterogeneous_validation(last, default)
 
 
 def set_field(config: PreTrainedConfig, name: str, value: Any) -> None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from fxprune.config_fields import fields_of, get_field, values_with
+from fxprune.config_fields import fields_of, get_field, nested_configs, values_with
 from fxprune.errors import CheckpointError
+from fxprune.mixed_config import stock_layers_of
 from fxprune.skeleton import BUILD_ERRORS, Shape, build_skeleton, config_with, outer_lists
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def reduce_depth(
             continue
         difference = _difference(dense, slim, kept)
         if not difference:
-            changed = {name: value for name, value in overrides.items() if get_field(config, name) != value}
+            apart = {name for name, _ in _stock_layers(config)}
+            changed = {n: value for n, value in overrides.items() if n not in apart and get_field(config, n) != value}
             return reduced, changed
         reason = reason or difference
     raise CheckpointError(
@@ -134,6 +136,10 @@ def _candidates(
             first = next(iter(kept))
             positions[name] = [kept[first].index(index) for index in value if index in kept[first]]
             base.setdefault(name, positions[name])
+    for name, layers in _stock_layers(config):
+        if name.rpartition(".")[0] in beside:
+            indices = kept[next(iter(kept))]
+            base[name] = {new: layers[old] for new, old in enumerate(indices) if old in layers}
     yield base
     yield {**base, **positions}
     numbers = _position_fields(model_class, config, dense, {*base, *fields.values()})
@@ -145,6 +151,14 @@ def _candidates(
         yield {**base, field: kind}
         for number, place in itertools.product(numbers, sorted({0, 1, depth})):
             yield {**base, field: kind, number: place}
+
+
+def _stock_layers(config: PreTrainedConfig) -> Iterator[tuple[str, dict[int, Any]]]:
+    """Fields by which a configuration class itself tells layers apart, with their values by layer."""
+    for path, each in nested_configs(config).items():
+        layers = stock_layers_of(each.to_dict())
+        if layers is not None:
+            yield f"{path}.per_layer_config".removeprefix("."), layers
 
 
 def _lists(config: PreTrainedConfig) -> Iterator[tuple[str, list[Any]]]:

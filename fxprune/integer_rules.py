@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fxprune.skeleton import BUILD_ERRORS
-from fxprune.trial import prepared
+from fxprune.trial import runs_on_meta
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,20 +75,15 @@ def integers_read(
 
 def _reads(model: PreTrainedModel, read: dict[str, set[str]], inputs: Mapping[str, Tensor], attention: str) -> bool:
     """Add what one run reads; False if the class does not run."""
-    for masked in (True, False):  # code that looks at the values of a mask cannot run without values
-        watched = copy.deepcopy(model)
-        for name, names in read.items():
-            _watch(watched.get_submodule(name), names)
-        given = {name: tensor for name, tensor in inputs.items() if masked or "mask" not in name}
+    watched = copy.deepcopy(model)
+    for name, names in read.items():
+        _watch(watched.get_submodule(name), names)
+    if attention:
         try:
-            if attention:
-                watched.set_attn_implementation(attention)
-            with torch.no_grad():
-                watched(**prepared(watched, given, "meta", watched.dtype))
+            watched.set_attn_implementation(attention)
         except BUILD_ERRORS:
-            continue
-        return True
-    return False
+            return False
+    return runs_on_meta(watched, inputs)
 
 
 def _watch(module: nn.Module, read: set[str]) -> None:
@@ -126,7 +120,8 @@ def block_kinds(model: PreTrainedModel, skeleton: PreTrainedModel, inputs: Mappi
         ]
         if narrowed:
             blocks.setdefault((re.sub(r"\d+", "#", name), type(module)), []).append(name)
-    holders = [holder for names in blocks.values() for name in names for holder in _holders(model, name)]
+    built = dict(skeleton.named_modules())  # some classes exchange modules while they run, as the length of text asks
+    holders = [h for names in blocks.values() for name in names for h in _holders(model, name) if h in built]
     read = integers_read(skeleton, holders, inputs)
     kinds: list[BlockKind] = []
     for names in blocks.values():
@@ -165,7 +160,7 @@ def _integers(model: nn.Module, block: str, read: Mapping[str, set[str]] | None)
         f"{_dot(holder.removeprefix(block).removeprefix('.'))}{attribute}": value
         for holder in _holders(model, block)
         for attribute, value in vars(model.get_submodule(holder)).items()
-        if type(value) is int and value > 0 and (read is None or attribute in read[holder])
+        if type(value) is int and value > 0 and (read is None or attribute in read.get(holder, ()))
     }
 
 

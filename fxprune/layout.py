@@ -51,7 +51,7 @@ from fxprune.skeleton import (
     resolve_model_class,
     state_shapes,
 )
-from fxprune.trial import relative_error, tolerance_of
+from fxprune.trial import relative_error, runs_on_meta, tolerance_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from fxprune.skeleton import Shape
     from fxprune.trial import ExpectedLogits
 
-__all__ = ["Layout", "classify", "same_bits"]
+__all__ = ["Layout", "classify", "round_buffers", "same_bits"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONSTANT = re.compile(r"(?:.*\.)?lifted_tensor_\d+")
@@ -353,14 +353,26 @@ def _filled(skeleton: PreTrainedModel, given: Mapping[str, Tensor], expected: Ex
     floating = next(tensor for tensor in tensors.values() if tensor.is_floating_point())
     rest = {name: floating.new_zeros(shape) for name, shape in state_shapes(model).items() if name not in tensors}
     fill_skeleton(model, {**tensors, **rest}, device)
-    if is_low(dtype := main_dtype(given.values())):
-        _round_buffers(model, dtype)
+    round_buffers(model, given, expected)
     return model
 
 
-def _round_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round computed buffers as the class does that is built in a lower dtype, such as the scale of embeddings."""
-    stored = dict(build_skeleton(type(model), model.config, dtype).named_buffers())
+def round_buffers(model: PreTrainedModel, given: Mapping[str, Tensor], expected: ExpectedLogits) -> None:
+    """Round computed buffers as the class does that is built in a lower dtype, such as the scale of embeddings.
+
+    Some classes do so when they run first.
+
+    Args:
+        model: the model, in the dtype of the reference or in its own; its buffers are changed in place.
+        given: its weights, in the dtype that they are stored in; nothing is rounded if it is no lower one.
+        expected: what to run.
+    """
+    if not is_low(dtype := main_dtype(given.values())):
+        return
+    lower = build_skeleton(type(model), model.config, dtype)
+    lower.set_attn_implementation("eager")  # the other kinds look at the values of masks
+    runs_on_meta(lower, expected.inputs)
+    stored = dict(lower.named_buffers())
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and name in stored:
             buffer.copy_(buffer.to(stored[name].dtype))

@@ -38,6 +38,7 @@ __all__ = [
     "is_mixed_directory",
     "mixed_config",
     "stock_config",
+    "stock_layers_of",
     "whole_model",
 ]
 
@@ -83,9 +84,13 @@ class MixedConfigMixin:
         from fxprune.mixed_record import MixedRecord, read_layers, read_record  # noqa: PLC0415 - only when one is read
 
         where = str(kwargs.get("name_or_path") or "config.json")
-        layers = read_layers(kwargs.pop("per_layer_config", None), where)
         values = kwargs.pop(_RECORD, None)
         record = values if isinstance(values, MixedRecord) else read_record(values or {}, where)
+        layers = kwargs.pop("per_layer_config", None)
+        if record.stock_layers is None:
+            layers = read_layers(layers, where)
+        else:
+            layers, kwargs["per_layer_config"] = {}, copy.deepcopy(record.stock_layers)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.slim_adopt(record, layers, where)
 
@@ -131,7 +136,8 @@ class MixedConfigMixin:
     @property
     def slim_layers(self) -> dict[int, dict[str, int]]:
         """Fields of single layers that differ from the whole model's."""
-        spec = self.__dict__.get("_heterogeneity_spec")
+        ours = self.slim_record.stock_layers is None
+        spec = self.__dict__.get("_heterogeneity_spec") if ours else None
         found = {} if spec is None else {index: dict(fields) for index, fields in spec.per_layer_overrides.items()}
         for index, fields in self.slim_record.layers.items():
             found.setdefault(index, {}).update(fields)
@@ -154,7 +160,8 @@ class MixedConfigMixin:
         """The content of `config.json`."""
         values = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]
         values |= {"model_type": MODEL_TYPE, _BASE: self._stock.model_type}
-        values["per_layer_config"] = values.get("per_layer_config") or _ONLY_OURS
+        ours = values.get("per_layer_config") if self.slim_record.stock_layers is None else None
+        values["per_layer_config"] = ours or _ONLY_OURS
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -284,10 +291,23 @@ def mixed_config(
     """
     mixed = object.__new__(config_class_of(type(config)))
     mixed.__dict__.update(copy.deepcopy(config.__dict__))
-    mixed.__dict__.pop("_heterogeneity_spec", None)
-    record = record.model_copy(update={"layers": _named(layers, nested=True)})
-    mixed.slim_adopt(record, _named(layers, nested=False), str(where))
+    stock = stock_layers_of(config.to_dict())
+    if stock is None:
+        record = record.model_copy(update={"layers": _named(layers, nested=True)})
+        mixed.slim_adopt(record, _named(layers, nested=False), str(where))
+    else:
+        whole = {index: dict(fields) for index, fields in layers.items() if fields}
+        mixed.slim_adopt(record.model_copy(update={"layers": whole, "stock_layers": stock}), {}, str(where))
     return mixed
+
+
+def stock_layers_of(values: Mapping[str, Any]) -> dict[int, dict[str, Any]] | None:
+    """How a configuration class itself tells layers apart, from the content of a `config.json`; None if it does not."""
+    found = values.get("per_layer_config")
+    if values.get("model_type") == MODEL_TYPE:
+        record = values.get(_RECORD)
+        found = record.get("stock_layers") if isinstance(record, dict) else None
+    return {int(index): dict(fields) for index, fields in found.items()} if isinstance(found, dict) else None
 
 
 def _named(layers: Mapping[int, Mapping[str, int]], *, nested: bool) -> dict[int, dict[str, int]]:
@@ -304,7 +324,7 @@ def stock_config(config: Any) -> Any:
     if not isinstance(config, MixedConfigMixin):
         return config
     stock = object.__new__(config._stock)
-    own = {"_record", "_accepted", "_heterogeneity_spec"}
+    own = {"_record", "_accepted"} | ({"_heterogeneity_spec"} if config.slim_record.stock_layers is None else set())
     stock.__dict__.update({k: copy.deepcopy(v) for k, v in config.__dict__.items() if k not in own})
     for name, value in config.slim_accepted.items():
         set_field(stock, name, value)
@@ -313,8 +333,12 @@ def stock_config(config: Any) -> Any:
 
 @contextmanager
 def whole_model(config: Any) -> Iterator[None]:
-    """Let the whole model's values be read, as the code outside of layers does while a model is built."""
-    spec = config.__dict__.pop("_heterogeneity_spec", None)
+    """Let the whole model's values be read, as the code outside of layers does while a model is built.
+
+    Classes that tell layers apart themselves know how to read them.
+    """
+    ours = config.slim_record.stock_layers is None
+    spec = config.__dict__.pop("_heterogeneity_spec", None) if ours else None
     try:
         yield
     finally:

@@ -36,7 +36,8 @@ class MixedRecord(BaseModel):
             parameter name, in the layout of the module.
         constants: numbers that are set on modules, by module name and attribute.
         layers: fields of single layers that lie in a nested configuration, by layer index and dotted name; those of a
-            flat one stand in transformers' `per_layer_config`.
+            flat one stand in transformers' `per_layer_config`, and here too if the next is given.
+        stock_layers: the `per_layer_config` of a configuration whose class tells layers apart itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -46,6 +47,7 @@ class MixedRecord(BaseModel):
     parameters: dict[str, _Shape] = {}
     constants: dict[str, dict[str, _Number]] = {}
     layers: dict[NonNegativeInt, dict[str, PositiveInt]] = {}
+    stock_layers: dict[NonNegativeInt, dict[str, Any]] | None = None
 
 
 def read_record(values: object, where: str) -> MixedRecord:
@@ -64,6 +66,8 @@ def read_record(values: object, where: str) -> MixedRecord:
         values = {**values, "parameters": shapes}
     if isinstance(values, dict) and isinstance(values.get("layers"), dict):
         values = {**values, "layers": read_layers(values["layers"], where)}
+    if isinstance(values, dict) and isinstance(values.get("stock_layers"), dict):
+        values = {**values, "stock_layers": _numbered(values["stock_layers"])}
     try:
         return MixedRecord.model_validate(values)
     except ValidationError as error:
@@ -79,12 +83,14 @@ def read_layers(values: object, where: str) -> dict[int, dict[str, int]]:
     if values is None:
         return {}
     try:
-        numbered = values
-        if isinstance(values, dict):
-            numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in values.items()}
-        return _Layers.validate_python(numbered)
+        return _Layers.validate_python(_numbered(values) if isinstance(values, dict) else values)
     except ValidationError as error:
         raise CheckpointError(f"{where}: per_layer_config: {_problems(error)}; write the checkpoint again") from error
+
+
+def _numbered(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Layer indices as numbers: JSON has keys that are text."""
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in values.items()}
 
 
 def _problems(error: ValidationError) -> str:

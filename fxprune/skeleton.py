@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,9 +30,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fxprune.auto_classes import MODEL_TYPE
 from fxprune.build_limits import check_depth
-from fxprune.config_fields import get_field, has_field, nested_configs, path_of, readable, set_field
+from fxprune.config_fields import get_field, has_field, path_of, readable, set_field
 from fxprune.errors import CheckpointError
-from fxprune.mixed_config import NOT_READ, is_mixed
+from fxprune.mixed_config import NOT_READ, is_mixed, stock_layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,8 +77,8 @@ BUILD_ERRORS = (
 
 # Taken from the model's own configuration every time a block runs, because users switch them on the model.
 _FOLLOWED = ("_attn_implementation", "_experts_implementation")
-# Not the dense configuration's own: what kernels run is not for a checkpoint to choose, and layers have other readers.
-_NOT_READ = (*NOT_READ, "per_layer_config", "fxprune", "base_model_type")
+# Not the dense configuration's own: what kernels run is not for a checkpoint to choose, and the rest has other readers.
+_NOT_READ = (*NOT_READ, "fxprune", "base_model_type")
 _GROUPED_ALIGNMENT = 16  # bytes; torch.nn.functional.grouped_mm refuses rows of other strides
 
 
@@ -99,6 +100,9 @@ def read_config(path: Path) -> PreTrainedConfig:
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type == MODEL_TYPE:
         model_type = values.get("base_model_type")
+        values["per_layer_config"] = stock_layers_of(values)
+        if values["per_layer_config"] is None:
+            del values["per_layer_config"]
     if not isinstance(model_type, str) or model_type == MODEL_TYPE or model_type not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{path}: this version of transformers has no model_type {model_type!r}; upgrade transformers (code that "
@@ -123,14 +127,17 @@ def _with_floats(value: Any) -> Any:
 
 
 def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel]:
-    """Find a model class by name among those that transformers maps the configuration's class to.
+    """Find a model class by name among those that transformers has for the configuration's class.
+
+    These are the classes that an auto mapping gives for it, and transformers' own class of this name that is built from
+    it: a mapping may name a class for a whole configuration that is built from its text part.
 
     Args:
         config: the configuration.
         architecture: name of the class, as in `architectures[0]` of a `config.json`.
 
     Raises:
-        CheckpointError: no auto mapping has a class of this name for this configuration.
+        CheckpointError: transformers has no class of this name for this configuration.
     """
     for mapping in vars(modeling_auto).values():
         if not isinstance(mapping, _LazyAutoMapping):
@@ -142,20 +149,36 @@ def resolve_model_class(config: PreTrainedConfig, architecture: str) -> type[Pre
             if same and issubclass(candidate, PreTrainedModel):
                 model_class: type[PreTrainedModel] = candidate
                 return model_class
+    if own := _own_class(config, architecture):
+        return own
     raise CheckpointError(
         f"transformers maps {type(config).__name__} to no model class called {architecture!r}; checkpoints are written "
         "and read for classes of transformers' auto mappings only, and no other code is imported"
     )
 
 
-def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return an independent, homogeneous copy with some fields changed; like per-layer configs it is not validated.
+def _own_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedModel] | None:
+    """Transformers' own class of a name that some auto mapping knows, if it is built from the configuration's class."""
+    known = {
+        name
+        for mapping in vars(modeling_auto).values()
+        if isinstance(mapping, _LazyAutoMapping)
+        for value in mapping._model_mapping.values()
+        for name in (value if isinstance(value, tuple | list) else (value,))
+    }
+    found = getattr(transformers, architecture, None) if architecture in known else None
+    own = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
+    return found if own else None
 
-    Fields of nested configurations have dotted names.
+
+def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return an independent copy with some fields changed and without a mixed model's layers; it is not validated.
+
+    Fields of nested configurations have dotted names. Layers that the configuration class itself tells apart stay.
     """
     changed = copy.deepcopy(config)
-    for each in nested_configs(changed).values():
-        each.per_layer_config = None
+    if is_mixed(changed) and changed.slim_record.stock_layers is None:
+        changed.per_layer_config = None
     for name, value in overrides.items():
         set_field(changed, name, value)
     return changed
@@ -181,8 +204,18 @@ def build_skeleton(
     with torch.device("meta"), hf_init.no_init_weights():
         # The method behind AutoModel.from_config, which would choose the class itself.
         model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    _move_to_meta(model)
     model.tie_weights()
     return model.eval()
+
+
+def _move_to_meta(model: nn.Module) -> None:
+    """Parameters that a class draws with functions that no device is the default of, such as `torch.normal`."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, empty)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

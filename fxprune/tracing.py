@@ -48,6 +48,8 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
 _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
+_CACHE_DIMS = 4
+"""Axes of cached keys and values: batch, heads, length, channels. An indexer's keys, which have no heads, are others."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
 """Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
@@ -337,7 +339,8 @@ def _growing_cache(model: nn.Module) -> Any:
         _LOGGER.warning("%s makes no cache (%s); it is traced on whole sequences", type(model).__name__, error)
         return None
     grows = all(len(changing) != 1 for changing in axes)  # of a state, the batch alone changes
-    return cache if any(axes) and grows else None
+    plain = all(leaf.dim() == _CACHE_DIMS for leaf, of in zip(pytree.tree_leaves(cache), axes, strict=True) if of)
+    return cache if any(axes) and grows and plain else None
 
 
 def _dynamic_axes_of_cache(model: nn.Module, cache: Any) -> list[dict[int, Any]]:

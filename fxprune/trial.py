@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["ExpectedLogits", "cannot_run", "prepared", "relative_error", "run_once", "tolerance_of", "wrong_result"]
+__all__ = [
+    "ExpectedLogits",
+    "cannot_run",
+    "prepared",
+    "relative_error",
+    "run_once",
+    "runs_on_meta",
+    "tolerance_of",
+    "wrong_result",
+]
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _ROUNDOFFS = 8
@@ -136,6 +145,27 @@ def prepared(
     if "use_cache" in parameters or (anything and hasattr(model.config, "use_cache")):
         values["use_cache"] = False
     return values
+
+
+def runs_on_meta(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Run a skeleton, for what running does to it or shows.
+
+    Args:
+        model: on the meta device.
+        inputs: what to run, on any device.
+
+    Returns:
+        Whether the class can run without values.
+    """
+    for masked in (True, False):  # code that looks at the values of a mask cannot run without values
+        given = {name: tensor for name, tensor in inputs.items() if masked or "mask" not in name}
+        try:
+            with torch.no_grad(), named_results(model.config):
+                model(**prepared(model, given, "meta", model.dtype))
+        except BUILD_ERRORS:
+            continue
+        return True
+    return False
 
 
 def run_once(model: PreTrainedModel, changed: Sequence[str]) -> None:

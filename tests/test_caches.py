@@ -236,3 +236,29 @@ def test_a_hybrid_is_exported_as_a_graph_of_whole_sequences(tmp_path: Path) -> N
     runner = OrtRunner(tmp_path / "onnx" / "model.onnx", threads=1)
     prompt = torch.arange(5, 13)[None]
     assert torch.equal(greedy(runner, prompt, 6), greedy(slim(program), prompt, 6))
+
+
+def test_keys_of_an_indexer_are_cached_by_the_model_alone() -> None:
+    """They have no heads, so that no cache of keys and values holds them."""
+    fields = {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+    }
+    model = build("DeepseekV32", **fields)
+    program = fxprune.trace(model)
+    assert program.interface.causal
+    assert program.interface.cache == ()
+    forms = EagerRunner(model), slim(program)
+    assert compare_runners("traced", *forms, vocabulary=61, tolerance=1e-4, device=torch.device("cpu")).passed

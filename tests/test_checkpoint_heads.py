@@ -9,13 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertConfig, DistilBertConfig
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BigBirdConfig,
+    BigBirdForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    DistilBertConfig,
+)
 from transformers.models.llama import modeling_llama
 
+import fxprune
 import fxprune.checkpoint
 from fxprune.checkpoint import classify, load
 from fxprune.errors import CheckpointError
+from fxprune.pipeline import Pipeline, build_pass
+from fxprune.plan import Plan
+from fxprune.runners import EagerRunner, GraphRunner, greedy
 from fxprune.trial import relative_error
+from fxprune.workflow import LOCATE
 from tests.slices import (
     HIDDEN,
     SMALL,
@@ -388,3 +401,44 @@ def test_the_manifest_holds_the_integers(tmp_path: Path) -> None:
         "transformer.h.0.attn": {"split_size": 20},
         "transformer.h.2.attn": {"split_size": 30},
     }
+
+
+# --- classes that change while they run -----------------------------------------------------------------------------
+
+
+def saved(model: PreTrainedModel, heads: dict[str, list[int]], out: Path) -> PreTrainedModel:
+    """The checkpoint of a model that has run and keeps some heads, loaded again."""
+    program = fxprune.trace(model)
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+    program = program.replace(plan=Plan.of(heads))
+    passes = [build_pass(name, {}) for name in ("insert_masks", "slim")]
+    program = Pipeline([*passes, build_pass("save", {"out": str(out)})])(program).program
+    loaded = load(out)
+    expected = greedy(GraphRunner(program.graph_module, program.interface), torch.arange(4, 10)[None], 3)
+    assert torch.equal(greedy(EagerRunner(loaded), torch.arange(4, 10)[None], 3), expected)
+    return loaded
+
+
+def test_a_class_that_exchanges_its_attention_for_short_texts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BigBirdConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        is_decoder=True,
+        initializer_range=0.2,
+    )
+    model = BigBirdForCausalLM(config).eval()
+    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.self: .* cannot run with the slim shapes"):
+        saved(model, {"bert.encoder.layer.1.attention": [0, 2]}, tmp_path / "out")
+
+
+def test_a_table_that_is_rounded_when_it_is_used(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=61, n_positions=64, n_embd=32, dff=40, n_layer=2, n_head=4, initializer_range=0.2)
+    model = CTRLLMHeadModel(config).eval().to(torch.bfloat16)
+    loaded = saved(model, {"transformer.h.1.multi_head_attention": [0, 2]}, tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16

@@ -23,6 +23,8 @@ from fxprune.errors import CheckpointError
 from fxprune.mixed_config import config_class_of, is_mixed, stock_config
 from fxprune.mixed_model import model_class_of, stock_model_class
 from fxprune.pipeline import Pipeline, build_pass
+from fxprune.plan import Plan
+from fxprune.runners import EagerRunner, GraphRunner, greedy
 from fxprune.skeleton import state_shapes
 from fxprune.workflow import LOCATE
 from tests.slices import (
@@ -433,3 +435,53 @@ def test_expected_logits_prove_a_mixed_model_too(tmp_path: Path) -> None:
     slim = load(tmp_path / "first")
     info = save_slim(slim.state_dict(), slim, tmp_path / "out", expected=expected_of(slim))
     assert (info.kind, info.layer_overrides) == ("mixed", {0: {"intermediate_size": 16}})
+
+
+# --- classes that tell layers apart themselves -----------------------------------------------------------------------
+
+
+def told_apart() -> Any:
+    """Full attention has wider heads, and fewer for keys, than sliding attention: the class's own `per_layer_config`."""
+    torch.manual_seed(0)
+    config = transformers.Gemma4UnifiedTextConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=12,
+        num_global_key_value_heads=1,
+        max_position_embeddings=64,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return transformers.Gemma4UnifiedForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"model.layers.0.mlp": range(24), "model.layers.1.self_attn": [0, 2]},
+        {"model.layers": [0, 1, 3], "model.layers.1.mlp": range(24)},
+    ],
+    ids=["widths", "depth"],
+)
+def test_layers_that_the_class_tells_apart(kept: dict[str, Any], tmp_path: Path) -> None:
+    program = fxprune.trace(told_apart())
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+    passes = [build_pass(name, {}) for name in ("insert_masks", "slim")]
+    save = build_pass("save", {"out": str(tmp_path / "slim")})
+    program = Pipeline([*passes, save])(program.replace(plan=Plan.of(kept))).program
+    model = fxprune.load(tmp_path / "slim")
+    ids = torch.arange(4, 12)[None]
+    expected = greedy(GraphRunner(program.graph_module, program.interface), ids, 4)
+    assert torch.equal(greedy(EagerRunner(model), ids, 4), expected)
+    model.save_pretrained(tmp_path / "again")
+    for directory in ("slim", "again"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / directory)
+        assert_same(loaded, model)
+        assert loaded.config.per_layer_config[1].head_dim == 12

@@ -150,3 +150,16 @@ def test_classes_come_from_the_auto_mappings_only() -> None:
     for name in ("GPT2LMHeadModel", "LlamaConfig", "os.system", ""):
         with pytest.raises(CheckpointError, match="no model class called"):
             resolve_model_class(config, name)
+
+
+def test_a_class_that_is_built_from_the_text_part_is_found_by_its_name() -> None:
+    config = CONFIG_MAPPING["emu3_text_model"]()
+    assert resolve_model_class(config, "Emu3ForCausalLM").config_class is type(config)
+    with pytest.raises(CheckpointError, match="no model class called"):
+        resolve_model_class(config, "Emu3ForConditionalGeneration")
+
+
+def test_no_parameter_of_a_skeleton_has_values() -> None:
+    config = CONFIG_MAPPING["diffllama"](hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=61)
+    model = build_skeleton(resolve_model_class(config, "DiffLlamaForCausalLM"), config)
+    assert all(parameter.is_meta for parameter in model.parameters())
