@@ -42,6 +42,9 @@ def find_unreached(model: nn.Module, graph_module: GraphModule) -> dict[str, Ten
 def find_shared(model: nn.Module, graph_module: GraphModule) -> dict[str, str]:
     """Parameters of a graph that a module outside it owns too, under all their names, with that module's name.
 
+    A twin of a module that runs, of its class and with no other parameters, does not count: it is the name under which
+    a class keeps what it ties (`shared` of T5), and becomes what its twin becomes.
+
     Args:
         model: the whole model.
         graph_module: its graph as it was traced: its nodes say which modules ran.
@@ -60,10 +63,16 @@ def find_shared(model: nn.Module, graph_module: GraphModule) -> dict[str, str]:
                 owners.setdefault(id(parameter), {})[f"{name}.{attribute}".removeprefix(".")] = module
     shared: dict[str, str] = {}
     for names in owners.values():
-        outside = [name for name, module in names.items() if id(module) not in running]
+        twins = {_kind(module) for module in names.values() if id(module) in running}
+        outside = [n for n, module in names.items() if id(module) not in running and _kind(module) not in twins]
         if outside and len(outside) < len(names):
             shared |= dict.fromkeys(names, outside[0].rpartition(".")[0])
     return shared
+
+
+def _kind(module: nn.Module) -> tuple[type[nn.Module], frozenset[int]]:
+    """What twins have in common: their class, and the very same parameters."""
+    return type(module), frozenset(id(parameter) for parameter in module.parameters())
 
 
 def pin_shared(ledger: ChannelLedger, shared: Mapping[str, str]) -> None:
