@@ -23,6 +23,7 @@ Heads and MLP channels are pruned; hidden channels, experts, their channels and 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Budgets", "Case", "StructuredPass"]
 
+_REASONS = 3
+"""How many refused candidates, and operators that pin channels, an error names."""
 _SPEED_ROUNDS = 2
 _TARGETS = ("ratio", "target_params", "target_macs", "target_bytes", "target_speedup")
 
@@ -528,11 +531,18 @@ class StructuredPass(Pass):
 
 
 def _nothing_found(program: Program) -> str:
-    """Why there is no group: candidates that were refused, and the operators that pin channels."""
+    """Why there is no group: the first candidates that were refused, and operators that pin channels; what else to do."""
     if program.channels is None:
         return "no group that could be pruned was found: run locate_attention and locate_mlp first"
     refused = [f"{name}: {why}" for event in program.history for name, why in event.details.get("refused", {}).items()]
     pins = list(dict.fromkeys(map(str, program.channels.pins)))
     found = [("refused", refused), ("pinned by", pins)]
-    listed = [f"{what} {'; '.join(lines[:8])}{'; ...' if len(lines) > 8 else ''}" for what, lines in found if lines]
-    return f"no group that could be pruned was found. {'. '.join(listed) or 'The graph has no Linears between Linears'}"
+    listed = [
+        f"{what} {'; '.join(lines[:_REASONS])}{f'; and {rest} more' if (rest := len(lines) - _REASONS) > 0 else ''}"
+        for what, lines in found
+        if lines
+    ]
+    why = f"no group that could be pruned was found. {'. '.join(listed) or 'The graph has no Linears between Linears'}"
+    kinds = Counter(group.kind for group in program.groups)
+    others = ", ".join(f"{count} of kind {kind}" for kind, count in kinds.items())
+    return f"{why}. Other groups were found ({others}): a plan of your own may name them" if others else why

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from fxprune.errors import CheckpointError
 from fxprune.runners import named_results
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 __all__ = [
     "ExpectedLogits",
@@ -33,6 +33,7 @@ __all__ = [
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _ROUNDOFFS = 8
+_MOST_SAID = 200
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,27 @@ def _experts_that_run(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _relative_error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
-    before = model.config._attn_implementation
     if expected.logits.is_meta:  # the other kinds of attention look at the values of masks
-        model.set_attn_implementation("eager")
-        try:
+        with _eager_attention(model):
             return _error(model, expected)
-        finally:
-            model.set_attn_implementation(before)
     error = _error(model, expected)
-    if before != "eager" and error <= tolerance_of(model):
-        try:
-            model.set_attn_implementation("eager")
+    if model.config._attn_implementation != "eager" and error <= tolerance_of(model):
+        with _eager_attention(model):
             error = max(error, _error(model, expected))
-        finally:
-            model.set_attn_implementation(before)
     return error
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Run with eager attention; each part has what it had afterwards, as not every part knows every kind."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        for config, kind in before:
+            config._attn_implementation = kind
 
 
 def _error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
@@ -233,9 +240,15 @@ def cannot_run(
         names = [name for name in changed if name.startswith(f"{block}." if block else "")]
     return CheckpointError(
         f"{block or 'model'}: {type(model).__name__} cannot run with the slim shapes of {names[:8]} "
-        f"({str(error).strip()}); {remedy}choose other widths or counts, leave this group unpruned, "
+        f"({_first_line(error)}); {remedy}choose other widths or counts, leave this group unpruned, "
         "or export the graph instead"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says, without its explanations."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}..."
 
 
 def wrong_result(model: PreTrainedModel, error: float, how: str) -> CheckpointError:

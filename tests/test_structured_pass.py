@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import transformers
 
+import fxprune
 from fxprune import structured_pass
 from fxprune.curves import score_curve
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
+from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.pruning import Destination, pass_of, prune_model
 from fxprune.structured_pass import StructuredPass
+from fxprune.workflow import LOCATE, prune_program
 from tests.families import located
 
 if TYPE_CHECKING:
@@ -236,3 +240,14 @@ def test_magnitude_with_a_ratio_writes_a_slim_checkpoint(tiny_llama_dir: Path, t
     assert all(rung["passed"] for rung in report["verify"])
     assert (tmp_path / "slim" / "model.safetensors").is_file()
     assert report["seconds"]["prune"] > 0
+
+
+def test_where_nothing_can_be_pruned_the_error_is_short_and_says_what_else_there_is() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 61, "pad_token_id": 0}
+    config = transformers.BitNetConfig(**sizes, num_key_value_heads=4, num_hidden_layers=6)
+    program = fxprune.trace(transformers.BitNetForCausalLM(config))
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+    with pytest.raises(PreconditionError, match=r"and \d+ more\..*Other groups were found .*kind layers\)") as caught:
+        prune_program(program, "magnitude-units", {"ratio": 0.1})
+    assert len(str(caught.value)) < 900
