@@ -90,7 +90,7 @@ class MixedConfigMixin:
         if record.stock_layers is None:
             layers = read_layers(layers, where)
         else:
-            layers, kwargs["per_layer_config"] = {}, copy.deepcopy(record.stock_layers)
+            layers, kwargs["per_layer_config"] = {}, readable(record.stock_layers, NOT_READ)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.slim_adopt(record, layers, where)
 
@@ -172,6 +172,8 @@ class MixedConfigMixin:
             CheckpointError: it is that of another base, or what it says of its own is not valid.
         """
         values = readable(config_dict, NOT_READ)
+        if _RECORD in values:
+            values[_RECORD] = config_dict[_RECORD]  # with what it may not say, which is refused by name
         if values.get("model_type") == MODEL_TYPE:
             if _base_of(values) is not cls._stock:
                 raise CheckpointError(

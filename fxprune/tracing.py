@@ -49,7 +49,7 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
 _CACHE_DIMS = 4
-"""Axes of cached keys and values: batch, heads, length, channels. An indexer's keys, which have no heads, are others."""
+"""Axes of cached keys and values: batch, heads, length, channels. The keys of an indexer, without heads, have fewer."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
 """Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
