@@ -291,7 +291,7 @@ def _open_output(place: Destination, budgets: Sequence[Budget]) -> list[int]:
         if digest is not None and not place.overwrite:
             raise OutputError(
                 f"{out / budget.name} was made with other options, another model or looser budgets before it; choose "
-                "another directory, or allow it to be overwritten"
+                "another directory, or allow it to be replaced with --overwrite"
             )
         prepare_output(out / budget.name, overwrite=True)
         todo.append(index)

@@ -331,6 +331,14 @@ def run(
     _summary(report)
 
 
+def _interrupted() -> int:
+    _say(
+        "interrupted; earlier output is whole, and what --stream has finished or l0 has learned is kept for "
+        "the same command"
+    )
+    return 130
+
+
 def main() -> None:
     """Entry point of the console script."""
     interrupted = False
@@ -346,15 +354,13 @@ def main() -> None:
     except (KeyboardInterrupt, Exception) as error:
         # Native code may turn the interrupt into an error of its own; what fails after Ctrl-C is its consequence.
         if interrupted or isinstance(error, (KeyboardInterrupt, typer.Abort)):
-            _say(
-                "interrupted; earlier output is whole, and what --stream has finished or l0 has learned is kept for "
-                "the same command"
-            )
-            status = 130
+            status = _interrupted()
         elif isinstance(error, (FxpruneError, TyperException)):
             status = _exit_status(error)
         else:
             raise
+    else:
+        status = _interrupted() if interrupted else status  # typer makes a status of it
     finally:
         signal.signal(signal.SIGINT, before)
     sys.exit(status if isinstance(status, int) else 0)

@@ -99,7 +99,7 @@ def with_values(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     return changed
 
 
-def readable(values: Mapping[str, Any], not_read: Collection[str]) -> dict[str, Any]:
+def readable(values: Mapping[Any, Any], not_read: Collection[str]) -> dict[Any, Any]:
     """The content of a `config.json`, nested configurations included, without fields that it may not choose."""
     return {
         key: readable(value, not_read) if isinstance(value, dict) else value

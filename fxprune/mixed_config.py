@@ -90,7 +90,7 @@ class MixedConfigMixin:
         if record.stock_layers is None:
             layers = read_layers(layers, where)
         else:
-            layers, kwargs["per_layer_config"] = {}, copy.deepcopy(record.stock_layers)
+            layers, kwargs["per_layer_config"] = {}, readable(record.stock_layers, NOT_READ)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.slim_adopt(record, layers, where)
 

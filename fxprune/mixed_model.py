@@ -83,7 +83,13 @@ class MixedModelMixin:
             )
         self._constants = {name: values for key, values in record.constants.items() if (name := names[key]) is not None}
         apply_constants(module, self._constants)
-        left = {key: shape for key, shape in record.parameters.items() if names[key] is None or names[key] in changed}
+        # A head's base model may be one of ours, which has reshaped its own.
+        inner = tuple(f"{path}." for path, each in module.named_modules() if path and isinstance(each, MixedModelMixin))
+        left = {
+            key: shape
+            for key, shape in record.parameters.items()
+            if (name := names[key]) is None or name in changed or name.startswith(inner)
+        }
         config.__dict__["_record"] = record.model_copy(update={"parameters": left})
         if changed:
             # The base has initialised what it had. On the meta device there is nothing to do.

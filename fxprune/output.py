@@ -105,7 +105,10 @@ def _check_writable(directory: Path, target: Path) -> None:
 def _check_replaceable(target: Path, *, overwrite: bool) -> None:
     """Raise unless the non-empty directory may be replaced as a whole."""
     if not overwrite:
-        raise OutputError(f"{target} exists and is not empty; choose another directory, or allow it to be overwritten")
+        raise OutputError(
+            f"{target} exists and is not empty; choose another directory, or allow it to be replaced with --overwrite "
+            "(overwrite=True in Python)"
+        )
     here = Path.cwd()
     if target == here or target in here.parents or target == Path.home() or target in Path.home().parents:
         raise OutputError(f"{target} holds the working or the home directory and is not replaced; name another one")

@@ -166,9 +166,9 @@ def _own_class(config: PreTrainedConfig, architecture: str) -> type[PreTrainedMo
         for value in mapping._model_mapping.values()
         for name in (value if isinstance(value, tuple | list) else (value,))
     }
-    found = getattr(transformers, architecture, None) if architecture in known else None
-    own = isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)
-    return found if own else None
+    found: Any = getattr(transformers, architecture, None) if architecture in known else None
+    own = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if own and found.config_class is type(config) else None
 
 
 def config_with(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:

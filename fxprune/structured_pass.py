@@ -531,7 +531,7 @@ class StructuredPass(Pass):
 
 
 def _nothing_found(program: Program) -> str:
-    """Why there is no group: the first candidates that were refused, and operators that pin channels; what else to do."""
+    """Why there is no group: candidates that were refused, and operators that pin channels; and what else to do."""
     if program.channels is None:
         return "no group that could be pruned was found: run locate_attention and locate_mlp first"
     refused = [f"{name}: {why}" for event in program.history for name, why in event.details.get("refused", {}).items()]

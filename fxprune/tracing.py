@@ -49,7 +49,11 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
 _CACHE_DIMS = 4
-"""Axes of cached keys and values: batch, heads, length, channels. An indexer's keys, which have no heads, are others."""
+"""Axes of cached keys and values: batch, heads, length, channels. The keys of an indexer, without heads, have fewer."""
+_ELSEWHERE = (3, 23, 41)
+"""Numbers of tokens that a graph of whole sequences is run with: fewer than its sample has, and more."""
+_UNLIKE = 0.2
+"""Share of the largest logit by which another computation differs; rounding stays far below in any precision."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
 """Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
@@ -123,7 +127,10 @@ def trace(
         inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
         exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
-        fixed = _fixed_length(exported) if causal and _runs_whole_sequences(inputs) else None
+        whole = causal and _runs_whole_sequences(inputs)
+        fixed = _fixed_length(exported) if whole else None
+        if whole and fixed is None and not _holds_elsewhere(model, *_flatten(exported, inputs)):
+            fixed = _FixedLength(inputs["input_ids"].shape[1])
         if fixed is not None and length is not None and example_inputs is None:
             # What one length has unrolled, another may have unrolled without an equation that tells: it stays fixed.
             inputs = sample_inputs(model, length)
@@ -196,6 +203,35 @@ def _fixed_length(exported: torch.export.ExportedProgram) -> _FixedLength | None
         return None
     length = int(size.node.hint)
     return _FixedLength(length)
+
+
+def _holds_elsewhere(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> bool:
+    """Whether a graph of whole sequences runs other lengths too, and gives what the model gives for them.
+
+    Not every number of chunks that was unrolled leaves an equation behind.
+    """
+    ids = interface.example_inputs["input_ids"]
+    if not {*interface.inputs} <= {"input_ids", "attention_mask", "position_ids"} or "logits" not in interface.outputs:
+        return True  # whoever gave such a sample knows its lengths
+    for length in _ELSEWHERE:
+        tokens = ids.new_ones(1, length) if ids.is_meta else _tokens(model.config, length, ids.device)[:1]
+        made = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "position_ids": torch.arange(length, device=ids.device).unsqueeze(0),
+        }
+        given = {name: made[name] for name in interface.inputs}
+        with torch.no_grad(), named_results(model.config):
+            try:
+                got = dict(zip(interface.outputs, graph_module(*given.values()), strict=True))["logits"]
+            except RuntimeError:
+                return False
+            if ids.is_meta:
+                continue
+            wanted = model(**given, use_cache=False).logits
+        if got.shape != wanted.shape or float((got - wanted).abs().max()) > _UNLIKE * float(wanted.abs().max()):
+            return False
+    return True
 
 
 def _as_language_model(interface: Interface, fixed: _FixedLength | None) -> Interface:
@@ -272,9 +308,15 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     inputs = {"input_ids": _tokens(config, new, device), "attention_mask": _left_padded(_BATCH, past + new, device)}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(_BATCH, 1)
-    rest = no_cache if cache is None else {"past_key_values": cache}
+    rest = no_cache if cache is None else {"past_key_values": cache, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
+
+
+def _asked_for_cache(parameters: Mapping[str, inspect.Parameter], config: Any) -> dict[str, Any]:
+    """A configuration may want no cache, as those that training writes do; the graph has one all the same."""
+    off = getattr(config, "use_cache", True) is False and _takes(parameters, "use_cache")
+    return {"use_cache": True} if off else {}
 
 
 def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:

@@ -160,7 +160,7 @@ def test_what_is_finished_is_not_done_again(
     with pytest.raises(OutputError, match="ratio-0.15 was made with other options"):
         prune_budgets(str(model), "wanda-sp", options(text, seed=1), Destination(out), wanted)
     text2 = dataclasses.replace(wanted, windows=2)
-    with pytest.raises(OutputError, match="allow it to be overwritten"):
+    with pytest.raises(OutputError, match="allow it to be replaced"):
         prune_budgets(str(model), "wanda-sp", options(text), Destination(out), text2)
     with pytest.raises(AssertionError, match="no model is needed"):
         prune_budgets(str(model), "wanda-sp", options(text, seed=1), Destination(out, overwrite=True), wanted)

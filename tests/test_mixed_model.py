@@ -441,7 +441,7 @@ def test_expected_logits_prove_a_mixed_model_too(tmp_path: Path) -> None:
 
 
 def told_apart() -> Any:
-    """Full attention has wider heads, and fewer for keys, than sliding attention: the class's own `per_layer_config`."""
+    """Full attention has wider heads than sliding attention: the class's own `per_layer_config`."""
     torch.manual_seed(0)
     config = transformers.Gemma4UnifiedTextConfig(
         vocab_size=61,
@@ -485,3 +485,11 @@ def test_layers_that_the_class_tells_apart(kept: dict[str, Any], tmp_path: Path)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / directory)
         assert_same(loaded, model)
         assert loaded.config.per_layer_config[1].head_dim == 12
+
+
+def test_layers_that_the_class_tells_apart_cannot_choose_kernels() -> None:
+    record = {"version": 1, "stock_layers": {"1": {"head_dim": 12, "_attn_implementation": "owner/kernel"}}}
+    values = told_apart().config.to_dict()
+    config = config_class_of(transformers.Gemma4UnifiedTextConfig).from_dict({**values, "fxprune": record})
+    assert config.per_layer_config[1].head_dim == 12
+    assert config.per_layer_config[1]._attn_implementation != "owner/kernel"
