@@ -84,7 +84,7 @@ def _without_first(group: Group) -> list[int]:
 
 def _refusal(program: Program, groups: Sequence[Group]) -> str:
     """Why the graph cannot be slimmed without the first units of some groups; empty if it can."""
-    kept = {}
+    kept: dict[str, tuple[int, ...]] = {}
     for group in groups:
         plan = Plan.of({group.name: _without_first(group)})
         try:
