@@ -178,7 +178,7 @@ def _run(
     say("tracing and locating")
     dense = front_end(loaded, watch, step, hold_zeros=place.hold_zeros)
     saving = build_pass("save", {"out": str(place.out / budgets[todo[0]].name), "overwrite": True})
-    dense = saving.precheck(dense, step)
+    dense = saving.precheck(build_pass("slim", {}).precheck(dense, step), step)
     step.requires(dense)
     say(f"{step.name}: one calibration for {len(budgets)} budgets")
     planned = step.budgets(dense)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from fxprune.channels import get_attribute
-from fxprune.errors import PostconditionError
+from fxprune.errors import PostconditionError, UnsupportedOpError
 from fxprune.graphs import erase_dead
 from fxprune.program import CacheEntry
 
@@ -132,7 +132,7 @@ def _check_shapes(module: GraphModule, interface: Interface, expected: dict[Node
                     }
                     values[node] = torch.func.functional_call(linear, state, args, kwargs)
                 else:
-                    values[node] = node.target(*args, **kwargs)
+                    values[node] = _called(node, args, kwargs)
         if node in expected:
             listed = values[node] if isinstance(values[node], (tuple, list)) else [values[node]]
             shapes = [tuple(value.shape) for value in listed]
@@ -141,3 +141,13 @@ def _check_shapes(module: GraphModule, interface: Interface, expected: dict[Node
                     f"slim: node {node.name} ({node.target}) has shape {shapes[0]}, predicted {expected[node][0]}; "
                     "this is a bug in a rewrite rule, please report it with the model's config"
                 )
+
+
+def _called(node: Node, args: Any, kwargs: Any) -> Any:
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what operators raise for shapes
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedOpError(
+            f"slim: node {node.name} ({node.target}) does not run with what the plan keeps ({reason}); keep these units"
+        ) from error

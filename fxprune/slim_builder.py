@@ -266,7 +266,7 @@ class GraphBuilder:
         return self.graph.call_function(target, self._mapped(tuple(args)), self._mapped(node.kwargs))
 
     def _convolution(self, call: Call) -> Node:
-        """A convolution; one with a filter for each channel has as many groups as channels stay."""
+        """A convolution of groups: as many stay as the channels that stay fill (one each, of a filter a channel)."""
         node, x = self._copy(call.node), call.tensor_nodes()[0]
         weight = call.parameter(1)
         if weight is not None and call.argument("groups", 1) > 1:
@@ -274,7 +274,10 @@ class GraphBuilder:
             rest = arguments[len(node.args) :]
             given = [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in rest)]
             position = [argument.name for argument in arguments].index("groups")
-            given[position] = self.grid(x).new_shape[1 - len(weight.shape)]
+            channels = self.grid(x).new_shape[1 - len(weight.shape)]
+            if channels % weight.shape[1]:
+                raise _unclear(call, f"{channels} channels do not fill groups of {weight.shape[1]}")
+            given[position] = channels // weight.shape[1]
             node.args, node.kwargs = tuple(given), {}
         return node
 

@@ -191,7 +191,11 @@ def _fixed_length(exported: torch.export.ExportedProgram) -> _FixedLength | None
     if not isinstance(size, torch.SymInt) or is_concrete_int(size):
         return _FixedLength(int(size))
     symbol, environment = size.node.expr, size.node.shape_env
-    equations = [g.expr for g in environment.guards if g.expr.free_symbols == {symbol} and g.expr.func.__name__ == "Eq"]
+    equations = [
+        g.expr
+        for g in environment.guards
+        if g.expr.free_symbols == {symbol} and g.expr.is_Relational and g.expr.rel_op == "=="
+    ]
     allowed = exported.range_constraints.get(symbol)
     broken = [
         length

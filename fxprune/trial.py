@@ -123,7 +123,7 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     device = next(model.parameters()).device
-    with torch.no_grad(), named_results(model.config):
+    with torch.no_grad(), named_results(model.config), _numbers_in(model.dtype):
         output = model(**prepared(model, expected.inputs, device, model.dtype))
     got = output.logits if "logits" in output else output[0]
     wanted = expected.logits.to(device)
@@ -138,6 +138,17 @@ def _error(model: PreTrainedModel, expected: ExpectedLogits) -> float:
     scale = wanted.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = ((got.double() - wanted.double()).abs().max() / scale).item()
     return math.inf if math.isnan(error) else error
+
+
+@contextmanager
+def _numbers_in(dtype: torch.dtype) -> Iterator[None]:
+    """Numbers that code turns into tensors have a model's dtype: float32 cannot hold the least float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def prepared(
@@ -195,7 +206,7 @@ def run_once(model: PreTrainedModel, changed: Sequence[str]) -> None:
         for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad(), named_results(model.config):
+        with torch.no_grad(), named_results(model.config), _numbers_in(model.dtype):
             model(**prepared(model, inputs, next(model.parameters()).device, model.dtype))
     except BUILD_ERRORS as error:
         remedy = "give `expected` logits, with which head counts can be found; or "

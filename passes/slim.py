@@ -22,6 +22,7 @@ from fxprune.errors import PostconditionError, PreconditionError
 from fxprune.mask_figures import pattern_figures
 from fxprune.masks import has_masks
 from fxprune.pass_base import Pass, PassResult
+from fxprune.slimmable_groups import without_unslimmable
 from fxprune.slimming import slim_graph
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Slim(Pass):
     """Write the graph without the removed units (see the module's docstring)."""
 
     name = "slim"
+
+    def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
+        """Groups that could not be slimmed are left out before the pass that would prune them works."""
+        return program if pruning is None else without_unslimmable(program, pruning)
 
     def requires(self, program: Program) -> None:
         """There is a plan, and it is legal.

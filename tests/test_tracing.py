@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import TraceError
 from fxprune.runners import EagerRunner, GraphRunner, Past, Runner, greedy
-from fxprune.tracing import _ListsAsSlices, sample_inputs, trace
+from fxprune.tracing import _fixed_length, _ListsAsSlices, sample_inputs, trace
 from tests.families import FAMILIES, STEPS, build, located, steps
 
 
@@ -202,3 +202,33 @@ def test_a_model_that_looks_for_padding_is_traced_on_the_meta_device() -> None:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=24, n_layer=1, n_head=4, pad_token_id=3))
     assert trace(model).interface.outputs[0] == "logits"
     assert model.config.pad_token_id == 3
+
+
+class Chunked(nn.Module):
+    """Chunks of 64 tokens in a Python loop, the last one padded, as reference code of linear attention has it."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) to the same."""
+        length = input_ids.shape[1]
+        padding = (64 - length % 64) % 64
+        chunks = nn.functional.pad(input_ids, (0, padding)).reshape(input_ids.shape[0], -1, 64)
+        done = [chunks[:, index] * (index + 1) for index in range((length + padding) // 64)]
+        return torch.cat(done, 1)[:, :length]
+
+
+class Tokenwise(nn.Module):
+    """No loop: it holds for every length."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, length) to the same."""
+        return input_ids.cumsum(1)
+
+
+@pytest.mark.parametrize(("module", "length"), [(Chunked(), 11), (Tokenwise(), None)])
+def test_a_loop_over_chunks_that_one_length_has_unrolled_is_seen_in_its_equations(
+    module: nn.Module, length: int | None
+) -> None:
+    axes = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
+    exported = torch.export.export(module, (torch.ones(2, 11, dtype=torch.long),), dynamic_shapes=(axes,), strict=False)
+    fixed = _fixed_length(exported)
+    assert (None if fixed is None else fixed.length) == length

@@ -1,11 +1,19 @@
-"""Running a rebuilt model once leaves it as it is, and what a library says is told in a line."""
+"""Running a rebuilt model once leaves it as it is, in any dtype, and what a library says is told in a line."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
-from fxprune.trial import ExpectedLogits, cannot_run, relative_error
+from fxprune.trial import ExpectedLogits, cannot_run, relative_error, run_once
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -36,3 +44,10 @@ def test_an_error_of_a_library_is_told_in_a_line() -> None:
     error = cannot_run(two_parts(), "model", ["model.weight"], RuntimeError(said))
     assert "(shapes do not fit)" in str(error)
     assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_code_that_makes_tensors_of_numbers_runs_in_every_dtype(dtype: torch.dtype) -> None:
+    config = XGLMConfig(vocab_size=64, d_model=32, ffn_dim=48, num_layers=1, attention_heads=2)
+    run_once(XGLMForCausalLM(config).eval().to(dtype), [])
+    assert torch.get_default_dtype() == torch.float32
