@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,10 @@ AUTO = {
 }
 RATIO = 0.05
 NEW_TOKENS = 4
-SECONDS = 180
+_STATUSES = ("pruned", "refused", "failed", "unbuilt")
+_SHOWN = 160
+"""Characters of a reason that the table shows; the JSON has all of it."""
+SECONDS = 600
 """After which a class counts as hanging."""
 
 
@@ -269,11 +273,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         units = ", ".join(f"{count} {kind}" for kind, count in row.get("groups", {}).items()) or "-"
         if row["status"] == "pruned":
             onnx = row.get("onnx")
-            onnx = f"{onnx:.0e}" if isinstance(onnx, float) else onnx
+            onnx = f"{onnx:.0e}" if isinstance(onnx, float) else str(onnx)[:_SHOWN]
             generates = "yes" if row.get("generated") else "-"
             lines.append(f"| {name} | {units} | pruned | {row['kind']} | {generates} | {onnx} |")
         else:
             reason = row.get("reason", "").replace("|", "\\|")
+            reason = f"{reason[:_SHOWN]} ..." if len(reason) > _SHOWN else reason
             lines.append(f"| {name} | {units} | {row['status']}: {reason} | - | - | - |")
     return "\n".join(lines)
 
@@ -289,6 +294,33 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def page(result: dict[str, Any]) -> str:
+    """The page of the documentation."""
+    lines = [
+        "# The sweep",
+        "",
+        "Every class behind transformers' auto classes, built tiny from its configuration's own fields, in bfloat16:",
+        "pruned, saved, reloaded bit by bit, generated with left padding, exported to ONNX in float32; or refused with a",
+        "typed error. `python -m benchmarks.sweep` makes it (`benchmarks/results/sweep.json`), with",
+        f"`--method {result['method']}` at a ratio of {result['ratio']}; transformers {result['transformers']},",
+        f"{result['date']}. The last column is the largest absolute difference of an output in ONNX Runtime, or why there",
+        "is none.",
+    ]
+    for auto, counts in result["summary"].items():
+        said = ", ".join(f"{counts[name]} {name}" for name in _STATUSES if counts.get(name))
+        share = f"{counts['share']:.0%} of the {counts['built']} that can be built are pruned"
+        rows = [row for row in result["rows"] if row["auto"] == auto]
+        lines += ["", f"## {auto}", "", f"{said}: {share}.", "", table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _publish(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(page(result), encoding="utf-8")
+    print(table(result["rows"]))
+    print(json.dumps(result["summary"], indent=2))
+
+
 def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -296,8 +328,13 @@ def main() -> None:
     parser.add_argument("--type", nargs="+", help="model types; all by default")
     parser.add_argument("--method", default="magnitude-units")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sweep.json"))
+    parser.add_argument("--page", type=Path, help="write the tables as a page of the documentation, docs/sweep.md")
+    parser.add_argument("--plain", action="store_true", help="only write the tables of what was measured")
     arguments = parser.parse_args()
 
+    if arguments.plain:
+        _publish(json.loads(arguments.out.read_text(encoding="utf-8")), arguments.page)
+        return
     from transformers.models.auto import modeling_auto  # noqa: PLC0415 - slow; --help answers at once
 
     tasks = [
@@ -315,13 +352,22 @@ def main() -> None:
             log.write(json.dumps(rows[-1]) + "\n")
             log.flush()
     worker.stop()
+    from transformers import __version__  # noqa: PLC0415 - heavy
+
     from fxprune.measure import machine  # noqa: PLC0415 - heavy
 
-    result = {"method": arguments.method, "ratio": RATIO, "summary": summary(rows), "rows": rows, "machine": machine()}
+    result = {
+        "method": arguments.method,
+        "ratio": RATIO,
+        "transformers": __version__,
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "summary": summary(rows),
+        "rows": rows,
+        "machine": machine(),
+    }
     arguments.out.with_suffix(".jsonl").unlink()
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(json.dumps(result["summary"], indent=2))
+    _publish(result, arguments.page)
 
 
 if __name__ == "__main__":
