@@ -300,11 +300,11 @@ def page(result: dict[str, Any]) -> str:
         "# The sweep",
         "",
         "Every class behind transformers' auto classes, built tiny from its configuration's own fields, in bfloat16:",
-        "pruned, saved, reloaded bit by bit, generated with left padding, exported to ONNX in float32; or refused with a",
-        "typed error. `python -m benchmarks.sweep` makes it (`benchmarks/results/sweep.json`), with",
+        "pruned, saved, reloaded bit by bit, generated with left padding, exported to ONNX in float32; or refused with",
+        "a typed error. `python -m benchmarks.sweep` makes it (`benchmarks/results/sweep.json`), with",
         f"`--method {result['method']}` at a ratio of {result['ratio']}; transformers {result['transformers']},",
-        f"{result['date']}. The last column is the largest absolute difference of an output in ONNX Runtime, or why there",
-        "is none.",
+        f"{result['date']}. The last column is the largest absolute difference of an output in ONNX Runtime, or why",
+        "there is none.",
     ]
     for auto, counts in result["summary"].items():
         said = ", ".join(f"{counts[name]} {name}" for name in _STATUSES if counts.get(name))
