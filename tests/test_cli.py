@@ -372,8 +372,9 @@ def test_interrupting_leaves_the_old_output_whole(
             break
     time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    said = process.communicate(timeout=120)[1]
     assert process.returncode == 130
+    assert "interrupted; earlier output is whole" in said
     assert _files(out) == before
     assert [p.name for p in tmp_path.iterdir() if p.name not in {"slim", "text.txt"}] == []
 

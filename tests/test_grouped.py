@@ -54,3 +54,18 @@ def test_other_parameters_keep_layout_operator_and_origin() -> None:
     assert (narrow.transposed, narrow.op, origin_of(narrow)) == (True, loop, origin)
     assert narrow.weight.shape == (3, 2, 4)
     assert not narrow.weight.requires_grad
+
+
+def test_float64_has_no_kernel_of_torch_and_is_multiplied_expert_by_expert() -> None:
+    op = torch.ops.aten._grouped_mm.default
+    x, weight = X.double().requires_grad_(), nn.Parameter(WEIGHT.double())
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)  # the second expert has no rows, and the last row no expert
+    with pytest.raises(RuntimeError, match="Double"):
+        op(x, weight.transpose(-2, -1), offsets)
+    result = GroupedLinear(weight, transposed=False, op=op)(x, offsets)
+    expected = torch.cat([x[:2] @ WEIGHT[0].double().T, x[2:6] @ WEIGHT[2].double().T])
+    torch.testing.assert_close(result[:6], expected)
+    assert not result[6:].any()
+    result.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad[:6].any())

@@ -493,3 +493,21 @@ def test_layers_that_the_class_tells_apart_cannot_choose_kernels() -> None:
     config = config_class_of(transformers.Gemma4UnifiedTextConfig).from_dict({**values, "fxprune": record})
     assert config.per_layer_config[1].head_dim == 12
     assert config.per_layer_config[1]._attn_implementation != "owner/kernel"
+
+
+def test_a_head_on_a_mixed_base_model_keeps_added_biases(tmp_path: Path) -> None:
+    """The base model of a classifier is built by an auto class, and is one of ours too."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 3}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_labels=1)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(fxprune.trace(model)).program
+    plan = Plan.of({"model.layers.0.mlp": range(40), "model.layers.1.mlp": range(32)})
+    program = Pipeline([build_pass(name, {}) for name in ("insert_masks", "slim")])(program.replace(plan=plan)).program
+    reader = program.graph_module.get_submodule("model.layers.1.mlp.down_proj")
+    reader.bias = torch.nn.Parameter(torch.randn(32))
+    fxprune.save(program, tmp_path / "slim")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "slim")
+    for slim in (plain, load(tmp_path / "slim")):
+        assert torch.equal(slim.model.layers[1].mlp.down_proj.bias, reader.bias)
+        assert slim.model.layers[0].mlp.down_proj.bias is None

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from fxprune.errors import TraceError
 from fxprune.runners import EagerRunner, GraphRunner, Past, Runner, greedy
@@ -232,3 +233,24 @@ def test_a_loop_over_chunks_that_one_length_has_unrolled_is_seen_in_its_equation
     exported = torch.export.export(module, (torch.ones(2, 11, dtype=torch.long),), dynamic_shapes=(axes,), strict=False)
     fixed = _fixed_length(exported)
     assert (None if fixed is None else fixed.length) == length
+
+
+def test_a_configuration_that_wants_no_cache_is_traced_with_one() -> None:
+    """Training writes `use_cache: false` into the configurations that it saves."""
+    model = build("llama")
+    model.config.use_cache = False
+    program = trace(model)
+    assert len(program.interface.cache) == 2 * model.config.num_hidden_layers
+    assert {entry.output for entry in program.interface.cache} <= set(program.interface.outputs)
+    assert model.config.use_cache is False
+
+
+def test_a_number_of_chunks_that_left_no_equation_fixes_the_length() -> None:
+    config = FalconH1Config(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, mamba_chunk_size=16, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16,
+        mamba_n_groups=1, mamba_d_state=16, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    program = trace(FalconH1ForCausalLM(config).eval())
+    assert program.interface.fixed_length == program.interface.example_inputs["input_ids"].shape[1]

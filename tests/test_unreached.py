@@ -171,3 +171,21 @@ def test_layers_and_fields_of_a_nested_configuration_are_found() -> None:
     skeleton = build_skeleton(type(model), model.config)
     assert layer_config_path(skeleton) == "text_config"
     assert layer_list(skeleton) == "model.language_model.layers"
+
+
+def test_a_twin_of_a_module_that_runs_pins_nothing() -> None:
+    """A class may keep what it ties under a name of its own, which never runs."""
+
+    class Tied(nn.Module):
+        def __init__(self, outside: nn.Module) -> None:
+            super().__init__()
+            self.shared, self.embed, self.out = outside, nn.Embedding(8, 6), nn.Linear(6, 4)
+            self.embed.weight = self.shared.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.embed(ids))
+
+    ids = {"ids": torch.zeros(2, 3, dtype=torch.long)}
+    for outside, pinned in ((nn.Embedding(8, 6), False), (nn.Linear(6, 8), True)):
+        model = Tied(outside)
+        assert bool(find_shared(model, trace(model, example_inputs=ids).graph_module)) is pinned
