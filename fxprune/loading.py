@@ -339,7 +339,7 @@ def _of_another_class(path: Path, name: str, missing: list[str], unexpected: lis
     return (
         f"{path}: {len(missing)} weights of {name} are not in the files: {_some(missing)}{others}; config.json and the "
         f"weights do not belong together: {chosen}, the weights are of another class or head; name theirs in "
-        "`architectures`"
+        f"`architectures`{'' if unexpected else ', or copy the files again if they are not whole'}"
     )
 
 
