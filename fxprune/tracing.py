@@ -259,7 +259,8 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether it is a language model that generates from its input tokens, as its class and configuration say."""
     generates: Any = getattr(model, "can_generate", lambda: False)
     config: Any = model.config
-    both_ways = getattr(config, "is_decoder", True) is False  # an encoder's configuration, not told to be a decoder
+    # An encoder's configuration that was not told to be a decoder; decoders have the field too, and keep a cache.
+    both_ways = getattr(config, "is_decoder", True) is False and "past_key_values" not in inputs
     return (
         "input_ids" in inputs
         and bool(generates())
