@@ -123,8 +123,9 @@ class MixedModelMixin:
 
     def initialize_weights(self) -> None:
         """Initialise what is not loaded; scalar buffers among the recorded numbers are set again afterwards."""
-        super().initialize_weights()  # type: ignore[misc]
         module: Any = self
+        with whole_model(module.config):
+            super().initialize_weights()  # type: ignore[misc]
         apply_constants(module, self._constants)
 
     # transformers reads the source of a class's module to answer these, and the base's module is what counts.
