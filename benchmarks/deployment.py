@@ -36,6 +36,7 @@ from fxprune.exporters.genai import GenaiRunner
 from fxprune.exporters.ort import OrtRunner
 from fxprune.exporting import ExportRequest, export_program
 from fxprune.footprint import form_bytes
+from fxprune.front_end import front_end
 from fxprune.groups import AttentionGroup
 from fxprune.loading import load_model
 from fxprune.measure import decode, interleaved_times, machine, prefill
@@ -45,8 +46,8 @@ from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.reference import without_units
 from fxprune.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
+from fxprune.stopwatch import Stopwatch
 from fxprune.verify import compare_runners
-from fxprune.workflow import Stopwatch, front_end
 from tests.zoo import located
 
 if TYPE_CHECKING:

@@ -20,13 +20,13 @@ import torch
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen2Config
 
 from fxprune.accounting import count_parameters
+from fxprune.front_end import LOCATE
 from fxprune.groups import ExpertMlpGroup, LayerGroup, MlpGroup
 from fxprune.measure import peak_rss_bytes
 from fxprune.output import write_json
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,6 +31,7 @@ from benchmarks.common import add_leaderboard_options, conditions, spread
 from benchmarks.structured_pruning import TASKS, figure, key, quality, unusual
 from benchmarks.structured_pruning import measure as one_shot_cells
 from fxprune.default_model import default_model_path
+from fxprune.front_end import front_end
 from fxprune.l0_model import GatedModel
 from fxprune.l0_training import Learner, next_token_loss
 from fxprune.loading import load_model
@@ -40,7 +41,7 @@ from fxprune.output import write_json
 from fxprune.passes.l0 import L0Prune
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.sparse_pass import dtype_of, forward_precision
-from fxprune.workflow import Stopwatch, front_end
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fxprune.default_model import default_model_path
+from fxprune.forms import cases_of, export_pair, measure_speed
+from fxprune.front_end import front_end
 from fxprune.loading import load_model
 from fxprune.measure import machine, peak_rss_bytes
 from fxprune.output import write_json
 from fxprune.pipeline import build_pass
 from fxprune.reporting import report_of
-from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed, perplexities, prune_program
+from fxprune.stopwatch import Stopwatch
+from fxprune.workflow import perplexities, prune_program
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -23,11 +23,13 @@ import torch
 from benchmarks.common import USUAL_SAMPLES, make_parser, write_results
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
+from fxprune.front_end import front_end
 from fxprune.loading import load_model
 from fxprune.measure import machine, peak_rss_bytes
 from fxprune.pruning import pass_of
 from fxprune.runners import EagerRunner
-from fxprune.workflow import Stopwatch, front_end, prune_program
+from fxprune.stopwatch import Stopwatch
+from fxprune.workflow import prune_program
 
 if TYPE_CHECKING:
     import argparse

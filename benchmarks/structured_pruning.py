@@ -30,6 +30,8 @@ from benchmarks.common import USUAL_SAMPLES, add_leaderboard_options, conditions
 from fxprune.curves import Limits, head_curve
 from fxprune.default_model import default_model_path
 from fxprune.evaluate import file_perplexity
+from fxprune.forms import cases_of, export_pair, measure_speed
+from fxprune.front_end import front_end
 from fxprune.groups import AttentionGroup
 from fxprune.harness import evaluate_tasks
 from fxprune.loading import load_model
@@ -39,7 +41,7 @@ from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.pruning import pass_of
 from fxprune.runners import EagerRunner
-from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from fxprune.program import Program

@@ -138,8 +138,9 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
     import torch  # noqa: PLC0415
 
     import fxprune  # noqa: PLC0415
+    from fxprune.front_end import LOCATE  # noqa: PLC0415
     from fxprune.pipeline import Pipeline, build_pass  # noqa: PLC0415
-    from fxprune.workflow import LOCATE, prune_program  # noqa: PLC0415
+    from fxprune.workflow import prune_program  # noqa: PLC0415
 
     row["stage"] = "trace"
     program = fxprune.trace(loaded.model, path=loaded.path)
@@ -166,7 +167,7 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
 
 def _same_bits(slim: Any, program: Any, torch: Any) -> None:
     from fxprune.graphs import state_tensors  # noqa: PLC0415
-    from fxprune.layout import same_bits  # noqa: PLC0415
+    from fxprune.tensors import same_bits  # noqa: PLC0415
 
     state = slim.state_dict()
     dtypes = {tensor.dtype for name, tensor in slim.named_parameters() if tensor.is_floating_point()}

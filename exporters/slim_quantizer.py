@@ -21,6 +21,7 @@ from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
 
 from fxprune.errors import ExportError, TraceError, UsageError
+from fxprune.front_end import LOCATE
 from fxprune.pass_base import Pass
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
@@ -29,7 +30,6 @@ from fxprune.pytree_form import program_of_exported
 from fxprune.runners import GraphRunner
 from fxprune.sparse_pass import SparsePass
 from fxprune.verify import compare_modules, compare_runners, tolerance_for
-from fxprune.workflow import LOCATE
 
 if TYPE_CHECKING:
     from torch import nn

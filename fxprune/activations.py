@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.engine import require_length, text_samples
 from fxprune.errors import NotFiniteError
 from fxprune.graphs import copy_graph_module, erase_dead, source_of_logits
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

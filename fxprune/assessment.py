@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fxprune.evaluate import PerplexityResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
-    from fxprune.workflow import Stopwatch
+    from fxprune.stopwatch import Stopwatch
 
 __all__ = ["Assessor", "Wanted", "failed_gate", "warnings_of"]
 

@@ -19,11 +19,12 @@ from fxprune.bench_gate import (
 from fxprune.errors import UsageError
 from fxprune.footprint import form_bytes, measure_footprint
 from fxprune.form_names import form_names
+from fxprune.forms import cases_of
+from fxprune.front_end import front_end
 from fxprune.latency_build import build_table
 from fxprune.loading import load_model
 from fxprune.machine import machine
-from fxprune.measure import SpeedResult, bound_of, interleaved_times
-from fxprune.progress import track_repeats
+from fxprune.measure import SpeedResult, bound_of, interleaved_times, track_repeats
 from fxprune.ratios import ratio_interval
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
@@ -36,7 +37,7 @@ from fxprune.runtimes import (
     open_in,
     runtime_of,
 )
-from fxprune.workflow import Stopwatch, cases_of, front_end
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fxprune.bench_gate import Verdict
+    from fxprune.forms import OpenForm
     from fxprune.latency_table import LatencyTable
     from fxprune.measure import Case, Cost
     from fxprune.ratios import Precision
-    from fxprune.workflow import OpenForm
 
 __all__ = ["Workload", "measure_speeds", "run_bench", "run_table"]
 

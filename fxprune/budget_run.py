@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.assessment import Assessor
 from fxprune.errors import OutputError, UsageError
+from fxprune.front_end import front_end
 from fxprune.loading import expand_user, load_model
 from fxprune.manifest import read_manifest
 from fxprune.output import prepare_output, require_apart, write_json
@@ -30,8 +31,9 @@ from fxprune.pipeline import build_pass
 from fxprune.pruning import check_model, pass_of
 from fxprune.registry import resolve
 from fxprune.reporting import versions
+from fxprune.stopwatch import Stopwatch
 from fxprune.structured_pass import StructuredPass
-from fxprune.workflow import Stopwatch, front_end, run_pruning
+from fxprune.workflow import run_pruning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

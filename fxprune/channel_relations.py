@@ -15,10 +15,9 @@ from torch import Tensor
 from fxprune.channel_ids import AttentionSite, IdArray, NormSite, Pin
 
 if TYPE_CHECKING:
-    from fxprune.channels import Call
+    from fxprune.call import Call
 
 __all__ = [
-    "Ids",
     "combine",
     "contract",
     "distinct_rows",
@@ -28,8 +27,6 @@ __all__ = [
     "reduce_last",
     "steady",
 ]
-
-Ids = Tensor | None | list[Tensor | None]
 
 
 def steady(ids: Tensor, axis: int) -> bool:

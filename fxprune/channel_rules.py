@@ -24,22 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.call import Ids
 from fxprune.channel_ids import ActivationSite, Pin
-from fxprune.channel_relations import Ids, combine, distinct_rows, keep_addresses, meet_columns, pin, reduce_last
+from fxprune.channel_relations import combine, distinct_rows, keep_addresses, meet_columns, pin, reduce_last
 from fxprune.channel_rules_contraction import CONTRACTION_RULES
 from fxprune.channel_rules_lookup import LOOKUP_RULES
 from fxprune.channel_rules_movement import MOVEMENT, MOVEMENT_RULES
 from fxprune.channel_rules_reduction import NORMS, REDUCTION_RULES
 from fxprune.channel_rules_spatial import SPATIAL_RULES
+from fxprune.nodes import functional_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.channels import Call
+    from fxprune.call import Call
 
     Rule = Callable[["Call"], "Ids"]
 
-__all__ = ["CASTS", "MOVEMENT", "NORMS", "Ids", "find_rule", "functional_of"]
+__all__ = ["CASTS", "MOVEMENT", "NORMS", "Ids", "find_rule"]
 
 aten = torch.ops.aten
 
@@ -189,15 +191,6 @@ _RULES: dict[Any, Rule] = (
     | SPATIAL_RULES
     | LOOKUP_RULES
 )
-
-
-def functional_of(target: Any) -> Any:
-    """The operator that computes what an in-place operator writes; None for any other operator."""
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return None
-    name = target._overloadpacket.__name__
-    packet = getattr(aten, name[:-1], None) if name.endswith("_") and not name.endswith("__") else None
-    return getattr(packet, target._overloadname, None)
 
 
 def _in_place(call: Call) -> Ids:

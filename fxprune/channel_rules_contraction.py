@@ -16,8 +16,7 @@ from torch.fx import Node
 from fxprune.channel_relations import combine, contract, pin
 
 if TYPE_CHECKING:
-    from fxprune.channel_relations import Ids
-    from fxprune.channels import Call
+    from fxprune.call import Call, Ids
 
 __all__ = ["ATTENTION", "CONTRACTION_RULES"]
 

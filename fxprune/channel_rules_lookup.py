@@ -21,8 +21,7 @@ from fxprune.channel_ids import NormSite, Pin
 from fxprune.channel_relations import combine, distinct_rows, keep_addresses, pin, steady
 
 if TYPE_CHECKING:
-    from fxprune.channel_relations import Ids
-    from fxprune.channels import Call
+    from fxprune.call import Call, Ids
 
 
 __all__ = ["LOOKUP_RULES", "choice"]

@@ -16,8 +16,7 @@ from torch import Tensor
 from fxprune.channel_relations import combine, keep_addresses, pin, reduce_last, steady
 
 if TYPE_CHECKING:
-    from fxprune.channel_relations import Ids
-    from fxprune.channels import Call
+    from fxprune.call import Call, Ids
 
 __all__ = ["CONCATENATIONS", "MOVEMENT", "MOVEMENT_RULES", "SCATTERS"]
 

@@ -17,8 +17,7 @@ from fxprune.channel_relations import combine, distinct_rows, pin, reduce_last, 
 from fxprune.channel_rules_lookup import choice
 
 if TYPE_CHECKING:
-    from fxprune.channel_relations import Ids
-    from fxprune.channels import Call
+    from fxprune.call import Call, Ids
 
 __all__ = ["NORMS", "REDUCTION_RULES"]
 

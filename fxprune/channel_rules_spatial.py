@@ -20,8 +20,7 @@ from fxprune.channel_ids import Pin
 from fxprune.channel_relations import combine, meet_columns, pin, steady
 
 if TYPE_CHECKING:
-    from fxprune.channel_relations import Ids
-    from fxprune.channels import Call
+    from fxprune.call import Call, Ids
 
 __all__ = ["CONVOLUTIONS", "SPATIAL_RULES"]
 

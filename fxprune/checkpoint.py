@@ -28,7 +28,7 @@ from fxprune.build_limits import bounded_build
 from fxprune.constants import apply_constants
 from fxprune.depth import renumbered
 from fxprune.errors import CheckpointError
-from fxprune.layout import Layout, classify, round_buffers, same_bits
+from fxprune.layout import Layout, classify, round_buffers
 from fxprune.loading import quiet_transformers, weight_files
 from fxprune.manifest import (
     CONFIG_NAME,
@@ -57,6 +57,7 @@ from fxprune.skeleton import (
     runs_grouped,
     state_shapes,
 )
+from fxprune.tensors import same_bits
 from fxprune.trial import ExpectedLogits, relative_error, run_once, tolerance_of, wrong_result
 from fxprune.weight_masks import write_masks
 

@@ -132,7 +132,8 @@ def inspect(
     from fxprune.cli_tables import show_inspection
     from fxprune.inspection import inspect_groups
     from fxprune.registry import resolve
-    from fxprune.workflow import Stopwatch, inspect_program
+    from fxprune.stopwatch import Stopwatch
+    from fxprune.workflow import inspect_program
 
     if picture is not None and picture.suffix.lower() not in {".svg", ".png"}:
         raise UsageError(f"--picture {picture}: the file's name must end in .svg or .png")

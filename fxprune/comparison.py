@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fxprune.evaluation import Evaluation
-    from fxprune.workflow import OpenForm
+    from fxprune.forms import OpenForm
 
 __all__ = ["Measured", "compare_forms", "run_comparison"]
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fxprune.default_model import default_model_path
+from fxprune.forms import cases_of, export_pair, measure_speed
+from fxprune.front_end import front_end
 from fxprune.loading import load_model
 from fxprune.output import prepare_output, staged_directory
 from fxprune.pipeline import build_pass
@@ -18,7 +20,8 @@ from fxprune.precision import coarsest, short_name
 from fxprune.pruning import check_model
 from fxprune.registry import resolve
 from fxprune.reporting import report_of
-from fxprune.workflow import Stopwatch, cases_of, export_pair, front_end, measure_speed, perplexities, prune_program
+from fxprune.stopwatch import Stopwatch
+from fxprune.workflow import perplexities, prune_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

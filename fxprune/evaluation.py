@@ -10,11 +10,11 @@ from rich.table import Table
 from fxprune.batching import BatchSize, fitting_batch_size, halve_until_it_fits
 from fxprune.errors import CheckpointError, UsageError
 from fxprune.evaluate import PerplexityResult, file_perplexity, read_text
+from fxprune.forms import OpenForm, open_form
 from fxprune.harness import DEFINITIONS, Metric, TaskResult, check_limits, evaluate_tasks
 from fxprune.harness_tasks import HarnessTask, load_tasks
 from fxprune.loading import load_tokenizer, resolve_device
 from fxprune.runtimes import check_language, check_precision
-from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

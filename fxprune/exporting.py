@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fxprune.errors import ExportError, UsageError
+from fxprune.front_end import front_end
 from fxprune.loading import load_model, resolve_dtype
 from fxprune.methods import class_of_model, require_language_model
 from fxprune.output import prepare_output, staged_directory, write_json
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.registry import resolve
-from fxprune.workflow import Stopwatch, front_end
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -12,8 +12,8 @@ import torch
 
 from fxprune.errors import UsageError
 from fxprune.model_class import text_inputs
+from fxprune.outputs import named_outputs
 from fxprune.runners import EagerRunner
-from fxprune.tracing import named_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

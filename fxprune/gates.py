@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError, UsageError
 from fxprune.graphs import own_projections
 from fxprune.groups import AttentionGroup, LayerGroup
 from fxprune.hard_concrete import HardConcrete
 from fxprune.lifted import is_projection
 from fxprune.masks import ChannelMask, LayerGate
+from fxprune.nodes import get_attribute
 from fxprune.plan import Plan
 from fxprune.registry import resolve
 from fxprune.unit_gates import GroupGates, HeadGates, UnitGates

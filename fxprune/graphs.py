@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxprune.channels import get_attribute
 from fxprune.lifted import parameter_of, with_parameters
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

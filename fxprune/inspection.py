@@ -17,9 +17,9 @@ from torch import nn
 
 from fxprune.accounting import block_linear_parameters, count_parameters, macs_per_token, removed_share
 from fxprune.attention_shapes import grouped_rows, propagated_shapes
-from fxprune.channels import get_attribute, module_of
 from fxprune.groups import LayerGroup
 from fxprune.lifted import is_projection
+from fxprune.nodes import get_attribute, module_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

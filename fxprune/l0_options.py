@@ -43,7 +43,7 @@ class L0Options:
         multiplier_lr: of the Lagrangian's multipliers.
         lora_rank: 0 trains masks alone.
         lora_alpha: scale of LoRA times the rank; None for twice the rank.
-        lora_targets: see `fxprune.l0_model.lora_targets`.
+        lora_targets: see `fxprune.lora_targets.lora_targets`.
         lora_lr: learning rate of LoRA.
         distillation: `none` is the next-token loss; the teacher of `plain` is the intact model, the teachers of
             `progressive` are `fxprune.teachers`, until the gates are decided and the intact model takes their place.

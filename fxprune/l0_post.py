@@ -17,9 +17,10 @@ from fxprune.distillation import token_kl
 from fxprune.errors import CalibrationError, NotFiniteError
 from fxprune.evaluate import read_text
 from fxprune.l0_log import TrainingLog
-from fxprune.l0_training import batch_of, cosine, next_token_loss
+from fxprune.l0_training import batch_of, next_token_loss
 from fxprune.loading import expand_user
 from fxprune.loss_scale import backward
+from fxprune.schedule import cosine
 from fxprune.teachers import worn
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError
 from fxprune.evaluate import hash_tokens
 from fxprune.gates import fold_gates
@@ -26,6 +25,7 @@ from fxprune.l0_size import HardBudget, LagrangianBudget, expected_sparsity
 from fxprune.l0_start import one_shot
 from fxprune.l0_state import StateDirectory
 from fxprune.l0_training import Learner, divergence
+from fxprune.nodes import get_attribute
 from fxprune.pass_base import option_names
 from fxprune.reconstruct_consumers import consumers_of
 from fxprune.sparse_pass import dtype_of, forward_precision

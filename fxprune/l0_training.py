@@ -26,6 +26,7 @@ from fxprune.errors import NotFiniteError, PlanError, TrainingError
 from fxprune.l0_log import TrainingLog
 from fxprune.l0_state import load_optimizer, optimizer_tensors
 from fxprune.loss_scale import backward
+from fxprune.schedule import cosine
 from fxprune.teachers import Snapshot, Teachers, worn
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
     from fxprune.l0_size import Drawn, SizeControl
     from fxprune.l0_state import StateDirectory
 
-__all__ = ["Learner", "batch_of", "cosine", "divergence", "next_token_loss"]
+__all__ = ["Learner", "batch_of", "divergence", "next_token_loss"]
 
 _CLIP = 1.0
-_RISE = 0.05
-"""Share of the steps over which LoRA's learning rate rises."""
 _MARKS = 100
 """How often in a training the widths are put down."""
 
@@ -59,12 +58,6 @@ def batch_of(tokens: Tensor, step: int, batch: int, seed: int) -> Tensor:
     epoch, place = divmod(step, len(tokens) // batch)
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return tokens[order[place * batch : (place + 1) * batch].to(tokens.device)]
-
-
-def cosine(step: int, steps: int) -> float:
-    """The factor of a learning rate that rises over a twentieth of the steps and falls along a cosine to 0."""
-    rise = max(1.0, _RISE * steps)
-    return min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step + 0.5) / steps)))
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

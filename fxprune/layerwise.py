@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import FxpruneError, PostconditionError
 from fxprune.gram import Gram
 from fxprune.grouped import GroupedLinear
 from fxprune.matmul import fast_products
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

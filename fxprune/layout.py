@@ -51,6 +51,7 @@ from fxprune.skeleton import (
     resolve_model_class,
     state_shapes,
 )
+from fxprune.tensors import same_bits
 from fxprune.trial import relative_error, runs_on_meta, tolerance_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from fxprune.skeleton import Shape
     from fxprune.trial import ExpectedLogits
 
-__all__ = ["Layout", "classify", "round_buffers", "same_bits"]
+__all__ = ["Layout", "classify", "round_buffers"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONSTANT = re.compile(r"(?:.*\.)?lifted_tensor_\d+")
@@ -448,12 +449,3 @@ def _constants(
         for name, values in found.items():
             constants.setdefault(name, {}).update(values)
     return constants
-
-
-def same_bits(first: Tensor | None, second: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits."""
-    if first is None or first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}[first.element_size()]
-    pair = (tensor.detach().cpu().contiguous().reshape(-1).view(bits) for tensor in (first, second))
-    return torch.equal(*pair)

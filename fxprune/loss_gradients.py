@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError, NotFiniteError, PreconditionError, UsageError
 from fxprune.graphs import linear_calls
 from fxprune.loss_head import Labels, LossHead, Targets, is_finite, make_targets
 from fxprune.matmul import fast_products
+from fxprune.nodes import get_attribute
 from fxprune.progress import track
 from fxprune.stages import cut_stages
 
@@ -86,7 +86,7 @@ def backpropagate_loss(
         labels: the tokens that follow in the text (`data`, the empirical Fisher information), or ones drawn from the
             model's own distribution (`sampled`, the Fisher information itself), or both in turn (`mixed`).
         teacher: (samples, length, hidden), what the lm_head reads in another model (see
-            `fxprune.second_order.head_inputs`): the loss is the divergence from its predictions, and labels do not
+            `fxprune.head_inputs.head_inputs`): the loss is the divergence from its predictions, and labels do not
             count.
         seed: of the draw, which does not depend on the batch size.
         forward_dtype: precision of the products; None for the graph's own.

@@ -14,8 +14,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxprune.accounting import lm_heads
 from fxprune.attention_shapes import POINTWISE, only_operand, op_name
-from fxprune.channels import get_attribute
+from fxprune.distillation import token_kl
 from fxprune.errors import NotFiniteError, PreconditionError
+from fxprune.matmul import fast_products
+from fxprune.nodes import get_attribute
 from fxprune.precision import Widened, coarsest, is_low
 
 if TYPE_CHECKING:
@@ -199,3 +201,24 @@ class LossHead:
 def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; one reading pass, with nothing of its size allocated."""
     return bool(torch.isfinite(value.detach().sum(dtype=torch.float32)))
+
+
+def divergence(head: LossHead, states: Tensor, teacher: Tensor) -> float:
+    """Mean divergence KL(teacher || student) of the predictions that the samples have targets for, nats a token.
+
+    Args:
+        head: the lm_head that both read.
+        states: (samples, length, hidden), what it reads in the student.
+        teacher: the same in the teacher.
+
+    Raises:
+        CalibrationError: it is not finite.
+    """
+    total = 0.0
+    with torch.no_grad(), fast_products():
+        for one, other in zip(states, teacher, strict=True):
+            total += float(token_kl(head.logits(one[:-1]), head.logits(other[:-1])))
+    mean = total / len(states)
+    if not mean < float("inf"):
+        raise NotFiniteError("the divergence from the dense model is not finite; check the weights of the pruned one")
+    return mean

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import NotFiniteError, PreconditionError
 from fxprune.gram import Gram, GramSum
 from fxprune.graphs import linear_calls
 from fxprune.loss_gradients import backpropagate_loss
 from fxprune.matmul import fast_products
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

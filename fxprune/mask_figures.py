@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxprune.channels import get_attribute
 from fxprune.grouped import GroupedLinear
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -20,6 +20,7 @@ import torch
 from fxprune.accounting import MacCount, bytes_read_per_step, macs_per_token
 from fxprune.errors import UsageError
 from fxprune.machine import file_size, machine, peak_rss_bytes, timed_load
+from fxprune.progress import bars
 from fxprune.ratios import mean_ratio, ratio_interval
 from fxprune.runners import position_ids_from_mask
 
@@ -435,3 +436,19 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def track_repeats() -> Iterator[Callable[[Case, int, int], None]]:
+    """Show the repeats of a benchmark as `track` does; nothing is drawn while the clock runs.
+
+    Yields:
+        What `fxprune.measure.bench` takes for `progress`.
+    """
+    with bars(auto_refresh=False) as progress:
+        task = progress.add_task("timing", total=None)
+
+        def show(case: Case, done: int, wanted: int) -> None:
+            progress.update(task, description=f"timing {case.name}", completed=done, total=wanted, refresh=True)
+
+        yield show

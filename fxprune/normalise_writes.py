@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxprune.channel_rules import functional_of
+from fxprune.nodes import functional_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

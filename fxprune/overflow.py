@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fxprune.channels import get_attribute, module_of
 from fxprune.engine import text_samples
 from fxprune.errors import NotFiniteError, VerificationError
 from fxprune.lifted import is_projection
+from fxprune.nodes import get_attribute, module_of
 from fxprune.precision import short_name
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from pydantic import ConfigDict, ValidationError, create_model
 from fxprune.errors import UsageError
 from fxprune.pass_base import Pass, PassResult, constructor_options
 from fxprune.registry import get_pass
-from fxprune.sparsity import sexagesimal_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -192,3 +191,11 @@ def _type_names() -> dict[str, Any]:
 
 
 _TYPE_NAMES = _type_names()
+
+
+def sexagesimal_hint(number: int) -> str:
+    """What to write instead, where `2:4` without quotes became 124: YAML 1.1 reads it in base 60; else empty."""
+    if number < 60:
+        return ""
+    pattern = f"{number // 60}:{number % 60}"
+    return f"YAML reads {pattern} without quotes as this number: write '{pattern}' with quotes"

@@ -11,9 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fxprune.measure import Case
-
-__all__ = ["track", "track_repeats"]
+__all__ = ["bars", "track"]
 
 
 @contextmanager
@@ -27,28 +25,13 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function to be called with the number of items done so far.
     """
-    with _bars() as progress:
+    with bars() as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
-@contextmanager
-def track_repeats() -> Iterator[Callable[[Case, int, int], None]]:
-    """Show the repeats of a benchmark as `track` does; nothing is drawn while the clock runs.
-
-    Yields:
-        What `fxprune.measure.bench` takes for `progress`.
-    """
-    with _bars(auto_refresh=False) as progress:
-        task = progress.add_task("timing", total=None)
-
-        def show(case: Case, done: int, wanted: int) -> None:
-            progress.update(task, description=f"timing {case.name}", completed=done, total=wanted, refresh=True)
-
-        yield show
-
-
-def _bars(*, auto_refresh: bool = True) -> Progress:
+def bars(*, auto_refresh: bool = True) -> Progress:
+    """Bars on standard error, hidden unless that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not console.is_terminal

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.assessment import Assessor, Wanted
 from fxprune.errors import UsageError
+from fxprune.front_end import front_end
 from fxprune.loading import load_model
 from fxprune.methods import check_method, class_of_model
 from fxprune.output import prepare_output
@@ -16,9 +17,10 @@ from fxprune.reporting import report_of
 from fxprune.savable import require_savable
 from fxprune.sparse_pass import NO_SPEED_UP, SparsePass
 from fxprune.sparse_speed import measure_sparse_speed
+from fxprune.stopwatch import Stopwatch
 from fxprune.streaming_run import prune_streaming
 from fxprune.structured_pass import StructuredPass
-from fxprune.workflow import Stopwatch, front_end, perplexities, run_pruning
+from fxprune.workflow import perplexities, run_pruning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

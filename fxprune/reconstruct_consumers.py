@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import UsageError
 from fxprune.graphs import copy_graph_module, own_projections
 from fxprune.lifted import make_linear, origin_of
+from fxprune.nodes import get_attribute
 from fxprune.progress import track
 from fxprune.reconstruction import PairCollector, dense_ridge, moments_of_gram, reconstruct
 from fxprune.stages import cut_stages

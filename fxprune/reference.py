@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune.channels import get_attribute
 from fxprune.grouped import GroupedLinear
 from fxprune.lifted import origin_of
 from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

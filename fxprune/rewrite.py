@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.channels import run_movement
+from fxprune.call import run_movement
 from fxprune.errors import UnsupportedOpError
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fxprune.call import Call
     from fxprune.channel_ids import IdArray
-    from fxprune.channels import Call
 
 __all__ = ["Grid", "Scaled", "full_grid", "grid_of", "rewrite_movement", "take"]
 

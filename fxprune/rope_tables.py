@@ -20,8 +20,8 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fxprune.errors import CheckpointError
-from fxprune.layout import same_bits
 from fxprune.skeleton import BUILD_ERRORS, build_skeleton, initialize_buffers
+from fxprune.tensors import same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from fxprune.errors import PreconditionError
 from fxprune.matmul import wide_products
+from fxprune.outputs import named_results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -31,7 +32,6 @@ __all__ = [
     "Past",
     "Runner",
     "greedy",
-    "named_results",
     "position_ids_from_mask",
     "rerun",
     "scoring_products",
@@ -73,21 +73,6 @@ def position_ids_from_mask(attention_mask: Tensor, new: int) -> Tensor:
     """Positions of the last `new` tokens when padding does not count: (batch, new) int64."""
     positions: Tensor = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return positions[:, -new:]
-
-
-@contextmanager
-def named_results(config: Any) -> Iterator[None]:
-    """A model whose configuration asks for tuples returns results by name; its parts read the same configuration."""
-    fields = {} if config is None else vars(config)
-    before = fields.get("return_dict", True)
-    if before is not False:
-        yield
-        return
-    fields["return_dict"] = True
-    try:
-        yield
-    finally:
-        fields["return_dict"] = before
 
 
 def rerun(

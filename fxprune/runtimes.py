@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.compiled import CompiledRunner
 from fxprune.errors import UsageError
+from fxprune.forms import OpenForm
 from fxprune.forward_runner import ForwardRunner, FunctionRunner
+from fxprune.front_end import front_end
 from fxprune.loading import expand_user, load_model
 from fxprune.measure import cost_of
 from fxprune.methods import class_of_model, require_language_model
@@ -25,7 +27,7 @@ from fxprune.model_class import is_language_model, reads_tokens
 from fxprune.pipeline import build_pass
 from fxprune.registry import resolve
 from fxprune.runners import EagerRunner
-from fxprune.workflow import OpenForm, Stopwatch, front_end
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

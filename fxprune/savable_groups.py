@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.layout import classify
 from fxprune.lifted import parameter_of
+from fxprune.nodes import get_attribute
 from fxprune.program import Event
 from fxprune.skeleton import BUILD_ERRORS, aliases, build_skeleton, state_shapes
 from fxprune.trial import ExpectedLogits, prepared

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fxprune.accounting import lm_heads
-from fxprune.channels import get_attribute, module_of
 from fxprune.errors import PlanError, UsageError
 from fxprune.grouped import GroupedLinear
 from fxprune.groups import ExpertGroup
 from fxprune.lifted import is_projection, origin_of
+from fxprune.nodes import get_attribute, module_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

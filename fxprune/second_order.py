@@ -25,28 +25,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fxprune.channels import get_attribute
-from fxprune.distillation import token_kl
-from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics, text_samples
-from fxprune.errors import NotFiniteError, UsageError
+from fxprune.errors import UsageError
 from fxprune.graphs import own_projections
+from fxprune.head_inputs import head_inputs
 from fxprune.loss_gradients import backpropagate_loss
-from fxprune.loss_head import LossHead
-from fxprune.matmul import fast_products
+from fxprune.loss_head import LossHead, divergence
+from fxprune.nodes import get_attribute
 from fxprune.progress import track
-from fxprune.stages import cut_stages
 from fxprune.structured_obs import damped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from fxprune.gram import Gram
     from fxprune.program import Program
-    from fxprune.stages import InputSite, Stage
 
-__all__ = ["Step", "direction", "divergence", "head_inputs", "second_order_steps"]
+__all__ = ["Step", "direction", "second_order_steps"]
 
 INPUT_DAMPING, OUTPUT_DAMPING = 0.1, 30.0
 """Shares a and b. (0.3, 3), (1, 3), (1, 30), (0.3, 300) lie within 1% of it on wiki.valid, with other lengths; the less
@@ -68,71 +64,6 @@ class Step:
     eta: float
     before: float
     after: float
-
-
-class _Rows:
-    """Keeps what one projection reads, sample by sample (an engine's `Collector`)."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.parts: list[Tensor] = []
-
-    def add(self, site: InputSite, rows: Tensor, dense: Tensor | None, offsets: Tensor | None, first: int) -> None:
-        """Take one batch; see `fxprune.engine.Collector`."""
-        del site, dense, offsets, first
-        self.parts.append(rows.reshape(-1, self.length, rows.shape[-1]))
-
-    def finish(self) -> list[SiteStatistics]:
-        """Nothing is left to solve."""
-        return []
-
-
-def head_inputs(
-    program: Program, tokens: Tensor, *, forward_dtype: torch.dtype | None = None, batch_size: int | None = None
-) -> Tensor:
-    """What the lm_head of a program reads, (samples, length, hidden) float32.
-
-    Args:
-        program: a causal language model.
-        tokens: (samples, length) int64.
-        forward_dtype: precision of the products; None for the graph's own.
-        batch_size: samples at once; None to find it.
-
-    Raises:
-        PreconditionError: the program gives no logits (see `fxprune.loss_head.LossHead`).
-        CalibrationError: activations are not finite.
-    """
-    samples = text_samples(program.interface, tokens)
-    cut = cut_stages(program.graph_module, [LossHead(program).name], samples.varying)
-    rows = _Rows(tokens.shape[1])
-    options = EngineOptions(forward_dtype=forward_dtype, batch_size=batch_size)
-
-    def nothing(stage: Stage, statistics: Sequence[SiteStatistics]) -> None:
-        del stage, statistics
-
-    CalibrationEngine(cut, samples, options, collector=lambda: rows).run(nothing)
-    return torch.cat(rows.parts)
-
-
-def divergence(head: LossHead, states: Tensor, teacher: Tensor) -> float:
-    """Mean divergence KL(teacher || student) of the predictions that the samples have targets for, nats a token.
-
-    Args:
-        head: the lm_head that both read.
-        states: (samples, length, hidden), what it reads in the student.
-        teacher: the same in the teacher.
-
-    Raises:
-        CalibrationError: it is not finite.
-    """
-    total = 0.0
-    with torch.no_grad(), fast_products():
-        for one, other in zip(states, teacher, strict=True):
-            total += float(token_kl(head.logits(one[:-1]), head.logits(other[:-1])))
-    mean = total / len(states)
-    if not mean < float("inf"):
-        raise NotFiniteError("the divergence from the dense model is not finite; check the weights of the pruned one")
-    return mean
 
 
 def direction(gradient: Tensor, kept: Tensor, inputs: Gram, outputs: Tensor, mask: Tensor | None = None) -> Tensor:

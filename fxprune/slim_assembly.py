@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from fxprune.channels import get_attribute
 from fxprune.errors import PostconditionError, UnsupportedOpError
 from fxprune.graphs import erase_dead
+from fxprune.nodes import get_attribute
 from fxprune.program import CacheEntry
 
 if TYPE_CHECKING:

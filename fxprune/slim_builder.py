@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from fxprune.call import Weight
 from fxprune.channel_rules import CASTS, MOVEMENT, NORMS
 from fxprune.channel_rules_contraction import ATTENTION
 from fxprune.channel_rules_movement import CONCATENATIONS, SCATTERS
 from fxprune.channel_rules_spatial import CONVOLUTIONS
-from fxprune.channels import Weight, get_attribute
 from fxprune.errors import PlanError, UnsupportedOpError
 from fxprune.lifted import with_parameters
 from fxprune.masks import ChannelMask, ExpertChannelMask, LayerGate
+from fxprune.nodes import get_attribute
 from fxprune.rewrite import Grid, Scaled, full_grid, grid_of, rewrite_movement, take
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fxprune.call import Call
     from fxprune.channel_ids import ChannelMap, IdArray
     from fxprune.channel_rules import Ids
-    from fxprune.channels import Call
     from fxprune.cut import Cut
     from fxprune.program import Interface
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.bench_gate import JUDGED_PRECISION, JUDGED_REPEATS, gate, linear_shapes, narrowed_widths
 from fxprune.errors import UsageError
+from fxprune.forms import cases_of, export_dense, measure_speed, open_exported
 from fxprune.latency_table import load_table
+from fxprune.measure import track_repeats
 from fxprune.pipeline import build_pass
 from fxprune.program import Form
-from fxprune.progress import track_repeats
 from fxprune.structured_pass import StructuredPass
-from fxprune.workflow import cases_of, export_dense, measure_speed, open_exported
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

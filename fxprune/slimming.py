@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
+    from fxprune.call import Call
     from fxprune.channel_rules import Ids
-    from fxprune.channels import Call
     from fxprune.groups import Group
     from fxprune.plan import Plan
     from fxprune.program import Interface

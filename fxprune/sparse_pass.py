@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.graphs import own_projections
@@ -38,6 +37,7 @@ from fxprune.loading import resolve_dtype
 from fxprune.locate import require_lifted
 from fxprune.matmul import multiplies_bfloat16, product_rate
 from fxprune.methods import check_method
+from fxprune.nodes import get_attribute
 from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.precision import main_dtype

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.forms import cases_of, export_pair, measure_speed
 from fxprune.pipeline import build_pass
-from fxprune.workflow import cases_of, export_pair, measure_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

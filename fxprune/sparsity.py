@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import PlanError, UsageError
+from fxprune.pipeline import sexagesimal_hint
 
-__all__ = ["Sparsity", "keep_largest", "keep_of_group", "lowest", "lowest_per_row", "sexagesimal_hint"]
+__all__ = ["Sparsity", "keep_largest", "keep_of_group", "lowest", "lowest_per_row"]
 
 _IN_NUMPY = ("cpu",)
 """Types of devices whose memory numpy can read."""
@@ -93,14 +94,6 @@ class Sparsity:
     def removed(self, weights: int) -> int:
         """How many of a number of weights go."""
         return round(self.share * weights)
-
-
-def sexagesimal_hint(number: int) -> str:
-    """What to write instead, where `2:4` without quotes became 124: YAML 1.1 reads it in base 60; else empty."""
-    if number < 60:
-        return ""
-    pattern = f"{number // 60}:{number % 60}"
-    return f"YAML reads {pattern} without quotes as this number: write '{pattern}' with quotes"
 
 
 def keep_largest(scores: Tensor, sparsity: Sparsity, *, per_row: bool = False, held: Tensor | None = None) -> Tensor:

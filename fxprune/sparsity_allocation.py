@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError
 from fxprune.loss_gradients import backpropagate_loss
+from fxprune.nodes import get_attribute
 from fxprune.sparsity import Sparsity
 
 if TYPE_CHECKING:

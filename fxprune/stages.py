@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fxprune.channels import get_attribute
 from fxprune.grouped import GroupedLinear
 from fxprune.lifted import is_projection
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

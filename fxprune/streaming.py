@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.checkpoint import load_skeleton
 from fxprune.errors import CheckpointError, OutputError
 from fxprune.lifted import parameter_of
 from fxprune.manifest import Manifest, SourceRecord, versions, write_manifest
+from fxprune.nodes import get_attribute
 from fxprune.output import swap, write_json
 from fxprune.registry import resolve
 from fxprune.shard_reader import read_tensor

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxprune.calibration import calibration_set
-from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, text_samples
 from fxprune.errors import CheckpointError, PreconditionError, UsageError
 from fxprune.evaluate import hash_tokens
@@ -29,6 +28,7 @@ from fxprune.manifest import MANIFEST_NAME, read_manifest
 from fxprune.measure import file_size, machine, peak_rss_bytes
 from fxprune.methods import check_method, class_of_model
 from fxprune.mixed_config import is_mixed_directory
+from fxprune.nodes import get_attribute
 from fxprune.output import prepare_output
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.program import Event
@@ -38,10 +38,11 @@ from fxprune.scope import called_projections
 from fxprune.shard_reader import ShardReader
 from fxprune.skeleton import initialize_buffers
 from fxprune.sparse_pass import SparsePass, details_of, dtype_of
+from fxprune.stopwatch import Stopwatch
 from fxprune.stored_weights import StoredWeights
 from fxprune.streaming import StreamingOutput, StreamingWeights
 from fxprune.weight_masks import masks_of_projections, masks_of_state, read_masks
-from fxprune.workflow import Stopwatch, models_of_config, trace_on_meta
+from fxprune.workflow import models_of_config, trace_on_meta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
-from fxprune.channels import get_attribute
 from fxprune.kept_signals import kept_loss_signals
+from fxprune.nodes import get_attribute
 from fxprune.progress import track
 
 if TYPE_CHECKING:

@@ -32,7 +32,6 @@ import torch
 
 from fxprune.accounting import block_linear_parameters
 from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.channels import get_attribute
 from fxprune.curves import Limits
 from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
@@ -41,6 +40,7 @@ from fxprune.input_grams import input_grams
 from fxprune.latency_table import load_table
 from fxprune.loading import resolve_dtype
 from fxprune.methods import check_method
+from fxprune.nodes import get_attribute
 from fxprune.overflow import naming_overflow
 from fxprune.pass_base import Pass, PassResult
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams

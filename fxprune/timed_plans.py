@@ -22,9 +22,8 @@ import numpy as np
 from fxprune.bench_gate import mixed_speedup
 from fxprune.errors import PlanError, UsageError
 from fxprune.latency_build import exported_runner
-from fxprune.measure import bench
+from fxprune.measure import bench, track_repeats
 from fxprune.pipeline import build_pass
-from fxprune.progress import track_repeats
 from fxprune.ratios import Precision
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,19 +28,19 @@ from torch.utils import _pytree as pytree
 from fxprune.errors import TraceError, UsageError
 from fxprune.graphs import erase_dead
 from fxprune.normalise import normalise
+from fxprune.outputs import named_results
 from fxprune.program import CacheEntry, Interface, Program, Source
-from fxprune.runners import named_results
 from fxprune.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.unreached import find_shared, find_unreached
 from fxprune.weight_masks import masks_of_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
-__all__ = ["named_outputs", "pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
+__all__ = ["pair_cache", "plain_graph", "sample_inputs", "symbolic_axes", "trace"]
 
 _LOGGER = logging.getLogger(__name__)
 _BATCH, _NEW, _PAST = 2, 3, 5
@@ -578,21 +577,6 @@ def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
         names += [str(key)] if leaves == 1 and child.is_leaf() else [f"{key}_{index}" for index in range(leaves)]
     assert len(names) == len(placeholder)
     return tuple(names)
-
-
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors that a model returned, under the names that the outputs of its graph have."""
-    if isinstance(output, torch.Tensor):
-        return {"output_0": output}
-    fields = output.items() if isinstance(output, Mapping) else ((f"output_{i}", one) for i, one in enumerate(output))
-    named: dict[str, Tensor] = {}
-    for key, value in fields:
-        if isinstance(value, torch.Tensor):
-            named[str(key)] = value
-        else:
-            leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-            named |= {f"{key}_{index}": leaf for index, leaf in enumerate(leaves)}
-    return named
 
 
 def _by_products(names: tuple[str, ...], inputs: set[str]) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fxprune.errors import CheckpointError
-from fxprune.runners import named_results
+from fxprune.outputs import named_results
 from fxprune.skeleton import BUILD_ERRORS
 
 if TYPE_CHECKING:

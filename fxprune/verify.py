@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxprune.channels import module_of
 from fxprune.errors import VerificationError
 from fxprune.graphs import copy_graph_module
+from fxprune.nodes import module_of
 from fxprune.program import Form
 from fxprune.runners import position_ids_from_mask
 

@@ -21,9 +21,8 @@ from torch.fx import GraphModule
 
 from fxprune.errors import VerificationError
 from fxprune.loading import max_positions
+from fxprune.outputs import named_outputs, named_results
 from fxprune.precision import Widened, is_low, short_name
-from fxprune.runners import named_results
-from fxprune.tracing import named_outputs
 from fxprune.verify import DOUBLE_TOLERANCE, ROUNDINGS, Rung, first_difference, in_double, tolerance_for
 
 if TYPE_CHECKING:

@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, PreconditionError, UsageError
 from fxprune.graphs import own_projections
-from fxprune.l0_model import lora_targets
-from fxprune.l0_training import cosine
+from fxprune.head_inputs import head_inputs
+from fxprune.lora_targets import lora_targets
 from fxprune.loss_gradients import loss_gradients
-from fxprune.loss_head import LossHead
+from fxprune.loss_head import LossHead, divergence
+from fxprune.nodes import get_attribute
 from fxprune.progress import track
-from fxprune.second_order import divergence, head_inputs
+from fxprune.schedule import cosine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

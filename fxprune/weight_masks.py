@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError
 from fxprune.lifted import is_projection, parameter_of
+from fxprune.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

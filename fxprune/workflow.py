@@ -6,115 +6,46 @@ through the registry only.
 
 from __future__ import annotations
 
-import gc
-import tempfile
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxprune.checkpoint import load_skeleton
-from fxprune.errors import TraceError, UsageError
+from fxprune.errors import TraceError
 from fxprune.evaluate import file_perplexity, perplexity, tokenise
+from fxprune.front_end import located
 from fxprune.loading import (
-    LoadedModel,
     config_path,
     load_config,
-    load_model,
-    load_tokenizer,
     quiet_transformers,
 )
 from fxprune.manifest import MANIFEST_NAME
-from fxprune.measure import Case, Cost, bench, cost_of, decode, prefill
 from fxprune.model_class import class_of_config, config_of_class
 from fxprune.pipeline import Pipeline, build_pass
-from fxprune.program import Form
 from fxprune.registry import resolve
-from fxprune.runners import EagerRunner, GraphRunner, Runner
+from fxprune.runners import GraphRunner, Runner
 from fxprune.sparse_pass import SparsePass
-from fxprune.structured_pass import StructuredPass
 from fxprune.tracing import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from fxprune.evaluate import PerplexityResult
-    from fxprune.measure import SpeedResult
     from fxprune.pass_base import Pass
     from fxprune.program import Program
-    from fxprune.ratios import Precision
+    from fxprune.stopwatch import Stopwatch
 
 __all__ = [
-    "Stopwatch",
-    "export_dense",
-    "front_end",
     "inspect_program",
-    "measure_speed",
     "models_of_config",
-    "open_exported",
-    "open_form",
     "prune_program",
     "quality_entry",
     "run_pruning",
     "text_of_python",
     "trace_on_meta",
 ]
-
-LOCATE = (
-    "lift_linears",
-    "locate_attention",
-    "locate_mlp",
-    "locate_hidden",
-    "locate_experts",
-    "locate_layers",
-)
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def front_end(loaded: LoadedModel, watch: Stopwatch, step: Pass | None = None, *, hold_zeros: bool = False) -> Program:
-    """Trace a loaded model, lift its projections and locate what can be pruned.
-
-    Args:
-        loaded: the model; masks of pruned weights that its checkpoint has are held.
-        watch: gets the seconds of tracing.
-        step: the pass that will prune it; a graph that holds for one length gets the length of its calibration samples.
-        hold_zeros: whether zeros without a mask are held too (see `fxprune.passes.lift_linears`).
-    """
-    length = _calibration_length(step)
-    with watch.stage("trace"):
-        program = trace(loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, path=loaded.path, length=length)
-    return _located(program, hold_zeros=hold_zeros)
-
-
-def _calibration_length(step: Pass | None) -> int | None:
-    """Tokens of a pass's calibration samples; None if it reads none."""
-    if isinstance(step, SparsePass):
-        return step.seq_len if step.needs_data else None
-    return step.seq_len if isinstance(step, StructuredPass) and step.reads_text else None
-
-
-def _located(program: Program, *, hold_zeros: bool = False) -> Program:
-    options = {"lift_linears": {"hold_zeros": hold_zeros}}
-    return Pipeline([build_pass(name, options.get(name, {})) for name in LOCATE])(program).program
 
 
 def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
@@ -136,7 +67,7 @@ def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
     candidates = {name: partial(load_skeleton, own)} if (own / MANIFEST_NAME).is_file() else models_of_config(path)
     with watch.stage("trace"):
         program = trace_on_meta(candidates, name)
-    return _located(program)
+    return located(program)
 
 
 def models_of_config(path: Path, dtype: torch.dtype | None = None) -> dict[str, Callable[..., Any]]:
@@ -214,124 +145,6 @@ def run_pruning(
         passes.append(build_pass("save", {"out": str(out), "overwrite": overwrite}))
         passes.append(build_pass("verify", {"checkpoint": str(out), "graph": False}))
     return Pipeline(passes, on_pass=on_pass)(program).program
-
-
-@dataclass
-class OpenForm:
-    """A form of a model that can be run.
-
-    Attributes:
-        runner: how.
-        kind: the runtime, such as `onnxruntime` or `torch`.
-        tokenizer: its tokenizer, if found.
-        cost: what it computes and reads, for bounds; None when unknown.
-        path: the directory or graph that it was opened from, where known.
-        scratch: a temporary directory that must live as long as the form.
-    """
-
-    runner: Runner
-    kind: str
-    tokenizer: Any = None
-    cost: Cost | None = None
-    path: Path | None = None
-    scratch: Any = None
-
-
-def open_form(where: str, *, threads: int | None = None, dtype: str | None = None, device: str = "cpu") -> OpenForm:
-    """Open a checkpoint directory, a hub id, or a directory or file with an ONNX graph.
-
-    Args:
-        where: what to open.
-        threads: of ONNX Runtime.
-        dtype: precision of a torch model; as saved when None.
-        device: where a torch model runs; ONNX Runtime runs on the CPU.
-
-    Raises:
-        UsageError: an ONNX graph on another device, or a device or precision that does not exist here.
-        CheckpointError, ExportError: it cannot be loaded.
-    """
-    path = Path(where).expanduser()
-    graph = path if path.suffix == ".onnx" else path / "model.onnx"
-    if graph.is_file():
-        if torch.device(device).type != "cpu":
-            raise UsageError(f"{where} is an ONNX graph, which runs on the CPU here, not on {device}")
-        runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
-        tokenizer = None
-        if (graph.parent / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(graph.parent)
-        return OpenForm(runner, "onnxruntime", tokenizer)
-    loaded = load_model(where, dtype=dtype, device=device)
-    runner = EagerRunner(loaded.model, "torch")
-    return OpenForm(runner, "torch", loaded.tokenizer, cost_of(loaded.model))
-
-
-def cases_of(prefills: Sequence[int], decodes: int, past: int, batches: Sequence[int] = (1,)) -> list[Case]:
-    """Benchmark cases: prefills of the given lengths, and `decodes` tokens after `past`, at each batch size."""
-    cases = [prefill(length, batch=batch) for batch in batches for length in prefills]
-    return [*cases, *(decode(decodes, past=past, batch=batch) for batch in batches)] if decodes else cases
-
-
-def measure_speed(
-    dense: OpenForm,
-    slim: OpenForm,
-    cases: Sequence[Case],
-    *,
-    threads: int,
-    repeats: int,
-    precision: Precision | None = None,
-    progress: Callable[[Case, int, int], None] | None = None,
-) -> list[SpeedResult]:
-    """Interleaved benchmark of two forms that run in the same runtime; the rest as for `fxprune.measure.bench`.
-
-    Raises:
-        UsageError: they do not.
-    """
-    if dense.kind != slim.kind:
-        raise UsageError(f"cannot compare {dense.kind} with {slim.kind}; give two forms for the same runtime")
-    costs = (dense.cost, slim.cost) if dense.cost is not None and slim.cost is not None else None
-    return bench(
-        dense.runner,
-        slim.runner,
-        cases,
-        threads=threads,
-        repeats=repeats,
-        precision=precision,
-        warmup=2,
-        costs=costs,
-        runtime=dense.kind,
-        progress=progress,
-    )
-
-
-def export_pair(program: Program, threads: int, slim_onnx: Path) -> tuple[OpenForm, OpenForm, Any]:
-    """Open the exported slim graph, and the dense one exported the same way to a temporary directory.
-
-    Returns:
-        Dense form, slim form, and the temporary directory, which the caller must keep until it is done.
-    """
-    dense, scratch = export_dense(program, threads)
-    return dense, open_exported(slim_onnx, Form(program.graph_module, program.interface), threads), scratch
-
-
-def export_dense(program: Program, threads: int) -> tuple[OpenForm, Any]:
-    """Export the dense form that a program came from to a temporary directory, and open it.
-
-    Returns:
-        Dense form, and the temporary directory, which the caller must keep until it is done.
-    """
-    scratch = tempfile.TemporaryDirectory(prefix="fxprune-")
-    lifted = program.references["lifted"]
-    dense = program.replace(graph_module=lifted.module, interface=lifted.interface)
-    target = Path(scratch.name) / "dense"
-    build_pass("export_onnx", {"out": str(target)})(dense)
-    gc.collect()
-    return open_exported(target / "model.onnx", lifted, threads), scratch
-
-
-def open_exported(graph: Path, form: Form, threads: int) -> OpenForm:
-    """Open an ONNX file, with the cost of the form that it was exported from."""
-    runner = resolve("fxprune.exporters.ort:OrtRunner")(graph, threads=threads)
-    return OpenForm(runner, "onnxruntime", cost=cost_of(form.module, form.interface))
 
 
 def text_of_python() -> str:

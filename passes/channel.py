@@ -28,10 +28,11 @@ import torch
 from fxprune.curves import ATTENTION, EVENNESS, balanced, check_evenness, obs_channel_curve, obs_head_curve, score_curve
 from fxprune.errors import UsageError
 from fxprune.groups import AttentionGroup
+from fxprune.head_inputs import head_inputs
 from fxprune.loss_signals import moments
 from fxprune.plan import Plan
 from fxprune.progress import track
-from fxprune.second_order import head_inputs, second_order_steps
+from fxprune.second_order import second_order_steps
 from fxprune.sparse_pass import dtype_of, forward_precision
 from fxprune.structured_obs import Elimination, matrix_root, positive_definite, swap
 from fxprune.structured_pass import StructuredPass

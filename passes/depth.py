@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fxprune.accounting import lm_heads, macs_per_token
-from fxprune.channels import get_attribute
 from fxprune.errors import PlanError, PreconditionError, UsageError
 from fxprune.evaluate import perplexity
 from fxprune.groups import LayerGroup
 from fxprune.lifted import is_projection
 from fxprune.masks import LayerGate
+from fxprune.nodes import get_attribute
 from fxprune.plan import Plan
 from fxprune.progress import track
 from fxprune.registry import resolve

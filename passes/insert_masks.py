@@ -21,12 +21,12 @@ import torch
 from torch.fx import Node
 
 from fxprune.channel_rules_spatial import CONVOLUTIONS
-from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError
 from fxprune.graphs import copy_graph_module
 from fxprune.groups import ExpertGroup, ExpertMlpGroup, LayerGroup
 from fxprune.lifted import is_projection
 from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
+from fxprune.nodes import get_attribute
 from fxprune.pass_base import Pass, PassResult
 from fxprune.plan import Plan
 

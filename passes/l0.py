@@ -32,9 +32,9 @@ import torch
 from fxprune.curves import EVENNESS, check_evenness
 from fxprune.errors import PreconditionError, UsageError
 from fxprune.expected_size import ExpectedSize, independent_units
-from fxprune.l0_model import lora_targets
 from fxprune.l0_options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
 from fxprune.l0_run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
+from fxprune.lora_targets import lora_targets
 from fxprune.overflow import naming_overflow
 from fxprune.pass_base import PassResult, constructor_options
 from fxprune.reconstruction import Reconstruction  # noqa: TC001 - options are validated by their annotations

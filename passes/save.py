@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import GraphModule
 
-from fxprune.channels import module_of
 from fxprune.checkpoint import ExpectedLogits, save
 from fxprune.errors import PreconditionError
 from fxprune.graphs import state_tensors
 from fxprune.masks import has_masks
+from fxprune.nodes import module_of
 from fxprune.norms import rms_norms
 from fxprune.output import prepare_output
 from fxprune.pass_base import Pass, PassResult

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import fxprune
 from fxprune.default_model import default_model_path
 from fxprune.errors import CheckpointError
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

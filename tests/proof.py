@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxprune.channels import Weight
+from fxprune.call import Weight
 from fxprune.cut import decide
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.activations import ChannelStatistics, collect_statistics
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError
 from fxprune.graphs import copy_graph_module
+from fxprune.nodes import get_attribute
 from tests.families import located
 
 LINEARS = ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"]

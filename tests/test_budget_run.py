@@ -20,6 +20,7 @@ from fxprune.bench_gate import JUDGED_PRECISION, GatedCase, Verdict
 from fxprune.budget_run import prune_budgets
 from fxprune.errors import CalibrationError, OutputError, UsageError
 from fxprune.exporters.report import read_report
+from fxprune.front_end import front_end
 from fxprune.latency_build import Measurement, table_of, variants_of
 from fxprune.latency_table import identity_of, save_table
 from fxprune.loading import load_model
@@ -28,9 +29,9 @@ from fxprune.measure import Bound, SpeedResult, prefill
 from fxprune.pipeline import build_pass
 from fxprune.pruning import Destination, prune_model
 from fxprune.slim_speed import speed_plan
+from fxprune.stopwatch import Stopwatch
 from fxprune.structured_pass import StructuredPass
 from fxprune.timed_plans import PlanTimer
-from fxprune.workflow import Stopwatch, front_end
 from tests.commands import run_command
 
 if TYPE_CHECKING:

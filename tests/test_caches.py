@@ -13,11 +13,12 @@ from fxprune.errors import PreconditionError, TraceError
 from fxprune.evaluate import perplexity
 from fxprune.exporters.onnx import onnx_refusal
 from fxprune.exporters.ort import OrtRunner
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
 from fxprune.scoring import Scorer
 from fxprune.verify import compare_runners
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import prune_program
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from fxprune.accounting import block_linear_parameters
-from fxprune.channels import get_attribute
 from fxprune.curves import Level
 from fxprune.errors import PlanError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, MlpGroup
+from fxprune.nodes import get_attribute
 from fxprune.passes import channel
 from fxprune.passes.channel import ChannelPrune
 from fxprune.passes.insert_masks import InsertMasks, insert_masks

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import Call, trace_channels, walk
+from fxprune.call import Call
+from fxprune.channels import trace_channels, walk
 from fxprune.errors import PreconditionError
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.passes.locate_attention import LocateAttention

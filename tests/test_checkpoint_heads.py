@@ -24,11 +24,11 @@ import fxprune
 import fxprune.checkpoint
 from fxprune.checkpoint import classify, load
 from fxprune.errors import CheckpointError
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.runners import EagerRunner, GraphRunner, greedy
 from fxprune.trial import relative_error
-from fxprune.workflow import LOCATE
 from tests.slices import (
     HIDDEN,
     SMALL,

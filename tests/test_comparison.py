@@ -19,10 +19,11 @@ from fxprune.evaluation import Evaluation
 from fxprune.exporters.chart_kit import TIMES
 from fxprune.exporters.report_comparison import comparison_markdown, comparison_page, write_comparison
 from fxprune.form_names import form_names
+from fxprune.front_end import front_end
 from fxprune.harness_tasks import TASK_FILES, load_tasks, task_key
 from fxprune.loading import load_model
 from fxprune.pipeline import build_pass
-from fxprune.workflow import Stopwatch, front_end
+from fxprune.stopwatch import Stopwatch
 from tests.commands import run_command
 from tests.comparisons import COMPARISON
 from tests.test_harness_tasks import QUESTIONS, SENTENCES, write_lines

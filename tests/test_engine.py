@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from fxprune.activation_store import ActivationStore
-from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, Samples, text_samples
 from fxprune.errors import CalibrationError, PreconditionError
 from fxprune.graphs import own_projections
 from fxprune.grouped import GroupedLinear
 from fxprune.lifted import is_projection
 from fxprune.matmul import fast_products
+from fxprune.nodes import get_attribute
 from fxprune.stages import cut_stages
 from tests.zoo import located
 

@@ -15,11 +15,11 @@ from fxprune.comparison import run_comparison
 from fxprune.errors import CalibrationError, UsageError, VerificationError
 from fxprune.evaluate import file_perplexity, hash_tokens, paragraphs, perplexity, read_text, tokenise
 from fxprune.evaluation import Evaluation, run_evaluation
+from fxprune.forms import OpenForm, open_form
 from fxprune.loading import load_model
 from fxprune.runners import EagerRunner, GraphRunner, Past
 from fxprune.runtimes import check_precision
 from fxprune.tracing import trace
-from fxprune.workflow import OpenForm, open_form
 
 if TYPE_CHECKING:
     from pathlib import Path

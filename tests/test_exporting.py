@@ -14,9 +14,9 @@ from fxprune.errors import VerificationError
 from fxprune.exporters import ort_types
 from fxprune.exporters.ort import OrtRunner
 from fxprune.exporters.ort_types import require_precision, unsupported_operators
+from fxprune.forms import open_form
 from fxprune.runners import GraphRunner
 from fxprune.verify_text import compare_greedy
-from fxprune.workflow import open_form
 from tests.commands import run_command
 from tests.families import located
 

@@ -8,8 +8,8 @@ import torch
 
 from fxprune.activations import ChannelStatistics, collect_statistics
 from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.channels import get_attribute
 from fxprune.curves import Limits
+from fxprune.nodes import get_attribute
 from fxprune.passes.flap import Flap, fluctuation_curve, unit_scores
 from fxprune.runners import GraphRunner
 from tests.families import located

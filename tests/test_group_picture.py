@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from fxprune.errors import ExportError, UsageError
 from fxprune.exporters.group_picture import block_graph, block_of, draw_block
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,11 @@ import torch
 from fxprune.calibration import CalibrationSpec, calibration_set, held_out_windows
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.evaluate import perplexity
+from fxprune.front_end import front_end
 from fxprune.guard import LARGE, Guard, Rise, parting
 from fxprune.loading import load_model
 from fxprune.runners import GraphRunner
-from fxprune.workflow import Stopwatch, front_end
+from fxprune.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from pathlib import Path

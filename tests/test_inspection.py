@@ -33,6 +33,7 @@ from fxprune import channel_ids
 from fxprune.accounting import count_parameters, macs_per_token
 from fxprune.channel_ids import IdSet
 from fxprune.errors import CheckpointError
+from fxprune.front_end import LOCATE
 from fxprune.groups import AttentionGroup, ExpertMlpGroup, LayerGroup, collect_slices
 from fxprune.inspection import GroupCost, Inspection, inspect_groups, like_names, tied_weights
 from fxprune.locate import NormIndex
@@ -40,8 +41,9 @@ from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
+from fxprune.stopwatch import Stopwatch
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE, Stopwatch, inspect_program
+from fxprune.workflow import inspect_program
 from tests.families import located, located_plain
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fxprune import kept_signals
-from fxprune.channels import get_attribute
 from fxprune.errors import CheckpointError, OutputError, UsageError
 from fxprune.kept_signals import kept_loss_signals
 from fxprune.loss_signals import GroupSignals, collect_loss_signals
+from fxprune.nodes import get_attribute
 from fxprune.pipeline import build_pass
 from tests.families import located
 

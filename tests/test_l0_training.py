@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fxprune.channels import get_attribute
 from fxprune.curves import Limits
 from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, TrainingError, UsageError
 from fxprune.gates import fold_gates
 from fxprune.hard_budget import BudgetProjector
 from fxprune.l0_finish import program_divergence
 from fxprune.l0_log import TrainingLog
-from fxprune.l0_model import GatedModel, lora_targets
+from fxprune.l0_model import GatedModel
 from fxprune.l0_options import L0Options, steps_of
 from fxprune.l0_size import HardBudget, LagrangianBudget, expected_sparsity
 from fxprune.l0_state import StateDirectory
-from fxprune.l0_training import Learner, batch_of, cosine, divergence
+from fxprune.l0_training import Learner, batch_of, divergence
+from fxprune.lora_targets import lora_targets
+from fxprune.nodes import get_attribute
 from fxprune.passes.locate_layers import LocateLayers
 from fxprune.plan import Plan
+from fxprune.schedule import cosine
 from fxprune.targets import Target, cost_model
 from tests.families import located
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fxprune.channels import get_attribute
 from fxprune.engine import CalibrationEngine, EngineOptions, SiteStatistics
 from fxprune.gram import Gram, gram_of
 from fxprune.layerwise import LayerwiseSolver
 from fxprune.matmul import product_rate
+from fxprune.nodes import get_attribute
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.sparsity import Sparsity
 from fxprune.stages import InputSite

@@ -17,6 +17,7 @@ import fxprune
 from fxprune.curves import Limits, obs_channel_curve, obs_head_curve, score_curve
 from fxprune.errors import PlanError
 from fxprune.exporters.report import markdown_summary
+from fxprune.front_end import LOCATE
 from fxprune.gates import ProgramGates, fold_gates
 from fxprune.groups import AttentionGroup, ExpertGroup, MlpGroup
 from fxprune.hard_budget import BudgetProjector
@@ -31,7 +32,6 @@ from fxprune.structured_obs import Elimination
 from fxprune.targets import cost_model
 from fxprune.tracing import trace
 from fxprune.unit_gates import HeadGates, UnitGates
-from fxprune.workflow import LOCATE
 from tests.conftest import TINY_LINES
 from tests.families import randomise
 from tests.proof import assert_slim_is_masked

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.engine import text_samples
 from fxprune.errors import CalibrationError, PreconditionError, UsageError
 from fxprune.groups import AttentionGroup, Group, MlpGroup
 from fxprune.loss_head import make_targets
 from fxprune.loss_signals import GroupSignals, collect_loss_signals
 from fxprune.masks import ChannelMask
+from fxprune.nodes import get_attribute
 from fxprune.passes.insert_masks import insert_masks
 from fxprune.pipeline import Pipeline
 from fxprune.plan import Plan

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import fxprune
 from fxprune.checkpoint import load, load_skeleton
 from fxprune.errors import CheckpointError
+from fxprune.front_end import LOCATE
 from fxprune.mixed_config import config_class_of, is_mixed, stock_config
 from fxprune.mixed_model import model_class_of, stock_model_class
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.runners import EagerRunner, GraphRunner, greedy
 from fxprune.skeleton import state_shapes
-from fxprune.workflow import LOCATE
 from tests.slices import (
     SMALL,
     Keep,

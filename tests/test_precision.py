@@ -20,16 +20,16 @@ from transformers import GemmaConfig, GemmaForCausalLM
 import fxprune
 from fxprune.distillation import token_kl
 from fxprune.errors import CalibrationError, NotFiniteError, TrainingError, VerificationError
-from fxprune.loss_head import LossHead
+from fxprune.front_end import LOCATE
+from fxprune.loss_head import LossHead, divergence
 from fxprune.loss_scale import backward, first_scale
 from fxprune.overflow import find_overflow
 from fxprune.passes.verify import Verify
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.precision import Widened, coarsest, is_low, main_dtype
-from fxprune.second_order import divergence
 from fxprune.streaming_run import prune_streaming
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import prune_program
 from tests.conftest import TINY_LINES
 from tests.families import SIZES, build, randomise
 from tests.test_verify import corrupted

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.gram import Gram
+from fxprune.nodes import get_attribute
 from fxprune.passes.insert_masks import insert_masks
 from fxprune.plan import Plan
 from fxprune.reconstruct_consumers import consumers_of, reconstruct_consumers

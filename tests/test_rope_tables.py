@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.runners import GraphRunner, position_ids_from_mask
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import prune_program
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,12 +14,13 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from fxprune.errors import FxpruneError, OutputError, PreconditionError, TraceError
 from fxprune.exporting import ExportRequest, run_export
+from fxprune.front_end import LOCATE
 from fxprune.pass_base import Pass, PassResult
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.pruning import Destination, prune_model, stream_model
 from fxprune.savable_groups import without_unsavable
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE, prune_program, run_pruning
+from fxprune.workflow import prune_program, run_pruning
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from fxprune import second_order
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, UsageError
 from fxprune.exporters.report_structured import structured_facts
 from fxprune.gram import Gram
 from fxprune.graphs import copy_graph_module
+from fxprune.head_inputs import head_inputs
 from fxprune.loss_gradients import backpropagate_loss
-from fxprune.loss_head import LossHead
+from fxprune.loss_head import LossHead, divergence
+from fxprune.nodes import get_attribute
 from fxprune.passes.channel import ChannelPrune
 from fxprune.program import Program
 from fxprune.runners import GraphRunner
-from fxprune.second_order import direction, divergence, head_inputs, second_order_steps
+from fxprune.second_order import direction, second_order_steps
 from tests.families import located
 
 SMALL: dict[str, Any] = {"ratio": 0.3, "round_to": 4, "samples": 32, "seq_len": 12, "forward_dtype": "float32"}

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fxprune.channels import get_attribute
 from fxprune.errors import (
     CalibrationError,
     CheckpointError,
@@ -24,8 +23,10 @@ from fxprune.errors import (
     PreconditionError,
     UsageError,
 )
+from fxprune.front_end import LOCATE
 from fxprune.graphs import own_projections
 from fxprune.groups import AttentionGroup, LayerGroup, MlpGroup
+from fxprune.nodes import get_attribute
 from fxprune.passes import alps
 from fxprune.passes.magnitude import MagnitudeSolver
 from fxprune.pipeline import Pipeline, build_pass
@@ -34,7 +35,6 @@ from fxprune.sparse_pass import forward_precision
 from fxprune.sparsity import Sparsity
 from fxprune.tracing import trace
 from fxprune.weight_masks import hold_masks, read_masks, write_masks
-from fxprune.workflow import LOCATE
 from tests.conftest import TINY_LINES
 from tests.zoo import located
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError
+from fxprune.nodes import get_attribute
 from fxprune.sparsity import Sparsity
 from fxprune.sparsity_allocation import allocate_by_loss, blend_shares, loss_sensitivity, shares_by_ranking
 from tests.zoo import located

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from benchmarks.loader_fuzz import reseal
-from fxprune.channels import get_attribute
 from fxprune.checkpoint import load
 from fxprune.errors import CheckpointError, OutputError, PlanError, PreconditionError, UsageError
 from fxprune.loading import load_model
 from fxprune.manifest import Manifest, SourceRecord, read_manifest, write_manifest
+from fxprune.nodes import get_attribute
 from fxprune.passes.magnitude import Magnitude
 from fxprune.passes.sparsegpt import SparseGpt
 from fxprune.passes.wanda import Wanda

@@ -14,12 +14,13 @@ import fxprune
 from fxprune import structured_pass
 from fxprune.curves import score_curve
 from fxprune.errors import CalibrationError, PostconditionError, PreconditionError, UsageError
+from fxprune.front_end import LOCATE
 from fxprune.groups import AttentionGroup, MlpGroup
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.pruning import Destination, pass_of, prune_model
 from fxprune.structured_pass import StructuredPass
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import prune_program
 from tests.families import located
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from fxprune.checkpoint import load
+from fxprune.front_end import LOCATE
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.skeleton import build_skeleton, layer_config_path, layer_list
 from fxprune.tracing import trace
 from fxprune.unreached import find_shared
-from fxprune.workflow import LOCATE, prune_program
+from fxprune.workflow import prune_program
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.channels import get_attribute
 from fxprune.errors import PreconditionError, VerificationError
 from fxprune.graphs import copy_graph_module
+from fxprune.nodes import get_attribute
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.save import Save
 from fxprune.passes.slim import Slim

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import VerificationError
+from fxprune.outputs import named_outputs
 from fxprune.program import Interface
-from fxprune.tracing import named_outputs
 from fxprune.verify_plain import PlainLadder, plain_cases
 
 PAD = 3

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from fxprune import weight_distillation
-from fxprune.channels import get_attribute
 from fxprune.errors import CalibrationError, PreconditionError, UsageError
 from fxprune.exporters.report_page import sparsity_facts
 from fxprune.exporters.report_structured import structured_facts
 from fxprune.graphs import own_projections
+from fxprune.head_inputs import head_inputs
 from fxprune.loss_gradients import backpropagate_loss, loss_gradients
-from fxprune.loss_head import LossHead
+from fxprune.loss_head import LossHead, divergence
+from fxprune.nodes import get_attribute
 from fxprune.passes.channel import ChannelPrune
 from fxprune.pipeline import Pipeline, build_pass
-from fxprune.second_order import divergence, head_inputs
 from fxprune.streaming_run import prune_streaming
 from fxprune.tracing import trace
 from fxprune.weight_distillation import distil_weights

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import fxprune
 from fxprune.errors import PostconditionError
 from fxprune.exporters.report import markdown_summary
+from fxprune.front_end import LOCATE, front_end
 from fxprune.gram import Gram
 from fxprune.loading import load_model
 from fxprune.lora_product import LoraProduct
@@ -27,8 +28,9 @@ from fxprune.plan import Plan
 from fxprune.reconstruction import moments_of_gram, reconstruct
 from fxprune.reporting import report_of
 from fxprune.second_order import direction
+from fxprune.stopwatch import Stopwatch
 from fxprune.weight_masks import hold_masks, read_masks, write_masks
-from fxprune.workflow import LOCATE, Stopwatch, front_end, prune_program
+from fxprune.workflow import prune_program
 from tests.commands import run_command
 from tests.conftest import TINY_LINES
 from tests.zoo import legal_plans, located

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.call import Call
 from fxprune.channel_ids import ChannelLedger, ChannelMap
-from fxprune.channels import Call, walk
+from fxprune.channels import walk
 from fxprune.program import Interface
 
 if TYPE_CHECKING:

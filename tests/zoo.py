@@ -17,11 +17,11 @@ import transformers
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fxprune.front_end import LOCATE
 from fxprune.groups import AttentionGroup, ExpertMlpGroup, Group
 from fxprune.pipeline import Pipeline, build_pass
 from fxprune.plan import Plan
 from fxprune.tracing import trace
-from fxprune.workflow import LOCATE
 from tests.families import randomise
 
 if TYPE_CHECKING:
