@@ -31,9 +31,10 @@ test-all: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint && mkdir -p build/lint
+	rm -rf build && mkdir -p build/lint
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/lint .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint/site build/lint/*.whl
+	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports ../../pyproject.toml
 	cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python --namespace-packages -p fxprune
 
 clean:

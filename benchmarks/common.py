@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fxprune.default_model import default_model_path
-from fxprune.output import write_json
+from fxprune.core.output import write_json
+from fxprune.models.default_model import default_model_path
 
 __all__ = ["USUAL_SAMPLES", "add_leaderboard_options", "conditions", "make_parser", "spread", "write_results"]
 

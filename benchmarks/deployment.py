@@ -28,35 +28,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.common import make_parser, write_results
-from fxprune.approximation import measure_difference
-from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.errors import FxpruneError
-from fxprune.evaluate import file_perplexity
+from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.channels.front_end import front_end
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.errors import FxpruneError
+from fxprune.core.groups import AttentionGroup
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.core.stopwatch import Stopwatch
+from fxprune.evaluation.perplexity import file_perplexity
 from fxprune.exporters.genai import GenaiRunner
 from fxprune.exporters.ort import OrtRunner
-from fxprune.exporting import ExportRequest, export_program
-from fxprune.footprint import form_bytes
-from fxprune.front_end import front_end
-from fxprune.groups import AttentionGroup
-from fxprune.loading import load_model
-from fxprune.measure import decode, interleaved_times, machine, prefill
+from fxprune.flows.exporting import ExportRequest, export_program
+from fxprune.measure.footprint import form_bytes
+from fxprune.measure.speed import decode, interleaved_times, machine, prefill
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.reference import without_units
-from fxprune.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
-from fxprune.stopwatch import Stopwatch
-from fxprune.verify import compare_runners
+from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
+from fxprune.verification.approximation import measure_difference
+from fxprune.verification.ladder import compare_runners
+from fxprune.verification.reference import without_units
 from tests.zoo import located
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
 
-    from fxprune.groups import Group
-    from fxprune.program import Program
-    from fxprune.runners import Runner
+    from fxprune.core.groups import Group
+    from fxprune.core.program import Program
+    from fxprune.runtimes.runners import Runner
 
 FAMILIES = ("llama", "qwen3", "phi3", "gpt2", "falcon (grouped)")
 NEW_TOKENS = 16
@@ -168,7 +168,7 @@ def measure(arguments: argparse.Namespace, family: str | None, *, uniform: bool)
 
 def program_kind(where: Path | None) -> str:
     """Whether plain transformers loads a checkpoint."""
-    from fxprune.manifest import read_manifest  # noqa: PLC0415 - the only use
+    from fxprune.models.manifest import read_manifest  # noqa: PLC0415 - the only use
 
     assert where is not None
     return read_manifest(where).kind

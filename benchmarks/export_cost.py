@@ -21,9 +21,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import make_parser, write_results
-from fxprune.default_model import default_model_path
-from fxprune.footprint import form_bytes
-from fxprune.measure import machine, peak_rss_bytes
+from fxprune.measure.footprint import form_bytes
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
 
 BILLION = {
     "hidden_size": 2048,
@@ -36,7 +36,7 @@ BILLION = {
 }
 """Llama 3.2 1B."""
 
-COMMAND = "import sys; sys.argv[0] = 'fxprune'; from fxprune.cli import main; main()"
+COMMAND = "import sys; sys.argv[0] = 'fxprune'; from fxprune.cli.main import main; main()"
 
 
 def checkpoint(directory: Path, tokenizer: Any) -> None:
@@ -51,7 +51,7 @@ def export(arguments: list[str]) -> None:
     """In a process of its own: run the command, then say how long and how large."""
     start = time.perf_counter()
     sys.argv = ["fxprune", *arguments]
-    from fxprune.cli import main as command  # noqa: PLC0415 - the import belongs to the time
+    from fxprune.cli.main import main as command  # noqa: PLC0415 - the import belongs to the time
 
     status = 0
     try:

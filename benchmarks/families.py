@@ -28,19 +28,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rich.progress import track
 
-from fxprune.errors import CheckpointError, FxpruneError
-from fxprune.measure import machine
-from fxprune.output import write_json
-from fxprune.pipeline import build_pass
-from fxprune.runners import GraphRunner, greedy
+from fxprune.core.errors import CheckpointError, FxpruneError
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import build_pass
+from fxprune.measure.speed import machine
+from fxprune.runtimes.runners import GraphRunner, greedy
 from tests.proof import backward_error, forward_error, program_in_double, slimmed
 from tests.zoo import KINDS, ZOO, kinds_of, legal_plans, located
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.plan import Plan
-    from fxprune.program import Program
+    from fxprune.core.plan import Plan
+    from fxprune.core.program import Program
 
 
 def random_plans(program: Program, kind: str, count: int) -> list[Plan]:

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig, MixtralConfig, Phi3Config, Qwen2Config
 
-from fxprune.accounting import count_parameters
-from fxprune.front_end import LOCATE
-from fxprune.groups import ExpertMlpGroup, LayerGroup, MlpGroup
-from fxprune.measure import peak_rss_bytes
-from fxprune.output import write_json
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.tracing import trace
+from fxprune.channels.accounting import count_parameters
+from fxprune.channels.front_end import LOCATE
+from fxprune.core.groups import ExpertMlpGroup, LayerGroup, MlpGroup
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.measure.speed import peak_rss_bytes
+from fxprune.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedConfig
 
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["GOLDEN", "Golden", "Removal", "located", "remove_layers", "remove_mlp"]
 

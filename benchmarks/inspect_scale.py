@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.output import write_json
+from fxprune.core.output import write_json
+from fxprune.measure.speed import machine, peak_rss_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,9 +62,9 @@ CASES = {
 
 def inspect_once(directory: str) -> dict[str, Any]:
     """Inspect the configuration in a directory in this process; returns seconds, CPU seconds, peak and group counts."""
-    from fxprune.inspection import inspect_groups  # noqa: PLC0415 - inside the measured process only
-    from fxprune.stopwatch import Stopwatch  # noqa: PLC0415 - inside the measured process only
-    from fxprune.workflow import inspect_program  # noqa: PLC0415 - inside the measured process only
+    from fxprune.channels.inspection import inspect_groups  # noqa: PLC0415 - inside the measured process only
+    from fxprune.core.stopwatch import Stopwatch  # noqa: PLC0415 - inside the measured process only
+    from fxprune.flows.workflow import inspect_program  # noqa: PLC0415 - inside the measured process only
 
     watch = Stopwatch()
     start, cpu = time.perf_counter(), time.process_time()

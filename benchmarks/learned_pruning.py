@@ -30,23 +30,23 @@ import torch
 from benchmarks.common import add_leaderboard_options, conditions, spread
 from benchmarks.structured_pruning import TASKS, figure, key, quality, unusual
 from benchmarks.structured_pruning import measure as one_shot_cells
-from fxprune.default_model import default_model_path
-from fxprune.front_end import front_end
-from fxprune.l0_model import GatedModel
-from fxprune.l0_training import Learner, next_token_loss
-from fxprune.loading import load_model
-from fxprune.matmul import fast_products
-from fxprune.measure import machine
-from fxprune.output import write_json
+from fxprune.channels.front_end import front_end
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.stopwatch import Stopwatch
+from fxprune.learned.model import GatedModel
+from fxprune.learned.training import Learner, next_token_loss
+from fxprune.measure.speed import machine
+from fxprune.models.default_model import default_model_path
 from fxprune.passes.l0 import L0Prune
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.sparse_pass import dtype_of, forward_precision
-from fxprune.stopwatch import Stopwatch
+from fxprune.runtimes.matmul import fast_products
+from fxprune.weights.base import dtype_of, forward_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 RESULT = Path("benchmarks/results/learned_pruning.json")
 METHODS: dict[str, dict[str, Any]] = {
@@ -240,8 +240,8 @@ def _stepper(kind: str, program: Program, tokens: torch.Tensor) -> Callable[[int
 
 def _distil(model: GatedModel, tokens: torch.Tensor) -> torch.Tensor:
     """The loss against the intact model."""
-    from fxprune.distillation import distillation_loss  # noqa: PLC0415 - one of three kinds
-    from fxprune.teachers import Snapshot, worn  # noqa: PLC0415 - as above
+    from fxprune.calibration.distillation import distillation_loss  # noqa: PLC0415 - one of three kinds
+    from fxprune.learned.teachers import Snapshot, worn  # noqa: PLC0415 - as above
 
     intact = Snapshot(0.0, {}, {name: torch.zeros_like(p) for name, p in model.adapters.items()})
     with torch.no_grad(), worn(intact, model.adapters):
@@ -250,7 +250,7 @@ def _distil(model: GatedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _learner(step: L0Prune, program: Program, tokens: torch.Tensor) -> Learner:
-    from fxprune.l0_run import Run  # noqa: PLC0415 - one of three kinds
+    from fxprune.learned.run import Run  # noqa: PLC0415 - one of three kinds
 
     run = Run(step, program, torch.cat([tokens, tokens[:1]]), {})
     return run.learner

@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fxprune.checkpoint import load, save
-from fxprune.errors import CheckpointError
-from fxprune.manifest import MANIFEST_NAME, Manifest, write_manifest
-from fxprune.output import write_json
-from fxprune.program import Source
-from fxprune.shards import hash_file
+from fxprune.checkpoints.checkpoint import load, save
+from fxprune.core.errors import CheckpointError
+from fxprune.core.output import write_json
+from fxprune.core.program import Source
+from fxprune.models.manifest import MANIFEST_NAME, Manifest, write_manifest
+from fxprune.models.shards import hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator, Sequence

@@ -14,16 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fxprune.default_model import default_model_path
-from fxprune.forms import cases_of, export_pair, measure_speed
-from fxprune.front_end import front_end
-from fxprune.loading import load_model
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.output import write_json
-from fxprune.pipeline import build_pass
-from fxprune.reporting import report_of
-from fxprune.stopwatch import Stopwatch
-from fxprune.workflow import perplexities, prune_program
+from fxprune.channels.front_end import front_end
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import build_pass
+from fxprune.core.stopwatch import Stopwatch
+from fxprune.flows.reporting import report_of
+from fxprune.flows.workflow import perplexities, prune_program
+from fxprune.measure.forms import cases_of, export_pair, measure_speed
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,12 +10,12 @@ RULES = tuple(
     f"tests/test_channel_rules{topic}.py"
     for topic in ("", "_movement", "_contraction", "_reduction", "_lookup", "_spatial")
 )
-REWRITES = ("tests/test_rewrite.py", "tests/test_slim_units.py")
-SLIM = ("tests/test_slim_units.py", "tests/test_slimming.py")
-PLANS = ("tests/test_groups_plan.py", "tests/test_slim_units.py")
-MASKS = ("tests/test_masks.py", "tests/test_insert_masks.py", "tests/test_slim_units.py")
-NORMS = ("tests/test_norms.py", "tests/test_slim_units.py")
-NORMALISE = ("tests/test_normalise.py", "tests/test_rewrite.py")
+REWRITES = ("tests/slimming/test_rewrite.py", "tests/slimming/test_slim_units.py")
+SLIM = ("tests/slimming/test_slim_units.py", "tests/slimming/test_slim.py")
+PLANS = ("tests/core/test_groups_plan.py", "tests/slimming/test_slim_units.py")
+MASKS = ("tests/tracing/test_masks.py", "tests/passes/test_insert_masks.py", "tests/slimming/test_slim_units.py")
+NORMS = ("tests/slimming/test_norms.py", "tests/slimming/test_slim_units.py")
+NORMALISE = ("tests/tracing/test_normalise.py", "tests/slimming/test_rewrite.py")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _in(path: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -> li
 
 MUTATIONS: tuple[Mutation, ...] = (
     *_in(
-        "fxprune/channel_relations.py",
+        "fxprune/channels/relations.py",
         RULES,
         ("a Linear's columns are not merged with what they read",
          "        ledger.merge(x[x > 0], c[x > 0])\n",
@@ -54,14 +54,14 @@ MUTATIONS: tuple[Mutation, ...] = (
          ""),
     ),
     *_in(
-        "fxprune/channel_relations.py",
+        "fxprune/channels/relations.py",
         RULES + SLIM,
         ("columns that read values without channels may go",
          "    if len(bare):\n",
          "    if len(bare) > 10**9:\n"),
     ),
     *_in(
-        "fxprune/channel_relations.py",
+        "fxprune/channels/relations.py",
         RULES,
         ("channels that a Linear reads are not noted as consumed",
          "    ledger.consumed.append(np.unique(rows[rows > 0]))\n",
@@ -104,7 +104,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "    flat = single.reshape(-1, single.shape[-1])\n"),
     ),
     *_in(
-        "fxprune/channel_rules_movement.py",
+        "fxprune/channels/rules/movement.py",
         RULES,
         ("copies of a KV head are the KV head",
          "    return _copies(call, ids) if isinstance(ids, Tensor) and call.node.target in COPYING else ids\n",
@@ -129,7 +129,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "    return torch.where"),
     ),
     *_in(
-        "fxprune/channel_rules_lookup.py",
+        "fxprune/channels/rules/lookup.py",
         RULES,
         ("constant positions pick nothing in particular",
          "        return ids.index_select(axis, positions)\n",
@@ -157,35 +157,35 @@ MUTATIONS: tuple[Mutation, ...] = (
          ""),
     ),
     *_in(
-        "fxprune/channel_rules.py",
+        "fxprune/channels/rules/base.py",
         RULES,
         ("rows of a Linear do not go with its bias",
          "        call.ledger.merge(rows, call.ledger.axis(weight.bias, 0, weight.shape[0]).ids())\n",
          "        call.ledger.axis(weight.bias, 0, weight.shape[0])\n"),
     ),
     *_in(
-        "fxprune/channel_rules.py",
+        "fxprune/channels/rules/base.py",
         SLIM,
         ("a grouped Linear's experts are not those that were chosen",
          "        call.ledger.merge(ends.numpy(), experts)\n",
          "        pass\n"),
     ),
     *_in(
-        "fxprune/channel_rules.py",
+        "fxprune/channels/rules/base.py",
         RULES,
         ("activations are not noted",
          '    if out is not None and call.op.removesuffix("_") in ACTIVATIONS:\n',
          "    if False:\n"),
     ),
     *_in(
-        "fxprune/channel_relations.py",
+        "fxprune/channels/relations.py",
         RULES,
         ("an operator without a rule pins nothing",
          "        call.ledger.pins.append(Pin(np.concatenate(ids), call.op, call.module, reason))\n",
          "        pass\n"),
     ),
     *_in(
-        "fxprune/channel_rules_reduction.py",
+        "fxprune/channels/rules/reduction.py",
         RULES,
         ("softmax may not run along positions",
          "    if ids is None or steady(ids, axis) or choice(call, ids, axis):\n",
@@ -195,14 +195,14 @@ MUTATIONS: tuple[Mutation, ...] = (
          "        if len(members) > 10**9:\n"),
     ),
     *_in(
-        "fxprune/channel_rules_contraction.py",
+        "fxprune/channels/rules/contraction.py",
         RULES,
         ("the key heads of grouped queries are not repeated inside the operator",
          "        key = None if key is None else key.repeat_interleave(groups, -3)\n",
          "        key = None if key is None else key.repeat(1, groups, 1, 1)\n"),
     ),
     *_in(
-        "fxprune/channel_rules_spatial.py",
+        "fxprune/channels/rules/spatial.py",
         RULES,
         ("rows of a convolution do not go with its bias",
          "    out = combine(call, out, None if bias is None else bias.reshape(shape))\n",
@@ -212,7 +212,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "        out = rows.reshape(shape)\n"),
     ),
     *_in(
-        "fxprune/normalise_writes.py",
+        "fxprune/tracing/normalise_writes.py",
         NORMALISE,
         ("pieces with a gap or an overlap are concatenated",
          "    if [start for _, start, _, _ in pieces] != ends[:-1] or ends[-1] !=",
@@ -222,21 +222,21 @@ MUTATIONS: tuple[Mutation, ...] = (
          "        pass\n"),
     ),
     *_in(
-        "fxprune/normalise_products.py",
+        "fxprune/tracing/normalise_products.py",
         NORMALISE,
         ("einsum forgets the order of the result's axes",
          "        value = _permuted(graph, node, value, letters, out)\n",
          "        pass\n"),
     ),
     *_in(
-        "fxprune/normalise.py",
+        "fxprune/tracing/normalise.py",
         NORMALISE,
         ("a run of positions becomes a slice that is one too short",
          "listed[0] + len(listed))\n    if",
          "listed[0] + len(listed) - 1)\n    if"),
     ),
     *_in(
-        "fxprune/rewrite.py",
+        "fxprune/slimming/rewrite.py",
         REWRITES,
         ("positions that stay are counted one too many",
          "        counts = np.unique(line[..., :position].sum(-1)[line.any(-1)])\n",
@@ -255,7 +255,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "    bounds = [source.count_before(dim, start), end]\n"),
     ),
     *_in(
-        "fxprune/slim_builder.py",
+        "fxprune/slimming/builder.py",
         REWRITES,
         ("constant positions are not counted anew",
          "        new = picked if stays is None else np.searchsorted(stays, picked)\n",
@@ -265,7 +265,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            pass\n"),
     ),
     *_in(
-        "fxprune/slim_builder.py",
+        "fxprune/slimming/builder.py",
         SLIM,
         ("the bias of a narrowed projection stays as long as it was",
          "                bias = None if bias is None else take(bias.detach(), (rows,))\n",
@@ -287,14 +287,14 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            pass\n"),
     ),
     *_in(
-        "fxprune/slim_builder.py",
-        ("tests/test_slimming.py",),
+        "fxprune/slimming/builder.py",
+        ("tests/slimming/test_slim.py",),
         ("soft gates are not folded into what reads them",
          "            self.folds[call.node] = mask\n",
          ""),
     ),
     *_in(
-        "fxprune/slim_builder.py",
+        "fxprune/slimming/builder.py",
         SLIM,
         ("every expert keeps the channels of the first",
          "            rows = indices if kept[0] is None else indices[kept[0]]\n",
@@ -304,7 +304,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            rows = indices if kept[0] is None else indices[: len(kept[0])]\n"),
     ),
     *_in(
-        "fxprune/slim_assembly.py",
+        "fxprune/slimming/assembly.py",
         SLIM,
         ("tied parameters become two",
          "        if parameter is not known:\n",
@@ -317,8 +317,8 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            if shapes == expected[node] and"),
     ),
     *_in(
-        "fxprune/cut.py",
-        ("tests/test_slimming.py",),
+        "fxprune/slimming/cut.py",
+        ("tests/slimming/test_slim.py",),
         ("units that are tied to something pinned are removed",
          "            if len(blocked):\n",
          "            if len(blocked) > 10**9:\n"),
@@ -327,7 +327,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            continue\n"),
     ),
     *_in(
-        "fxprune/cut.py",
+        "fxprune/slimming/cut.py",
         SLIM,
         ("the epsilon grows where it should shrink",
          "norm.epsilon / ratio\n",
@@ -337,7 +337,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          ""),
     ),
     *_in(
-        "fxprune/norms.py",
+        "fxprune/slimming/norms.py",
         NORMS,
         ("a norm that stores its weight minus one is rescaled like any other",
          "(weight.double() + self.offset) / ratio**0.5 - self.offset\n",
@@ -350,7 +350,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          ":"),
     ),
     *_in(
-        "fxprune/plan.py",
+        "fxprune/core/plan.py",
         PLANS,
         ("KV heads with different numbers of query heads are a plan",
          "                if len(set(counts.values())) > 1:\n",
@@ -363,21 +363,21 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            if len(units) < 0:\n"),
     ),
     *_in(
-        "fxprune/workflow.py",
-        ("tests/test_inspection.py",),
+        "fxprune/flows/workflow.py",
+        ("tests/channels/test_inspection.py",),
         ("a slim checkpoint is inspected by its config.json alone",
          "if (own / MANIFEST_NAME).is_file() else",
          "if not path else"),
     ),
     *_in(
-        "fxprune/channel_ids.py",
+        "fxprune/core/channel_ids.py",
         RULES,
         ("a shared class stays though none of its users does",
          "        self.source = self.base & ~self.pinned\n",
          "        self.source = ~self.pinned\n        self.base[:] = True\n"),
     ),
     *_in(
-        "fxprune/channel_ids.py",
+        "fxprune/core/channel_ids.py",
         RULES + SLIM,
         ("what a pinned channel needs may go",
          "            self.pinned |= reached\n",
@@ -394,15 +394,15 @@ MUTATIONS: tuple[Mutation, ...] = (
          "                    pass\n"),
     ),
     *_in(
-        "fxprune/masks.py",
+        "fxprune/tracing/masks.py",
         MASKS,
         ("a choice mask masks what is kept",
          "x.masked_fill((self.mask == 0).reshape(shape), -torch.inf)",
          "x.masked_fill((self.mask != 0).reshape(shape), -torch.inf)"),
     ),
     *_in(
-        "fxprune/grouped.py",
-        ("tests/test_grouped.py", "tests/test_masks.py"),
+        "fxprune/tracing/grouped.py",
+        ("tests/tracing/test_grouped.py", "tests/tracing/test_masks.py"),
         ("rows at the end of an expert belong to the one before",
          "right=True",
          "right=False"),

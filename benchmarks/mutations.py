@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.mutation_list import MUTATIONS, Mutation
-from fxprune.output import write_json
+from fxprune.core.output import write_json
 
 __all__ = ["check", "mutated"]
 

@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.common import USUAL_SAMPLES, make_parser, write_results
-from fxprune.default_model import default_model_path
-from fxprune.evaluate import file_perplexity
-from fxprune.front_end import front_end
-from fxprune.loading import load_model
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.pruning import pass_of
-from fxprune.runners import EagerRunner
-from fxprune.stopwatch import Stopwatch
-from fxprune.workflow import prune_program
+from fxprune.channels.front_end import front_end
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.stopwatch import Stopwatch
+from fxprune.evaluation.perplexity import file_perplexity
+from fxprune.flows.pruning import pass_of
+from fxprune.flows.workflow import prune_program
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
+from fxprune.runtimes.runners import EagerRunner
 
 if TYPE_CHECKING:
     import argparse

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 
 from benchmarks.common import add_leaderboard_options, conditions, spread
-from fxprune.default_model import default_model_path
-from fxprune.evaluate import file_perplexity
-from fxprune.graphs import state_tensors
-from fxprune.harness import evaluate_tasks
-from fxprune.loading import load_model
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.output import write_json
-from fxprune.pipeline import build_pass
-from fxprune.runners import EagerRunner
-from fxprune.tracing import trace
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import build_pass
+from fxprune.evaluation.harness import evaluate_tasks
+from fxprune.evaluation.perplexity import file_perplexity
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
+from fxprune.runtimes.runners import EagerRunner
+from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.trace import trace
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import make_parser, write_results
-from fxprune.default_model import default_model_path
-from fxprune.loading import load_model
-from fxprune.measure import machine
-from fxprune.pipeline import build_pass
-from fxprune.sparse_speed import measure_sparse_speed
-from fxprune.tracing import trace
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.pipeline import build_pass
+from fxprune.measure.sparse_speed import measure_sparse_speed
+from fxprune.measure.speed import machine
+from fxprune.models.default_model import default_model_path
+from fxprune.tracing.trace import trace
 
 if TYPE_CHECKING:
     import argparse

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import make_parser, write_results
-from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.default_model import default_model_path
-from fxprune.evaluate import file_perplexity
-from fxprune.graphs import state_tensors
-from fxprune.loading import load_model
-from fxprune.matmul import fast_products
-from fxprune.measure import machine
-from fxprune.pipeline import build_pass
-from fxprune.runners import EagerRunner
-from fxprune.tracing import trace
+from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.pipeline import build_pass
+from fxprune.evaluation.perplexity import file_perplexity
+from fxprune.measure.speed import machine
+from fxprune.models.default_model import default_model_path
+from fxprune.runtimes.matmul import fast_products
+from fxprune.runtimes.runners import EagerRunner
+from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.trace import trace
 
 BLOCK = 128
 

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from benchmarks.common import make_parser, write_results
-from fxprune.default_model import default_model_path
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.pipeline import build_pass
-from fxprune.streaming_run import prune_streaming
+from fxprune.core.pipeline import build_pass
+from fxprune.flows.streaming_run import prune_streaming
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
 
 LARGE = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 SMALL = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16}

@@ -27,24 +27,24 @@ import numpy as np
 import torch
 
 from benchmarks.common import USUAL_SAMPLES, add_leaderboard_options, conditions, spread
-from fxprune.curves import Limits, head_curve
-from fxprune.default_model import default_model_path
-from fxprune.evaluate import file_perplexity
-from fxprune.forms import cases_of, export_pair, measure_speed
-from fxprune.front_end import front_end
-from fxprune.groups import AttentionGroup
-from fxprune.harness import evaluate_tasks
-from fxprune.loading import load_model
-from fxprune.measure import machine, peak_rss_bytes
-from fxprune.output import write_json
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.pruning import pass_of
-from fxprune.runners import EagerRunner
-from fxprune.stopwatch import Stopwatch
+from fxprune.channels.front_end import front_end
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.groups import AttentionGroup
+from fxprune.core.output import write_json
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.core.stopwatch import Stopwatch
+from fxprune.evaluation.harness import evaluate_tasks
+from fxprune.evaluation.perplexity import file_perplexity
+from fxprune.flows.pruning import pass_of
+from fxprune.measure.forms import cases_of, export_pair, measure_speed
+from fxprune.measure.speed import machine, peak_rss_bytes
+from fxprune.models.default_model import default_model_path
+from fxprune.runtimes.runners import EagerRunner
+from fxprune.structured.curves import Limits, head_curve
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 METHODS = ("dense", "channel", "fisher", "osscar", "flap", "wanda-sp", "taylor", "magnitude", "depth", "random")
 RESULT = Path("benchmarks/results/structured_pruning.json")

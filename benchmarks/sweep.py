@@ -102,7 +102,7 @@ def _run(model: Any) -> None:
 
 def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     """What becomes of one class."""
-    from fxprune.errors import FxpruneError  # noqa: PLC0415
+    from fxprune.core.errors import FxpruneError  # noqa: PLC0415
 
     model, reason = runnable(auto, model_type)
     row: dict[str, Any] = {"auto": auto, "type": model_type}
@@ -128,7 +128,7 @@ def _one_line(text: str) -> str:
 
 def _as_published(model: Any, path: Path) -> Any:
     """The model as its users get it: written in bfloat16, and loaded from there as the command line does."""
-    from fxprune.loading import load_model  # noqa: PLC0415
+    from fxprune.checkpoints.load_model import load_model  # noqa: PLC0415
 
     model.save_pretrained(path)
     return load_model(path)
@@ -138,9 +138,9 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
     import torch  # noqa: PLC0415
 
     import fxprune  # noqa: PLC0415
-    from fxprune.front_end import LOCATE  # noqa: PLC0415
-    from fxprune.pipeline import Pipeline, build_pass  # noqa: PLC0415
-    from fxprune.workflow import prune_program  # noqa: PLC0415
+    from fxprune.channels.front_end import LOCATE  # noqa: PLC0415
+    from fxprune.core.pipeline import Pipeline, build_pass  # noqa: PLC0415
+    from fxprune.flows.workflow import prune_program  # noqa: PLC0415
 
     row["stage"] = "trace"
     program = fxprune.trace(loaded.model, path=loaded.path)
@@ -166,8 +166,8 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
 
 
 def _same_bits(slim: Any, program: Any, torch: Any) -> None:
-    from fxprune.graphs import state_tensors  # noqa: PLC0415
-    from fxprune.tensors import same_bits  # noqa: PLC0415
+    from fxprune.core.tensors import same_bits  # noqa: PLC0415
+    from fxprune.tracing.graphs import state_tensors  # noqa: PLC0415
 
     state = slim.state_dict()
     dtypes = {tensor.dtype for name, tensor in slim.named_parameters() if tensor.is_floating_point()}
@@ -184,8 +184,8 @@ def _same_bits(slim: Any, program: Any, torch: Any) -> None:
 
 def _export(slim: Path, out: Path) -> float | str:
     """Largest difference of an output in ONNX Runtime, in float32: it has few kernels for bfloat16; or the refusal."""
-    from fxprune.errors import FxpruneError  # noqa: PLC0415
-    from fxprune.exporting import ExportRequest, run_export  # noqa: PLC0415
+    from fxprune.core.errors import FxpruneError  # noqa: PLC0415
+    from fxprune.flows.exporting import ExportRequest, run_export  # noqa: PLC0415
 
     try:
         rungs = run_export(str(slim), ExportRequest(out, dtype="float32"), lambda _: None)["verify"]
@@ -355,7 +355,7 @@ def main() -> None:
     worker.stop()
     from transformers import __version__  # noqa: PLC0415 - heavy
 
-    from fxprune.measure import machine  # noqa: PLC0415 - heavy
+    from fxprune.measure.speed import machine  # noqa: PLC0415 - heavy
 
     result = {
         "method": arguments.method,

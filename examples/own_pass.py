@@ -9,10 +9,10 @@ import sys
 
 import fxprune
 from fxprune import Pass, PassResult, Pipeline, Plan, Program
-from fxprune.default_model import default_model_path
-from fxprune.errors import PreconditionError
-from fxprune.loading import load_model
-from fxprune.pipeline import build_pass
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.errors import PreconditionError
+from fxprune.core.pipeline import build_pass
+from fxprune.models.default_model import default_model_path
 
 
 class NormPrune(Pass):

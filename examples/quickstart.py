@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 import fxprune
-from fxprune.default_model import default_model_path
-from fxprune.loading import load_model
+from fxprune.checkpoints.load_model import load_model
+from fxprune.models.default_model import default_model_path
 from fxprune.passes.channel import ChannelPrune
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.lift_linears import LiftLinears

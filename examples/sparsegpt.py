@@ -8,8 +8,8 @@ import sys
 from transformers import AutoModelForCausalLM
 
 import fxprune
-from fxprune.default_model import default_model_path
-from fxprune.loading import load_model
+from fxprune.checkpoints.load_model import load_model
+from fxprune.models.default_model import default_model_path
 from fxprune.passes.lift_linears import LiftLinears
 from fxprune.passes.sparsegpt import SparseGpt
 from fxprune.passes.verify import Verify

@@ -19,16 +19,16 @@ import onnx
 import torch
 from torch import Tensor
 
-from fxprune.errors import ExportError, UsageError
+from fxprune.core.errors import ExportError, UsageError
+from fxprune.core.output import write_json
 from fxprune.exporters.onnx_files import check_external_data, graph_file
-from fxprune.loading import max_positions
-from fxprune.output import write_json
+from fxprune.models.loading import max_positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fxprune.program import Source
-    from fxprune.runners import Past
+    from fxprune.core.program import Source
+    from fxprune.runtimes.runners import Past
 
 __all__ = ["CONFIG_NAME", "GenaiRunner", "require_genai", "write_genai_config"]
 
@@ -179,7 +179,7 @@ def _search(source: Source) -> dict[str, Any]:
 
 
 class GenaiRunner:
-    """Makes text with onnxruntime-genai; a `fxprune.runners.Runner` for sequences without padding.
+    """Makes text with onnxruntime-genai; a `fxprune.runtimes.runners.Runner` for sequences without padding.
 
     The runtime keeps its cache to itself. The `Past` of this runner is therefore one tensor, the tokens seen so far:
     a step that goes on where the last one ended costs one step, any other computes the past again.

@@ -19,16 +19,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from fxprune.errors import ExportError, UsageError
-from fxprune.groups import HiddenGroup, LayerGroup
-from fxprune.inspection import shared_weights, tied_weights
-from fxprune.lifted import is_projection
+from fxprune.channels.inspection import shared_weights, tied_weights
+from fxprune.core.errors import ExportError, UsageError
+from fxprune.core.groups import HiddenGroup, LayerGroup
+from fxprune.tracing.lifted import is_projection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fxprune.groups import Group
-    from fxprune.program import Program
+    from fxprune.core.groups import Group
+    from fxprune.core.program import Program
 
 __all__ = ["block_graph", "block_of", "draw_block"]
 

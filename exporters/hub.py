@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from fxprune.errors import ExportError
+from fxprune.core.errors import ExportError
 from fxprune.exporters.model_card import refresh_model_card
-from fxprune.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files, write_manifest
+from fxprune.models.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files, write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

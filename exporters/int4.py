@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from fxprune.errors import ExportError, UsageError
+from fxprune.core.errors import ExportError, UsageError
 from fxprune.exporters.onnx_files import read_graph, write_graph
 
 if TYPE_CHECKING:

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fxprune.core.output import write_text
+from fxprune.exporters.report import markdown_summary, read_report
 from fxprune.exporters.report_markdown import cell, table_lines
-from fxprune.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest, verify_companions
-from fxprune.output import write_text
-from fxprune.shards import read_shapes
+from fxprune.models.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest, verify_companions
+from fxprune.models.shards import read_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from fxprune.manifest import Manifest
+    from fxprune.models.manifest import Manifest
 
 __all__ = ["CARD_NAME", "model_card", "refresh_model_card", "write_model_card"]
 
@@ -132,8 +133,6 @@ def _report(directory: Path) -> dict[str, Any] | None:
     path = directory / "report.json"
     if not path.is_file():
         return None
-    from fxprune.exporters.report import read_report  # noqa: PLC0415 - the report refreshes cards, and so imports this
-
     found: dict[str, Any] = read_report(path)
     return found
 
@@ -227,8 +226,6 @@ def _plan(manifest: Manifest, report: Mapping[str, Any] | None) -> list[str]:
 def _figures(report: Mapping[str, Any] | None) -> list[str]:
     if report is None:
         return []
-    from fxprune.exporters.report import markdown_summary  # noqa: PLC0415 - as above
-
     summary = re.sub(r"(?m)^#", "##", markdown_summary(report))
     return ["", "## Figures", "", summary.strip(), "", "All of them, and how they were measured, are in `report.json`."]
 

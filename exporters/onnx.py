@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from fxprune.errors import ExportError
+from fxprune.core.errors import ExportError
 from fxprune.exporters import onnx_passes
 from fxprune.exporters.onnx_files import write_graph
 from fxprune.exporters.onnx_graph import prepare_graph
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-    from fxprune.program import Interface, Program
+    from fxprune.core.program import Interface, Program
 
 __all__ = ["Fusions", "OnnxExport", "export_onnx", "onnx_refusal"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from fxprune.accounting import MacCount
-from fxprune.errors import ExportError
-from fxprune.measure import Cost
+from fxprune.channels.accounting import MacCount
+from fxprune.core.errors import ExportError
+from fxprune.measure.speed import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

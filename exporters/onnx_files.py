@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from fxprune.errors import ExportError
+from fxprune.core.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

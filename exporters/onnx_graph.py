@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxprune.exporters import onnx_ops
-from fxprune.graphs import erase_dead
+from fxprune.tracing.graphs import erase_dead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

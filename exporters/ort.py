@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.dlpack
 
-from fxprune.errors import ExportError
-from fxprune.runners import rerun
+from fxprune.core.errors import ExportError
+from fxprune.runtimes.runners import rerun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from fxprune.runners import Past
+    from fxprune.runtimes.runners import Past
 
 __all__ = ["OrtFunction", "OrtRunner", "run_onnx"]
 
@@ -43,7 +43,7 @@ _CACHE_INPUT = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
 class OrtRunner:
-    """Runs an ONNX graph with a cache; a `fxprune.runners.Runner`.
+    """Runs an ONNX graph with a cache; a `fxprune.runtimes.runners.Runner`.
 
     Attributes:
         name: how reports call it.

@@ -8,7 +8,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from fxprune.errors import ExportError
+from fxprune.core.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fxprune.errors import ExportError
-from fxprune.exporters.model_card import refresh_model_card
-from fxprune.exporters.report_files import write_files
+from fxprune.core.errors import ExportError
 from fxprune.exporters.report_markdown import cell, table_lines
-from fxprune.exporters.report_page import headline, mask_facts, page, percent, si, sparsity_facts, spread, times
+from fxprune.exporters.report_page import headline, mask_facts, percent, si, sparsity_facts, spread, times
 from fxprune.exporters.report_structured import budget_rows, structured_facts
 
 if TYPE_CHECKING:
-    from fxprune.evaluate import PerplexityResult
+    from fxprune.evaluation.perplexity import PerplexityResult
 
-__all__ = ["Report", "markdown_summary", "perplexity_entry", "read_report", "validate_report", "write_report"]
+__all__ = ["Report", "markdown_summary", "perplexity_entry", "read_report", "validate_report"]
 
 Share = Annotated[float, Field(le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -171,7 +169,7 @@ class GuardEntry(_Section):
 
 
 class GuardSection(_Section):
-    """Whether text unlike the calibration text suffers more than text like it, see `fxprune.guard`."""
+    """Whether text unlike the calibration text suffers more than text like it, see `fxprune.flows.guard`."""
 
     texts: list[GuardEntry]
     limit: float
@@ -184,7 +182,7 @@ class GuardSection(_Section):
 
 
 class GateSection(_Section):
-    """The verdict of the speed gate, see `fxprune.bench_gate`."""
+    """The verdict of the speed gate, see `fxprune.measure.bench_gate`."""
 
     passed: bool
     target: float | None = None
@@ -356,30 +354,6 @@ def perplexity_entry(dense: PerplexityResult | None, slim: PerplexityResult | No
 
 
 # ---- writing and reading -------------------------------------------------------------------------------------------
-
-
-def write_report(report: Mapping[str, Any], directory: Path | str) -> tuple[Path, Path]:
-    """Write `report.json`, `report.html` and, for pull requests, `report.md`.
-
-    All are made before any is written, and each replaces its predecessor in one step. The page is one
-    self-contained file: no script, nothing loaded from anywhere. Beside a checkpoint, its model card gets the figures.
-
-    Args:
-        report: the sections of `Report`; a section that is None or missing was not run.
-        directory: where the files go; it is created if need be.
-
-    Returns:
-        The paths of `report.json` and `report.html`.
-
-    Raises:
-        ExportError: the report does not follow the schema.
-        OutputError: the files cannot be written.
-    """
-    data = validate_report(report)
-    html = page(Report.model_validate(data).model_dump(exclude_unset=True))
-    paths = write_files(directory, data, html, markdown_summary(report))[:2]
-    refresh_model_card(directory)
-    return paths
 
 
 def read_report(path: Path | str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _FORMS = ("form", "runtime", "threads", "weights", "load", "peak memory", "of it
 
 
 def bench_markdown(data: Mapping[str, Any]) -> str:
-    """Markdown of what `fxprune.benchmarking.run_bench` returns."""
+    """Markdown of what `fxprune.flows.benchmarking.run_bench` returns."""
     names = list(dict.fromkeys(form["name"] for form in data["forms"]))
     lines = [f"### Speed of {cell(', '.join(names[1:]))} against {cell(names[0])}"]
     if gate := data.get("gate"):

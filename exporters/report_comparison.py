@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fxprune.errors import ExportError
+from fxprune.core.errors import ExportError
 from fxprune.exporters.chart_kit import TIMES
 from fxprune.exporters.charts import difference_chart
 from fxprune.exporters.report_files import write_files
@@ -115,7 +115,7 @@ def write_comparison(comparison: Mapping[str, Any], directory: Path | str) -> Pa
     """Write `report.json`, `report.html` and `report.md`, see `fxprune.exporters.report_files.write_files`.
 
     Args:
-        comparison: the sections of `Comparison`, see `fxprune.comparison.run_comparison`.
+        comparison: the sections of `Comparison`, see `fxprune.flows.comparison.run_comparison`.
         directory: where the files go; it is created if need be.
 
     Returns:

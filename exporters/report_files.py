@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxprune.errors import OutputError
-from fxprune.output import write_json
+from fxprune.core.errors import OutputError
+from fxprune.core.output import write_json
 
 __all__ = ["write_files"]
 

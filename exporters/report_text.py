@@ -135,7 +135,7 @@ def stages(seconds: Mapping[str, float]) -> list[dict[str, str]]:
 
 
 def distilled_facts(found: Mapping[str, Any] | None) -> list[Fact]:
-    """What distillation behind the pruning did, `fxprune.weight_distillation.Distilled` as JSON; nothing without."""
+    """What distillation behind the pruning did, `fxprune.weights.distillation.Distilled` as JSON; nothing without."""
     if not found:
         return []
     value = f"{found['steps']} steps on {found['samples']} samples: divergence from the dense model on "

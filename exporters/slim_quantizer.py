@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING, Any
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers.base import ExportQuantizer
 
-from fxprune.errors import ExportError, TraceError, UsageError
-from fxprune.front_end import LOCATE
-from fxprune.pass_base import Pass
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.program import Source
-from fxprune.pytree_form import program_of_exported
-from fxprune.runners import GraphRunner
-from fxprune.sparse_pass import SparsePass
-from fxprune.verify import compare_modules, compare_runners, tolerance_for
+from fxprune.channels.front_end import LOCATE
+from fxprune.core.errors import ExportError, TraceError, UsageError
+from fxprune.core.pass_base import Pass
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.core.program import Source
+from fxprune.runtimes.runners import GraphRunner
+from fxprune.tracing.pytree_form import program_of_exported
+from fxprune.verification.ladder import compare_modules, compare_runners, tolerance_for
+from fxprune.weights.base import SparsePass
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.fx import GraphModule
 
-    from fxprune.program import Form, Program
+    from fxprune.core.program import Form, Program
 
 __all__ = ["SlimQuantizer"]
 

@@ -9,32 +9,32 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fxprune.auto_classes import install
+from fxprune.models.auto_classes import install
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fxprune.fx_adapter import FxPass
-    from fxprune.pass_base import Pass, PassResult
-    from fxprune.pipeline import Pipeline
-    from fxprune.plan import Plan
-    from fxprune.program import Program
+    from fxprune.core.fx_adapter import FxPass
+    from fxprune.core.pass_base import Pass, PassResult
+    from fxprune.core.pipeline import Pipeline
+    from fxprune.core.plan import Plan
+    from fxprune.core.program import Program
 
-    from fxprune.checkpoint import load  # isort: skip
-    from fxprune.tracing import trace  # isort: skip
+    from fxprune.checkpoints.checkpoint import load  # isort: skip
+    from fxprune.tracing.trace import trace  # isort: skip
 
 __version__ = "0.1.0"
 __all__ = ["FxPass", "Pass", "PassResult", "Pipeline", "Plan", "Program", "load", "save", "trace"]
 
 _WHERE = {
-    "FxPass": "fxprune.fx_adapter",
-    "Pass": "fxprune.pass_base",
-    "PassResult": "fxprune.pass_base",
-    "Pipeline": "fxprune.pipeline",
-    "Plan": "fxprune.plan",
-    "Program": "fxprune.program",
-    "load": "fxprune.checkpoint",
-    "trace": "fxprune.tracing",
+    "FxPass": "fxprune.core.fx_adapter",
+    "Pass": "fxprune.core.pass_base",
+    "PassResult": "fxprune.core.pass_base",
+    "Pipeline": "fxprune.core.pipeline",
+    "Plan": "fxprune.core.plan",
+    "Program": "fxprune.core.program",
+    "load": "fxprune.checkpoints.checkpoint",
+    "trace": "fxprune.tracing.trace",
 }
 
 
@@ -50,7 +50,7 @@ def save(program: Program, out: Path | str, *, overwrite: bool = False, max_shar
     Returns:
         The program with the save in its history.
     """
-    from fxprune.pipeline import build_pass  # noqa: PLC0415 - importing fxprune stays quick
+    from fxprune.core.pipeline import build_pass  # noqa: PLC0415 - importing fxprune stays quick
 
     options = {"out": str(out), "overwrite": overwrite, "max_shard_size": max_shard_size}
     return build_pass("save", options)(program).program

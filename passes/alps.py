@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fxprune.errors import CalibrationError, PreconditionError, UsageError
-from fxprune.solvers import (
+from fxprune.core.errors import CalibrationError, PreconditionError, UsageError
+from fxprune.weights.base import SparsePass
+from fxprune.weights.solvers import (
     Damping,
     DampingRule,
     Prepared,
@@ -35,16 +36,15 @@ from fxprune.solvers import (
     prepare_hessian,
     working_weight,
 )
-from fxprune.sparse_pass import SparsePass
-from fxprune.sparsity import keep_largest
+from fxprune.weights.sparsity import keep_largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-    from fxprune.gram import Gram
-    from fxprune.sparsity import Sparsity
+    from fxprune.calibration.gram import Gram
+    from fxprune.weights.sparsity import Sparsity
 
 __all__ = ["Alps", "AlpsPrepared", "AlpsSolver", "admm", "interpolate_inverse"]
 
@@ -108,7 +108,7 @@ class AlpsSolver:
         """Scale the Hessian and invert it at the anchors.
 
         Raises:
-            CalibrationError: see `fxprune.solvers.prepare_hessian`.
+            CalibrationError: see `fxprune.weights.solvers.prepare_hessian`.
         """
         plain = prepare_hessian(gram, self.damping, self.dtype, self.name)
         assert plain.hessian is not None
@@ -119,7 +119,7 @@ class AlpsSolver:
         return AlpsPrepared(plain.gram, plain.dead, hessian, notes=plain.notes, scale=scale, inverses=tuple(inverses))
 
     def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
-        """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
+        """Prune a weight (out, in); see `fxprune.weights.solvers.Solver`."""
         if not isinstance(prepared, AlpsPrepared):
             raise PreconditionError("alps was given what another solver prepared; use what its own prepare returns")
         working = working_weight(weight, prepared, sparsity, self.dtype)
@@ -223,7 +223,7 @@ def admm(
 
 
 class Alps(SparsePass):
-    """Prune weights with ALPS (see `fxprune.sparse_pass` for the options that all these passes share).
+    """Prune weights with ALPS (see `fxprune.weights.base` for the options that all these passes share).
 
     Args:
         steps: of ADMM.

@@ -8,14 +8,14 @@ tokens of a sample, of x dL/dx. Half of the samples are scored on the text, half
 the first says what this text asks for, the second, by its expectation, what the model knows. One knapsack over all
 blocks, heads and channels spends the budget; then what is left of each consumer makes up for what went, by least
 squares on the inputs of the dense model, which the same pass has summed up. At last a few second-order steps move these
-weights together toward the dense model's predictions (see `fxprune.second_order`).
+weights together toward the dense model's predictions (see `fxprune.structured.second_order`).
 
 With `criterion="obs"` the other inputs make up for a unit already when it is scored: structured optimal brain surgeon
-on the Gram matrices, with outputs weighed by the gradients of the loss (see `fxprune.structured_obs`). One sweep a
+on the Gram matrices, with outputs weighed by the gradients of the loss (see `fxprune.structured.obs`). One sweep a
 block gives all widths. It is no better on text like the calibration's and worse on other text (figures below), where
 what makes up for a unit may not be there.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
@@ -25,29 +25,37 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from fxprune.curves import ATTENTION, EVENNESS, balanced, check_evenness, obs_channel_curve, obs_head_curve, score_curve
-from fxprune.errors import UsageError
-from fxprune.groups import AttentionGroup
-from fxprune.head_inputs import head_inputs
-from fxprune.loss_signals import moments
-from fxprune.plan import Plan
-from fxprune.progress import track
-from fxprune.second_order import second_order_steps
-from fxprune.sparse_pass import dtype_of, forward_precision
-from fxprune.structured_obs import Elimination, matrix_root, positive_definite, swap
-from fxprune.structured_pass import StructuredPass
-from fxprune.weight_distillation import check_distillation, distil_units
+from fxprune.calibration.head_inputs import head_inputs
+from fxprune.calibration.loss_signals import moments
+from fxprune.core.errors import UsageError
+from fxprune.core.groups import AttentionGroup
+from fxprune.core.plan import Plan
+from fxprune.core.progress import track
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import (
+    ATTENTION,
+    EVENNESS,
+    balanced,
+    check_evenness,
+    obs_channel_curve,
+    obs_head_curve,
+    score_curve,
+)
+from fxprune.structured.obs import Elimination, matrix_root, positive_definite, swap
+from fxprune.structured.second_order import second_order_steps
+from fxprune.weights.base import dtype_of, forward_precision
+from fxprune.weights.distillation import check_distillation, distil_units
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from fxprune.curves import Curve
-    from fxprune.loss_signals import GroupSignals
-    from fxprune.program import Program
-    from fxprune.reconstruction import Reconstruction
-    from fxprune.structured_pass import Budgets, Case
+    from fxprune.calibration.loss_signals import GroupSignals
+    from fxprune.core.program import Program
+    from fxprune.structured.base import Budgets, Case
+    from fxprune.structured.curves import Curve
+    from fxprune.structured.reconstruction import Reconstruction
 
 __all__ = ["ChannelPrune"]
 
@@ -76,9 +84,10 @@ class ChannelPrune(StructuredPass):
         attention: factor on the loss of heads. What heads do (copying names from far back) shows little on ordinary
             calibration text and much on other text; above 1, channels go instead where they can.
         evenness: from 0 to 1, how much the layers' MLPs are put on one scale before the knapsack (see
-            `fxprune.curves.evened`): at 0 the loss alone decides, at 1 all layers lose nearly as many channels. The
-            loss of single units empties the layers in the middle, and what these lose together is more. SmolLM2-135M,
-            64 samples, perplexity on wiki.valid (30 windows) / of the last words of LAMBADA's documents 401 to 1000:
+            `fxprune.structured.curves.evened`): at 0 the loss alone decides, at 1 all layers lose nearly as many
+            channels. The loss of single units empties the layers in the middle, and what these lose together is more.
+            SmolLM2-135M, 64 samples, perplexity on wiki.valid (30 windows) / of the last words of LAMBADA's documents
+            401 to 1000:
             31.3 / 127 at 0, 31.0 / 119 at 0.5 and 32.6 / 135 at 1 with 20% removed, 40.2 / 260, 39.7 / 226 and
             44.4 / 258 with 30%. With 128 samples (60 windows, documents 401 to 900, no steps) 37.4 / 119, 37.7 / 124
             and 38.1 / 121 at 0, 0.25 and 0.5 with 20% removed, 49.9 / 276, 49.0 / 239 and 49.4 / 226 with 30%: it helps
@@ -86,11 +95,11 @@ class ChannelPrune(StructuredPass):
         swaps: of `obs`: rounds in which channels change places once their number is known. After a sweep in steps of 8
             channels they lower the error of SmolLM2-135M's layers by less than 0.01%, and cost a second a block.
         steps: how many second-order steps toward the dense model's predictions follow the reconstruction, at most (see
-            `fxprune.second_order`); with `reconstruct="none"` nothing changes, by them neither.
+            `fxprune.structured.second_order`); with `reconstruct="none"` nothing changes, by them neither.
         step_samples: how many of the calibration samples each step uses, as long as there are as many; 3 of 16 by
             default, but 24 at least.
         distil_epochs: how often all projections then learn from the calibration text what the dense model predicts (see
-            `fxprune.weight_distillation`); 0 leaves it out. It costs minutes a budget and brings little where little
+            `fxprune.weights.distillation`); 0 leaves it out. It costs minutes a budget and brings little where little
             was lost: at 20%, with 64 samples, the divergence on others falls from 0.265 to 0.260 nats a token.
         distil_rate: their highest learning rate, a share of the root mean square of a Linear's weights.
         **options: of every structured method, see `StructuredPass`.

@@ -22,27 +22,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.accounting import lm_heads, macs_per_token
-from fxprune.errors import PlanError, PreconditionError, UsageError
-from fxprune.evaluate import perplexity
-from fxprune.groups import LayerGroup
-from fxprune.lifted import is_projection
-from fxprune.masks import LayerGate
-from fxprune.nodes import get_attribute
-from fxprune.plan import Plan
-from fxprune.progress import track
-from fxprune.registry import resolve
-from fxprune.runners import GraphRunner
-from fxprune.slimming import slim_graph
-from fxprune.structured_pass import StructuredPass
-from fxprune.targets import budgets_of, cost_model
+from fxprune.channels.accounting import lm_heads, macs_per_token
+from fxprune.core.errors import PlanError, PreconditionError, UsageError
+from fxprune.core.groups import LayerGroup
+from fxprune.core.plan import Plan
+from fxprune.core.progress import track
+from fxprune.core.registry import resolve
+from fxprune.evaluation.perplexity import perplexity
+from fxprune.runtimes.runners import GraphRunner
+from fxprune.slimming.slim import slim_graph
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.targets import budgets_of, cost_model
+from fxprune.tracing.lifted import is_projection
+from fxprune.tracing.masks import LayerGate
+from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fxprune.program import Program
-    from fxprune.structured_pass import Case
-    from fxprune.targets import CostModel
+    from fxprune.core.program import Program
+    from fxprune.structured.case import Case
+    from fxprune.structured.targets import CostModel
 
 __all__ = ["DepthPrune", "Run", "runs_that_reach"]
 
@@ -97,7 +97,7 @@ class DepthPrune(StructuredPass):
         target_macs: the most MACs per token, all Linears, without attention scores.
         target_bytes: the most bytes of its weights.
         target_speedup: refused, for the reason above.
-        calibration: `self`, a text file, or a hub data set (see `fxprune.calibration`).
+        calibration: `self`, a text file, or a hub data set (see `fxprune.calibration.text`).
         text_field: field of calibration records that is read; `text`, or else chats, by default.
         samples: calibration sequences.
         seq_len: tokens of each.

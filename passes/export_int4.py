@@ -21,22 +21,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxprune.approximation import Difference, measure_difference
-from fxprune.calibration import CalibrationSpec, calibration_set
-from fxprune.errors import PreconditionError
+from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.core.errors import PreconditionError
+from fxprune.core.output import prepare_output, staged_directory, write_json
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.core.registry import resolve
 from fxprune.exporters.int4 import Int4Options, quantize_graph
 from fxprune.exporters.onnx_files import check_external_data, graph_file
 from fxprune.exporters.ort import OrtRunner
-from fxprune.loading import max_positions
-from fxprune.output import prepare_output, staged_directory, write_json
-from fxprune.pass_base import Pass, PassResult
-from fxprune.registry import resolve
-from fxprune.runners import GraphRunner
-from fxprune.verify_text import same_text
+from fxprune.models.loading import max_positions
+from fxprune.runtimes.runners import GraphRunner
+from fxprune.verification.approximation import Difference, measure_difference
+from fxprune.verification.text import same_text
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
-    from fxprune.verify import Rung
+    from fxprune.core.program import Program
+    from fxprune.verification.ladder import Rung
 
 __all__ = ["ExportInt4", "difference_of", "same_in_genai"]
 

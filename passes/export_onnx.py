@@ -14,17 +14,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fxprune.errors import PreconditionError
+from fxprune.core.errors import PreconditionError
+from fxprune.core.output import prepare_output, staged_directory, write_json
+from fxprune.core.pass_base import Pass, PassResult
 from fxprune.exporters.genai import require_end_of_text, write_genai_config
 from fxprune.exporters.onnx import export_onnx, onnx_refusal
-from fxprune.manifest import versions
-from fxprune.masks import has_masks
-from fxprune.model_class import is_language_model
-from fxprune.output import prepare_output, staged_directory, write_json
-from fxprune.pass_base import Pass, PassResult
+from fxprune.models.manifest import versions
+from fxprune.models.model_class import is_language_model
+from fxprune.tracing.masks import has_masks
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["ExportOnnx"]
 

@@ -13,7 +13,7 @@ With A (samples, units) the gradients of each sample's loss by a group's mask an
 Plans of several budgets stay nested: a tighter one is rearranged among the units that the looser one kept, starting
 from the best scores among them.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from fxprune.curves import score_curve
-from fxprune.groups import AttentionGroup
-from fxprune.plan import Plan
-from fxprune.structured_pass import StructuredPass
+from fxprune.core.groups import AttentionGroup
+from fxprune.core.plan import Plan
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import score_curve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from fxprune.curves import Curve
-    from fxprune.groups import Group
-    from fxprune.reconstruction import Reconstruction
-    from fxprune.structured_pass import Case
+    from fxprune.core.groups import Group
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve
+    from fxprune.structured.reconstruction import Reconstruction
 
 __all__ = ["Fisher", "rearrange_channels", "rearrange_heads", "removal_loss"]
 

@@ -6,7 +6,7 @@ structured pruning for large language models", sections 3.2 and 3.3). A unit sco
 as much as the best of its query heads. What a removed channel contributes on average is put back as a bias of the
 consumer (section 3.4), so only the fluctuation is lost.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from fxprune.curves import head_curve, score_curve
-from fxprune.groups import AttentionGroup
-from fxprune.structured_pass import StructuredPass
-from fxprune.unit_scores import consumer_statistics, consumer_weights
+from fxprune.core.groups import AttentionGroup
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import head_curve, score_curve
+from fxprune.structured.unit_scores import consumer_statistics, consumer_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fxprune.activations import ChannelStatistics
-    from fxprune.curves import Curve, Limits
-    from fxprune.groups import Group
-    from fxprune.reconstruction import Reconstruction
-    from fxprune.structured_pass import Case
+    from fxprune.calibration.activations import ChannelStatistics
+    from fxprune.core.groups import Group
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve, Limits
+    from fxprune.structured.reconstruction import Reconstruction
 
 __all__ = ["Flap", "fluctuation_curve", "unit_scores"]
 

@@ -20,22 +20,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from fxprune.channel_rules_spatial import CONVOLUTIONS
-from fxprune.errors import PreconditionError
-from fxprune.graphs import copy_graph_module
-from fxprune.groups import ExpertGroup, ExpertMlpGroup, LayerGroup
-from fxprune.lifted import is_projection
-from fxprune.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
-from fxprune.nodes import get_attribute
-from fxprune.pass_base import Pass, PassResult
-from fxprune.plan import Plan
+from fxprune.channels.rules.spatial import CONVOLUTIONS
+from fxprune.core.errors import PreconditionError
+from fxprune.core.groups import ExpertGroup, ExpertMlpGroup, LayerGroup
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.core.plan import Plan
+from fxprune.tracing.graphs import copy_graph_module
+from fxprune.tracing.lifted import is_projection
+from fxprune.tracing.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
+from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import GraphModule
 
-    from fxprune.groups import Group, UnitSlice
-    from fxprune.program import Program
+    from fxprune.core.groups import Group, UnitSlice
+    from fxprune.core.program import Program
 
 __all__ = ["InsertMasks", "insert_masks"]
 

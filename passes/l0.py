@@ -11,10 +11,11 @@ to make up for what is closed, from a teacher that is an earlier, denser state o
 decided the consumers are fitted as `channel` does, and LoRA starts anew from these weights, held to the intact model.
 Then it is merged, the gates are folded, and slimming and verification follow as for any method.
 
-`mode="reference"` is the paper's algorithm (see `fxprune.l0_options`), hidden channels included, with a Lagrangian.
+`mode="reference"` is the paper's algorithm (see `fxprune.learned.options`), hidden channels included, with a
+Lagrangian.
 
 Refused:
- 1. what `fxprune.structured_pass` refuses, and several targets in one run;
+ 1. what `fxprune.structured.base` refuses, and several targets in one run;
  2. a schedule by which the gates stop learning before the target is reached (before anything is loaded);
  3. LoRA targets that match no Linear or one whose weight is tied, and gates of hidden channels or layers under a hard
     budget;
@@ -29,26 +30,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.curves import EVENNESS, check_evenness
-from fxprune.errors import PreconditionError, UsageError
-from fxprune.expected_size import ExpectedSize, independent_units
-from fxprune.l0_options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
-from fxprune.l0_run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
-from fxprune.lora_targets import lora_targets
-from fxprune.overflow import naming_overflow
-from fxprune.pass_base import PassResult, constructor_options
-from fxprune.reconstruction import Reconstruction  # noqa: TC001 - options are validated by their annotations
-from fxprune.sparse_pass import dtype_of, forward_precision
-from fxprune.sparsity_schedule import ScheduleShape  # noqa: TC001 - as above
-from fxprune.structured_pass import StructuredPass
-from fxprune.unit_gates import HeadScheme  # noqa: TC001 - as above
+from fxprune.calibration.overflow import naming_overflow
+from fxprune.channels.lora_targets import lora_targets
+from fxprune.core.errors import PreconditionError, UsageError
+from fxprune.core.pass_base import PassResult, constructor_options
+from fxprune.learned.expected_size import ExpectedSize, independent_units
+from fxprune.learned.options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
+from fxprune.learned.run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
+from fxprune.learned.schedule import ScheduleShape  # noqa: TC001 - as above
+from fxprune.learned.unit_gates import HeadScheme  # noqa: TC001 - as above
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import EVENNESS, check_evenness
+from fxprune.structured.reconstruction import Reconstruction  # noqa: TC001 - options are validated by their annotations
+from fxprune.weights.base import dtype_of, forward_precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fxprune.groups import Group
-    from fxprune.program import Program
-    from fxprune.structured_pass import Budgets
+    from fxprune.core.groups import Group
+    from fxprune.core.program import Program
+    from fxprune.structured.base import Budgets
 
 __all__ = ["L0Prune"]
 
@@ -68,7 +69,7 @@ class L0Prune(StructuredPass):
         mode: `fixed`, or `reference` for the paper's algorithm.
         kinds: which groups have gates: `attention` and `mlp`, with a Lagrangian also `hidden` and `layers`.
         budget: `hard` or `lagrangian`; by the mode unless told otherwise.
-        schedule: see `fxprune.l0_options.L0Options`, as what follows.
+        schedule: see `fxprune.learned.options.L0Options`, as what follows.
         warm_up: see there.
         settle: see there; 0.3 in mode `fixed`, 0 otherwise.
         warm_start: see there; by default in mode `fixed`.
@@ -94,7 +95,8 @@ class L0Prune(StructuredPass):
         state: directory where the training is kept and resumed from; None keeps nothing.
         save_every: steps from one checkpoint to the next.
         post_steps: of LoRA with fixed masks at the end.
-        post_data: instruction set for it, see `fxprune.l0_post.read_instructions`; the calibration text by default.
+        post_data: instruction set for it, see `fxprune.learned.post.read_instructions`; the calibration text by
+            default.
         post_loss: `lm`, or `distil` from the intact model; by default the first for instructions.
         post_lr: its learning rate.
         reconstruct: what is fitted when the gates are decided; `dense` by default, `none` with LoRA and no `settle`, or
@@ -102,7 +104,7 @@ class L0Prune(StructuredPass):
             and learns for the steps that are left; other fits come when LoRA has been merged.
         fit_samples: how many samples it uses.
         fit_steps: second-order steps behind `dense`.
-        **options: of every structured method, see `fxprune.structured_pass.StructuredPass`.
+        **options: of every structured method, see `fxprune.structured.base.StructuredPass`.
     """
 
     name = "l0"

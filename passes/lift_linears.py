@@ -8,9 +8,9 @@ Before, as torch.export writes them, and after:
     aten._grouped_mm(x, W, ends)  (experts)       call_module[...](x, ends)       a GroupedLinear
 
 Parameters are shared with the traced graph, not copied; a transposed weight becomes a transposed view. Each module
-remembers which parameters it stands for (`fxprune.lifted.Origin`).
+remembers which parameters it stands for (`fxprune.tracing.lifted.Origin`).
 
-Masks of pruned weights that the checkpoint has (`fxprune.weight_masks`) become the Linears' own.
+Masks of pruned weights that the checkpoint has (`fxprune.tracing.weight_masks`) become the Linears' own.
 
 Refused, and left as it is:
  1. a weight that is not read straight from a parameter (computed weights);
@@ -29,14 +29,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxprune.errors import PostconditionError
-from fxprune.graphs import copy_graph_module, erase_dead
-from fxprune.lifted import Origin, make_grouped, make_linear
-from fxprune.pass_base import Pass, PassResult
-from fxprune.weight_masks import masks_of_projections, masks_of_zeros
+from fxprune.core.errors import PostconditionError
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.tracing.graphs import copy_graph_module, erase_dead
+from fxprune.tracing.lifted import Origin, make_grouped, make_linear
+from fxprune.tracing.weight_masks import masks_of_projections, masks_of_zeros
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["LiftLinears", "lift_graph"]
 

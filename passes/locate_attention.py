@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxprune.groups import AttentionGroup, collect_slices, common_owner
-from fxprune.locate import NormIndex, elements_per_index, require_lifted, unique_name, with_channels
-from fxprune.parts import parts_of
-from fxprune.pass_base import Pass, PassResult
+from fxprune.channels.locate import NormIndex, elements_per_index, require_lifted, unique_name, with_channels
+from fxprune.core.groups import AttentionGroup, collect_slices, common_owner
+from fxprune.core.parts import parts_of
+from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from fxprune.channel_ids import AttentionSite, ChannelMap, IdArray
-    from fxprune.groups import UnitSlice
-    from fxprune.program import Program
+    from fxprune.core.channel_ids import AttentionSite, ChannelMap, IdArray
+    from fxprune.core.groups import UnitSlice
+    from fxprune.core.program import Program
 
     _Slices = tuple[UnitSlice, ...] | None
 

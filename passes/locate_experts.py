@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxprune.groups import ExpertGroup, ExpertMlpGroup, collect_slices, common_owner
-from fxprune.locate import (
+from fxprune.channels.locate import (
     NormIndex,
     activation_sites,
     alike,
@@ -33,17 +32,18 @@ from fxprune.locate import (
     unique_name,
     with_channels,
 )
-from fxprune.parts import parts_of
-from fxprune.pass_base import Pass, PassResult
+from fxprune.core.groups import ExpertGroup, ExpertMlpGroup, collect_slices, common_owner
+from fxprune.core.parts import parts_of
+from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.fx import Node
 
-    from fxprune.channel_ids import ChannelMap, IdArray, NormSite
-    from fxprune.groups import Group, UnitSlice
-    from fxprune.program import Program
+    from fxprune.core.channel_ids import ChannelMap, IdArray, NormSite
+    from fxprune.core.groups import Group, UnitSlice
+    from fxprune.core.program import Program
 
 __all__ = ["LocateExperts"]
 

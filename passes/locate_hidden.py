@@ -6,13 +6,13 @@
     q_a = Linear(x) ─ norm ─ q_b = Linear(...)                   =>  HiddenGroup: the latent between them
 
 Its channels are normalised together. That is no obstacle where the norms are RMS norms with a weight: slimming rescales
-weight and epsilon (`fxprune.norms`).
+weight and epsilon (`fxprune.slimming.norms`).
 
 Refused, and listed in the details with the reason:
  1. channels that are pinned;
  2. a norm that cannot be rescaled exactly, by name: LayerNorm, a norm without a weight, a weight of something else;
  3. channels that own different numbers of weights;
- 4. channels that weights outside the graph may read or write (see `fxprune.unreached`).
+ 4. channels that weights outside the graph may read or write (see `fxprune.tracing.unreached`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxprune.groups import HiddenGroup, collect_slices, common_owner
-from fxprune.locate import (
+from fxprune.channels.locate import (
     NormIndex,
     alike,
     between_linears,
@@ -33,18 +32,19 @@ from fxprune.locate import (
     unique_name,
     with_channels,
 )
-from fxprune.norms import find_rms_norm
-from fxprune.parts import parts_of
-from fxprune.pass_base import Pass, PassResult
-from fxprune.unreached import meets_width
+from fxprune.core.groups import HiddenGroup, collect_slices, common_owner
+from fxprune.core.parts import parts_of
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.slimming.norms import find_rms_norm
+from fxprune.tracing.unreached import meets_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch.fx import Node
 
-    from fxprune.channel_ids import ChannelMap, IdArray, NormSite
-    from fxprune.program import Program
+    from fxprune.core.channel_ids import ChannelMap, IdArray, NormSite
+    from fxprune.core.program import Program
 
 __all__ = ["LocateHidden"]
 

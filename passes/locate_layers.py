@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from fxprune.groups import LayerGroup
-from fxprune.locate import require_lifted, unique_name
-from fxprune.pass_base import Pass, PassResult
+from fxprune.channels.locate import require_lifted, unique_name
+from fxprune.core.groups import LayerGroup
+from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["LocateLayers", "layer_nodes"]
 

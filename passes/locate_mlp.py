@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxprune.groups import Group, MlpGroup, collect_slices, common_owner
-from fxprune.locate import (
+from fxprune.channels.locate import (
     NormIndex,
     activation_sites,
     alike,
@@ -32,15 +31,16 @@ from fxprune.locate import (
     unique_name,
     with_channels,
 )
-from fxprune.parts import parts_of
-from fxprune.pass_base import Pass, PassResult
+from fxprune.core.groups import Group, MlpGroup, collect_slices, common_owner
+from fxprune.core.parts import parts_of
+from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fxprune.channel_ids import ChannelMap, IdArray
-    from fxprune.program import Program
+    from fxprune.core.channel_ids import ChannelMap, IdArray
+    from fxprune.core.program import Program
 
 __all__ = ["LocateMlp"]
 

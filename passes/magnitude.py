@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from fxprune.solvers import Prepared, Solved, finish, working_weight
-from fxprune.sparse_pass import SparsePass
-from fxprune.sparsity import keep_largest
+from fxprune.weights.base import SparsePass
+from fxprune.weights.solvers import Prepared, Solved, finish, working_weight
+from fxprune.weights.sparsity import keep_largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxprune.gram import Gram
-    from fxprune.sparsity import Sparsity
+    from fxprune.calibration.gram import Gram
+    from fxprune.weights.sparsity import Sparsity
 
 __all__ = ["Magnitude", "MagnitudeSolver"]
 
@@ -35,13 +35,13 @@ class MagnitudeSolver:
         return Prepared(gram)
 
     def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
-        """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
+        """Prune a weight (out, in); see `fxprune.weights.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, torch.float32)
         return finish(weight, working, keep_largest(working.abs(), sparsity, held=held), prepared)
 
 
 class Magnitude(SparsePass):
-    """Prune the smallest weights, with no text at all (see `fxprune.sparse_pass` for graph, options and refusals)."""
+    """Prune the smallest weights, with no text at all (see `fxprune.weights.base` for graph, options and refusals)."""
 
     name = "magnitude"
     needs_data: ClassVar[bool] = False

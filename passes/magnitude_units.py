@@ -4,7 +4,7 @@ The score of a unit is the squared L2 norm of all weights that go with it (group
 for efficient convnets", with the norm of LLM-Pruner's baseline), rows of a KV head counted once, when the last of its
 query heads goes. One ranking over all layers; nothing makes up for what is removed.
 
-Graph and refusals are those of `fxprune.structured_pass`; no text is read.
+Graph and refusals are those of `fxprune.structured.base`; no text is read.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from fxprune.curves import head_curve, score_curve
-from fxprune.groups import AttentionGroup
-from fxprune.structured_pass import StructuredPass
+from fxprune.core.groups import AttentionGroup
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import head_curve, score_curve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fxprune.curves import Curve, Limits
-    from fxprune.groups import Group, UnitSlice
-    from fxprune.structured_pass import Case
+    from fxprune.core.groups import Group, UnitSlice
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve, Limits
 
 __all__ = ["MagnitudeUnits", "norm_curve", "squared_norms"]
 

@@ -2,11 +2,11 @@
 
 Structured optimal brain surgeon on the Gram matrix of what each consumer reads (Meng et al. 2024, "OSSCAR: one-shot
 structured pruning in vision and language models with combinatorial optimization"; the sweep is that of
-`fxprune.structured_obs`), then new weights for what is left, layer after layer, on already pruned inputs. Units are
+`fxprune.structured.obs`), then new weights for what is left, layer after layer, on already pruned inputs. Units are
 chosen on the inputs of the dense model. There they chose once, by local search from greedy; here the sweep gives
 every width at once.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.curves import obs_channel_curve, obs_head_curve, scaled
-from fxprune.errors import UsageError
-from fxprune.groups import AttentionGroup
-from fxprune.input_grams import input_grams
-from fxprune.structured_obs import Elimination, positive_definite
-from fxprune.structured_pass import StructuredPass
-from fxprune.unit_scores import consumer_names
+from fxprune.calibration.input_grams import input_grams
+from fxprune.core.errors import UsageError
+from fxprune.core.groups import AttentionGroup
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import obs_channel_curve, obs_head_curve, scaled
+from fxprune.structured.obs import Elimination, positive_definite
+from fxprune.structured.unit_scores import consumer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.curves import Curve
-    from fxprune.gram import Gram
-    from fxprune.groups import Group
-    from fxprune.reconstruction import Reconstruction
-    from fxprune.structured_pass import Case
+    from fxprune.calibration.gram import Gram
+    from fxprune.core.groups import Group
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve
+    from fxprune.structured.reconstruction import Reconstruction
 
 __all__ = ["Osscar", "layer_curve"]
 
@@ -42,7 +42,7 @@ def layer_curve(group: Group, grams: Mapping[str, Gram], case: Case, damping: fl
         group: heads or MLP channels.
         grams: of what its consumers read in the dense model, by consumer.
         case: gives weights and limits.
-        damping: see `fxprune.structured_obs.positive_definite`.
+        damping: see `fxprune.structured.obs.positive_definite`.
     """
     problems, energy = [], 0.0
     for name in consumer_names([group]):

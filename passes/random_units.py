@@ -1,6 +1,6 @@
 """Random: units go by lot, the same share of every layer. What every other method must beat.
 
-Graph and refusals are those of `fxprune.structured_pass`; no text is read.
+Graph and refusals are those of `fxprune.structured.base`; no text is read.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from fxprune.curves import score_curve
-from fxprune.structured_pass import StructuredPass
-from fxprune.unit_scores import per_group
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import score_curve
+from fxprune.structured.unit_scores import per_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.curves import Curve
-    from fxprune.structured_pass import Case
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve
 
 __all__ = ["RandomUnits"]
 

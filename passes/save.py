@@ -22,24 +22,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import GraphModule
 
-from fxprune.checkpoint import ExpectedLogits, save
-from fxprune.errors import PreconditionError
-from fxprune.graphs import state_tensors
-from fxprune.masks import has_masks
-from fxprune.nodes import module_of
-from fxprune.norms import rms_norms
-from fxprune.output import prepare_output
-from fxprune.pass_base import Pass, PassResult
-from fxprune.precision import coarsest, is_low
-from fxprune.program import Form
-from fxprune.runners import position_ids_from_mask
-from fxprune.savable import require_savable
-from fxprune.savable_groups import without_unsavable
-from fxprune.verify import in_double
-from fxprune.weight_masks import masks_of_state
+from fxprune.checkpoints.checkpoint import ExpectedLogits, save
+from fxprune.checkpoints.savable import without_unsavable
+from fxprune.core.errors import PreconditionError
+from fxprune.core.output import prepare_output
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.core.precision import coarsest, is_low
+from fxprune.core.program import Form
+from fxprune.models.savable import require_savable
+from fxprune.runtimes.runners import position_ids_from_mask
+from fxprune.slimming.norms import rms_norms
+from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.masks import has_masks
+from fxprune.tracing.nodes import module_of
+from fxprune.tracing.weight_masks import masks_of_state
+from fxprune.verification.ladder import in_double
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["Save"]
 

@@ -18,15 +18,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fxprune.errors import PostconditionError, PreconditionError
-from fxprune.mask_figures import pattern_figures
-from fxprune.masks import has_masks
-from fxprune.pass_base import Pass, PassResult
-from fxprune.slimmable_groups import without_unslimmable
-from fxprune.slimming import slim_graph
+from fxprune.core.errors import PostconditionError, PreconditionError
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.slimming.slim import slim_graph
+from fxprune.slimming.slimmable import without_unslimmable
+from fxprune.tracing.masks import has_masks
+from fxprune.weights.figures import pattern_figures
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["Slim"]
 

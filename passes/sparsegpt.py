@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxprune.errors import UsageError
-from fxprune.solvers import Damping, DampingRule, Prepared, Solved, finish, prepare_hessian, working_weight
-from fxprune.sparse_pass import SparsePass
-from fxprune.sparsity import keep_of_group, lowest
+from fxprune.core.errors import UsageError
+from fxprune.weights.base import SparsePass
+from fxprune.weights.solvers import Damping, DampingRule, Prepared, Solved, finish, prepare_hessian, working_weight
+from fxprune.weights.sparsity import keep_of_group, lowest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxprune.gram import Gram
-    from fxprune.sparsity import Sparsity
+    from fxprune.calibration.gram import Gram
+    from fxprune.weights.sparsity import Sparsity
 
 __all__ = ["SparseGpt", "SparseGptSolver", "sweep"]
 
@@ -58,11 +58,11 @@ class SparseGptSolver:
         self.dtype = dtype
 
     def prepare(self, gram: Gram | None) -> Prepared:
-        """Factor the inverse Hessian; see `fxprune.solvers.prepare_hessian`."""
+        """Factor the inverse Hessian; see `fxprune.weights.solvers.prepare_hessian`."""
         return prepare_hessian(gram, self.damping, self.dtype, self.name)
 
     def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
-        """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
+        """Prune a weight (out, in); see `fxprune.weights.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, self.dtype)
         assert prepared.dead is not None
         assert prepared.factor is not None
@@ -148,7 +148,7 @@ def _sweep_block(
 
 
 class SparseGpt(SparsePass):
-    """Prune weights with SparseGPT (see `fxprune.sparse_pass` for the options that all these passes share).
+    """Prune weights with SparseGPT (see `fxprune.weights.base` for the options that all these passes share).
 
     Args:
         damping: share of the Hessian's diagonal that is added to it; it grows when a factorisation fails.

@@ -5,21 +5,21 @@ al. 2023, "LLM-Pruner: on the structural pruning of large language models", sect
 Rows of a KV head count in full for each of its query heads. One ranking over all layers; nothing makes up for what is
 removed.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from fxprune.curves import score_curve
-from fxprune.structured_pass import StructuredPass
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import score_curve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.curves import Curve
-    from fxprune.structured_pass import Case
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve
 
 __all__ = ["Taylor"]
 

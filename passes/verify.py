@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fxprune.errors import NotFiniteError, PreconditionError, VerificationError
-from fxprune.loading import max_positions
-from fxprune.overflow import described, find_overflow
-from fxprune.pass_base import Pass, PassResult
-from fxprune.precision import Widened, coarsest, is_low, short_name
-from fxprune.program import Form
-from fxprune.reference import without_units
-from fxprune.registry import resolve
-from fxprune.runners import EagerRunner, GraphRunner
-from fxprune.verify import (
+from fxprune.calibration.overflow import described, find_overflow
+from fxprune.core.errors import NotFiniteError, PreconditionError, VerificationError
+from fxprune.core.pass_base import Pass, PassResult
+from fxprune.core.precision import Widened, coarsest, is_low, short_name
+from fxprune.core.program import Form
+from fxprune.core.registry import resolve
+from fxprune.models.loading import max_positions
+from fxprune.runtimes.runners import EagerRunner, GraphRunner
+from fxprune.verification.ladder import (
     DOUBLE_TOLERANCE,
     ROUNDINGS,
     Rung,
@@ -43,16 +42,17 @@ from fxprune.verify import (
     script_tokens,
     tolerance_for,
 )
-from fxprune.verify_plain import PlainLadder
-from fxprune.verify_text import compare_greedy, same_text
+from fxprune.verification.plain import PlainLadder
+from fxprune.verification.reference import without_units
+from fxprune.verification.text import compare_greedy, same_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from fxprune.program import Program
-    from fxprune.runners import Runner
+    from fxprune.core.program import Program
+    from fxprune.runtimes.runners import Runner
 
 __all__ = ["Verify"]
 
@@ -249,7 +249,7 @@ class _LanguageModelLadder:
     def climb(self, options: Verify) -> list[Rung]:
         rungs = self._graph_rungs(reexport=options.reexport) if options.graph else []
         if options.checkpoint is not None:
-            load: Any = resolve("fxprune.checkpoint:load")
+            load: Any = resolve("fxprune.checkpoints.checkpoint:load")
             model = load(options.checkpoint, device=str(self.device))
             rungs += self._deployed(
                 "reloaded checkpoint", self._eager(model, "reloaded"), EagerRunner(model, "reloaded, with its cache")
@@ -356,7 +356,7 @@ class _LanguageModelLadder:
 
 
 def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
-    """The ladder of a model without a cache, see `fxprune.verify_plain`."""
+    """The ladder of a model without a cache, see `fxprune.verification.plain`."""
     config = None if program.source is None else program.source.config
     weights = (*program.graph_module.parameters(), *program.interface.example_inputs.values())
     ladder = PlainLadder(program.interface, coarsest(weights), config)
@@ -374,7 +374,7 @@ def _plain_ladder(program: Program, options: Verify) -> list[Rung]:
             again = Form(reexported(program.graph_module, program.interface), program.interface)
             rungs.append(ladder.rung("re-exported = slim", slim, ladder.form(again), (current, again)))
     if options.checkpoint is not None:
-        load: Any = resolve("fxprune.checkpoint:load")
+        load: Any = resolve("fxprune.checkpoints.checkpoint:load")
         device = next(iter(program.interface.example_inputs.values())).device
         model = load(options.checkpoint, device=str(device))
         rungs.append(ladder.rung("reloaded checkpoint = slim", slim, ladder.eager(model), (current,)))

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxprune.solvers import Prepared, Solved, finish, require_gram, working_weight
-from fxprune.sparse_pass import SparsePass
-from fxprune.sparsity import keep_largest
+from fxprune.weights.base import SparsePass
+from fxprune.weights.solvers import Prepared, Solved, finish, require_gram, working_weight
+from fxprune.weights.sparsity import keep_largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxprune.gram import Gram
-    from fxprune.sparsity import Sparsity
+    from fxprune.calibration.gram import Gram
+    from fxprune.weights.sparsity import Sparsity
 
 __all__ = ["Wanda", "WandaSolver"]
 
@@ -39,7 +39,7 @@ class WandaSolver:
         return Prepared(gram, dead, notes=notes)
 
     def solve(self, weight: Tensor, prepared: Prepared, sparsity: Sparsity, held: Tensor | None = None) -> Solved:
-        """Prune a weight (out, in); see `fxprune.solvers.Solver`."""
+        """Prune a weight (out, in); see `fxprune.weights.solvers.Solver`."""
         working = working_weight(weight, prepared, sparsity, torch.float32)
         assert prepared.gram is not None
         norms = prepared.gram.matrix.diagonal().to(working.device).sqrt().to(working.dtype)
@@ -48,7 +48,7 @@ class WandaSolver:
 
 
 class Wanda(SparsePass):
-    """Prune weights with Wanda (see `fxprune.sparse_pass` for graph, options and refusals)."""
+    """Prune weights with Wanda (see `fxprune.weights.base` for graph, options and refusals)."""
 
     name = "wanda"
 

@@ -4,16 +4,16 @@ The score of a weight is |W_ij| ||X_j||_2 (Sun et al. 2024, "A simple and effect
 models"), that of a unit the sum over its columns of the consumer, and the same share of every layer goes (the baseline
 Wanda-sp of An et al. 2024, "FLAP", section 4.1). Nothing makes up for what is removed.
 
-Graph and refusals are those of `fxprune.structured_pass`.
+Graph and refusals are those of `fxprune.structured.base`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from fxprune.curves import score_curve
-from fxprune.structured_pass import StructuredPass
-from fxprune.unit_scores import consumer_statistics, consumer_weights, per_group, unit_sums
+from fxprune.structured.base import StructuredPass
+from fxprune.structured.curves import score_curve
+from fxprune.structured.unit_scores import consumer_statistics, consumer_weights, per_group, unit_sums
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from fxprune.activations import ChannelStatistics
-    from fxprune.curves import Curve
-    from fxprune.structured_pass import Case
+    from fxprune.calibration.activations import ChannelStatistics
+    from fxprune.structured.case import Case
+    from fxprune.structured.curves import Curve
 
 __all__ = ["WandaSp", "input_scores"]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from fxprune import cli
+from fxprune.cli import main as cli
 
 
 def run_command(

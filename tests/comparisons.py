@@ -1,4 +1,4 @@
-"""A comparison as `fxprune.comparison.run_comparison` returns it, for the tests of its report."""
+"""A comparison as `fxprune.flows.comparison.run_comparison` returns it, for the tests of its report."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fxprune
-from fxprune.default_model import default_model_path
-from fxprune.errors import CheckpointError
-from fxprune.front_end import LOCATE
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.tracing import trace
+from fxprune.channels.front_end import LOCATE
+from fxprune.core.errors import CheckpointError
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.models.default_model import default_model_path
+from fxprune.tracing.trace import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,14 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fxprune.groups import AttentionGroup
+from fxprune.core.groups import AttentionGroup
+from fxprune.core.pipeline import Pipeline
+from fxprune.core.plan import Plan
 from fxprune.passes.lift_linears import LiftLinears
 from fxprune.passes.locate_attention import LocateAttention
 from fxprune.passes.locate_mlp import LocateMlp
-from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan
-from fxprune.runners import position_ids_from_mask
-from fxprune.tracing import trace
+from fxprune.runtimes.runners import position_ids_from_mask
+from fxprune.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from fxprune.groups import Group
-    from fxprune.program import Program
+    from fxprune.core.groups import Group
+    from fxprune.core.program import Program
 
 __all__ = [
     "FAMILIES",

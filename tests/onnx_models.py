@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fxprune.exporters.onnx import OnnxExport, export_onnx
 from fxprune.passes.lift_linears import LiftLinears
-from fxprune.runners import Past, Runner, position_ids_from_mask
-from fxprune.tracing import trace
+from fxprune.runtimes.runners import Past, Runner, position_ids_from_mask
+from fxprune.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 VOCABULARY = 61
 

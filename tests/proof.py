@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxprune.call import Weight
-from fxprune.cut import decide
+from fxprune.channels.call import Weight
+from fxprune.core.pipeline import Pipeline
+from fxprune.core.program import Form
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
-from fxprune.pipeline import Pipeline
-from fxprune.program import Form
-from fxprune.slim_builder import GraphBuilder
-from fxprune.verify import in_double
+from fxprune.slimming.builder import GraphBuilder
+from fxprune.slimming.cut import decide
+from fxprune.verification.ladder import in_double
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fxprune.plan import Plan
-    from fxprune.program import Interface, Program
+    from fxprune.core.plan import Plan
+    from fxprune.core.program import Interface, Program
 
 __all__ = [
     "assert_slim_is_masked",

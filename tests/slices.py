@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
-from fxprune.checkpoint import ExpectedLogits, save
-from fxprune.program import Source
+from fxprune.checkpoints.checkpoint import ExpectedLogits, save
+from fxprune.core.program import Source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from fxprune.checkpoint import CheckpointInfo
+    from fxprune.checkpoints.checkpoint import CheckpointInfo
 
 __all__ = [
     "EPSILON",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import fxprune
-from fxprune.front_end import LOCATE
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.tracing import trace
+from fxprune.channels.front_end import LOCATE
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.tracing.trace import trace
 from tests.conftest import TINY_LINES
 
 if TYPE_CHECKING:

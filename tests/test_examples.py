@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import fxprune
-from fxprune import registry
-from fxprune.cli import main
+from fxprune.cli.main import main
+from fxprune.core import registry
+from fxprune.core.pipeline import Pipeline
 from fxprune.passes.slim import Slim
-from fxprune.pipeline import Pipeline
 from tests.families import located
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,16 +9,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fxprune.errors import PlanError
-from fxprune.groups import ExpertMlpGroup
+from fxprune.core.errors import PlanError
+from fxprune.core.groups import ExpertMlpGroup
+from fxprune.core.plan import Plan
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
-from fxprune.plan import Plan
 from tests.proof import assert_slim_is_masked, outputs_of
 from tests.zoo import KINDS, ZOO, kinds_of, legal_plans, located
 
 if TYPE_CHECKING:
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 EXPECTED = {  # kinds that a family has; who is not listed has heads, MLP channels and layers
     **dict.fromkeys(

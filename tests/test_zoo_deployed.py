@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.families import onnx_error, random_plans, same_text
 from fxprune import load
-from fxprune.errors import CheckpointError
-from fxprune.graphs import state_tensors
+from fxprune.core.errors import CheckpointError
 from fxprune.passes.save import Save
 from fxprune.passes.verify import Verify
-from fxprune.runners import EagerRunner, GraphRunner, greedy
+from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy
+from fxprune.tracing.graphs import state_tensors
 from tests.proof import slimmed
 from tests.test_zoo import PAIRS
 from tests.zoo import ZOO, kinds_of, located

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.groups import AttentionGroup, MlpGroup, UnitSlice
+from fxprune.core.groups import AttentionGroup, MlpGroup, UnitSlice
 
 __all__ = ["attention", "least_squares_error", "mlp", "problem"]
 

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.call import Call
-from fxprune.channel_ids import ChannelLedger, ChannelMap
-from fxprune.channels import walk
-from fxprune.program import Interface
+from fxprune.channels.call import Call
+from fxprune.channels.walk import walk
+from fxprune.core.channel_ids import ChannelLedger, ChannelMap
+from fxprune.core.program import Interface
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fxprune.channel_ids import IdArray
-    from fxprune.channel_rules import Ids
+    from fxprune.channels.rules.base import Ids
+    from fxprune.core.channel_ids import IdArray
 
 __all__ = ["B", "S", "Walked", "pairs", "values"]
 

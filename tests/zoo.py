@@ -17,17 +17,17 @@ import transformers
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxprune.front_end import LOCATE
-from fxprune.groups import AttentionGroup, ExpertMlpGroup, Group
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.plan import Plan
-from fxprune.tracing import trace
+from fxprune.channels.front_end import LOCATE
+from fxprune.core.groups import AttentionGroup, ExpertMlpGroup, Group
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.plan import Plan
+from fxprune.tracing.trace import trace
 from tests.families import randomise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fxprune.program import Program
+    from fxprune.core.program import Program
 
 __all__ = ["KINDS", "ZOO", "Family", "kinds_of", "legal_plans", "located"]
 

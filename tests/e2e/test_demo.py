@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fxprune
-from fxprune import demo
-from fxprune.errors import OutputError, VerificationError
-from fxprune.runners import EagerRunner, greedy
+from fxprune.core.errors import OutputError, VerificationError
+from fxprune.flows import demo
+from fxprune.runtimes.runners import EagerRunner, greedy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,7 @@ def test_the_demo_ends_with_a_verified_measured_exported_model(
 
 
 def _short(program: Any, texts: list[str], windows: int) -> Any:
-    from fxprune.workflow import perplexities
+    from fxprune.flows.workflow import perplexities
 
     return perplexities(program, texts, windows=windows, window=64)
 

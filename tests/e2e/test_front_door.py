@@ -13,10 +13,10 @@ import torch
 import transformers
 
 import fxprune
-from fxprune.front_end import LOCATE
-from fxprune.loading import load_model
-from fxprune.pipeline import Pipeline, build_pass
-from fxprune.weight_masks import read_masks
+from fxprune.channels.front_end import LOCATE
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.tracing.weight_masks import read_masks
 from tests.commands import run_command
 from tests.families import randomise
 

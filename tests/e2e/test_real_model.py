@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fxprune.accounting import block_linear_parameters, count_parameters
-from fxprune.groups import AttentionGroup, HiddenGroup, LayerGroup
-from fxprune.loading import load_model
+from fxprune.channels.accounting import block_linear_parameters, count_parameters
+from fxprune.checkpoints.load_model import load_model
+from fxprune.core.groups import AttentionGroup, HiddenGroup, LayerGroup
+from fxprune.core.pipeline import Pipeline
+from fxprune.core.plan import Plan
+from fxprune.core.program import Form, Program
 from fxprune.passes.flap import Flap
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.locate_hidden import LocateHidden
@@ -18,18 +21,15 @@ from fxprune.passes.locate_layers import LocateLayers
 from fxprune.passes.save import Save
 from fxprune.passes.slim import Slim
 from fxprune.passes.verify import Verify
-from fxprune.pipeline import Pipeline
-from fxprune.plan import Plan
-from fxprune.program import Form, Program
-from fxprune.runners import GraphRunner
-from fxprune.tracing import trace
-from fxprune.verify import DOUBLE_TOLERANCE, compare_runners, in_double
+from fxprune.runtimes.runners import GraphRunner
+from fxprune.tracing.trace import trace
+from fxprune.verification.ladder import DOUBLE_TOLERANCE, compare_runners, in_double
 from tests.families import LOCATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fxprune.structured_pass import Budgets
+    from fxprune.structured.base import Budgets
 
 pytestmark = pytest.mark.real_model
 TEXT = Path(__file__).resolve().parents[2] / "LICENSE"  # English that is always there

@@ -1,0 +1,1 @@
+"""The command line: texts in, tables out, nothing else."""

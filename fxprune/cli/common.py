@@ -1,0 +1,60 @@
+"""What the commands share: where texts and figures go, and the options that several of them have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+__all__ = [
+    "DEFAULT_THREADS",
+    "Dtype",
+    "Json",
+    "Model",
+    "Overwrite",
+    "err",
+    "out",
+    "say",
+    "summary",
+    "tell",
+    "write_json",
+]
+
+out = Console()
+err = Console(stderr=True)
+DEFAULT_THREADS = min(2, os.cpu_count() or 1)
+
+Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision, such as float32 or bfloat16; as saved by default.")]
+Device = Annotated[str, typer.Option(help="Where torch models run.")]
+
+
+def say(text: str) -> None:
+    """Tell what is going on, on standard error."""
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """Tell a result, on standard output."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def summary(report: dict[str, Any]) -> None:
+    """The short form of a report, on standard output."""
+    from fxprune.core.registry import resolve
+
+    out.print(Markdown(resolve("fxprune.exporters.report:markdown_summary")(report)))
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """Write figures where the user asked for them."""
+    if path is not None:
+        from fxprune.core.output import write_json as write
+
+        write(path, data)

@@ -1,0 +1,204 @@
+"""What the commands are made of: load, trace and locate, prune, export, compare, measure.
+
+Each function is one step that the command line, the demo and a Python user share; passes and exporters are reached
+through the registry only.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxprune.channels.front_end import located
+from fxprune.checkpoints.checkpoint import load_skeleton
+from fxprune.core.errors import TraceError
+from fxprune.core.pipeline import Pipeline, build_pass
+from fxprune.core.registry import resolve
+from fxprune.evaluation.perplexity import file_perplexity, perplexity, tokenise
+from fxprune.models.loading import (
+    config_path,
+    load_config,
+    quiet_transformers,
+)
+from fxprune.models.manifest import MANIFEST_NAME
+from fxprune.models.model_class import class_of_config, config_of_class
+from fxprune.runtimes.runners import GraphRunner, Runner
+from fxprune.tracing.trace import trace
+from fxprune.weights.base import SparsePass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from fxprune.core.pass_base import Pass
+    from fxprune.core.program import Program
+    from fxprune.core.stopwatch import Stopwatch
+    from fxprune.evaluation.perplexity import PerplexityResult
+
+__all__ = [
+    "inspect_program",
+    "models_of_config",
+    "prune_program",
+    "quality_entry",
+    "run_pruning",
+    "text_of_python",
+    "trace_on_meta",
+]
+
+
+def inspect_program(name_or_path: str, watch: Stopwatch) -> Program:
+    """Trace and locate from a configuration alone, on the meta device: no weights are read.
+
+    Of a checkpoint that fxprune wrote, `fxprune.json` is read too: it says the shapes that no configuration can say.
+
+    Args:
+        name_or_path: a directory, a `config.json`, or a hub id.
+        watch: gets the seconds of tracing.
+
+    Raises:
+        CheckpointError: there is no usable configuration.
+        TraceError: no class for this configuration could be traced.
+    """
+    name = str(name_or_path)
+    path = config_path(name)
+    own = path.parent if path.name == "config.json" else path
+    candidates = {name: partial(load_skeleton, own)} if (own / MANIFEST_NAME).is_file() else models_of_config(path)
+    with watch.stage("trace"):
+        program = trace_on_meta(candidates, name)
+    return located(program)
+
+
+def models_of_config(path: Path, dtype: torch.dtype | None = None) -> dict[str, Callable[..., Any]]:
+    """How to build the model of a configuration, by the name of its class; in its own dtype or in another one."""
+    config = load_config(path)
+    model_class: Any = class_of_config(config, str(path))
+    options = {} if dtype is None else {"dtype": dtype}
+    # The method behind AutoModel.from_config, which would choose the class itself.
+    build = partial(model_class._from_config, config_of_class(model_class, config), **options)
+    return {model_class.__name__: build}
+
+
+def trace_on_meta(candidates: Mapping[str, Callable[..., Any]], name: str) -> Program:
+    """Trace the first model that can be traced; each is built with a `dtype`, or without for the configuration's."""
+    first: Exception | None = None
+    for build in candidates.values():
+        # Some operators (grouped products) have a shape rule for bfloat16 only.
+        for options in ({}, {"dtype": torch.bfloat16}):
+            try:
+                with torch.device("meta"), quiet_transformers():
+                    model = build(**options)
+                # Outside: constants that the model makes when it runs keep their values.
+                with quiet_transformers():
+                    return trace(model, name=name)
+            except (TraceError, RuntimeError, NotImplementedError, ValueError) as error:
+                first = first or error
+    if isinstance(first, TraceError):
+        raise first
+    raise TraceError(
+        f"{name}: {next(iter(candidates))} cannot be traced on the meta device: {type(first).__name__}: {first}"
+    ) from first
+
+
+def prune_program(
+    program: Program,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    on_pass: Callable[[Pass], None] | None = None,
+) -> Program:
+    """Prune, slim, verify and, with `out`, save and verify the reloaded checkpoint.
+
+    Args:
+        program: a program with groups.
+        method: name of a pruning pass.
+        options: its options.
+        out: where the checkpoint goes.
+        overwrite: whether an earlier output may be replaced.
+        on_pass: called before each pass, for progress.
+
+    Returns:
+        The slim program.
+
+    Raises:
+        FxpruneError: any pass refused or any rung failed.
+    """
+    return run_pruning(program, build_pass(method, options), out=out, overwrite=overwrite, on_pass=on_pass)
+
+
+def run_pruning(
+    program: Program,
+    pruning: Pass,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    on_pass: Callable[[Pass], None] | None = None,
+) -> Program:
+    """Run a pruning pass and what belongs behind it, see `prune_program`."""
+    # Zeros change no shape: there is nothing to mask and nothing to slim.
+    steps = ("verify",) if isinstance(pruning, SparsePass) else ("insert_masks", "slim", "verify")
+    passes = [pruning, *(build_pass(name, {}) for name in steps)]
+    if out is not None:
+        passes.append(build_pass("save", {"out": str(out), "overwrite": overwrite}))
+        passes.append(build_pass("verify", {"checkpoint": str(out), "graph": False}))
+    return Pipeline(passes, on_pass=on_pass)(program).program
+
+
+def text_of_python() -> str:
+    """English prose that every Python ships: its language reference, as `pydoc` holds it."""
+    from pydoc_data.topics import topics  # noqa: PLC0415 - 700 kB of text
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def perplexities(
+    program: Program,
+    texts: Sequence[str],
+    *,
+    windows: int | None,
+    window: int = 512,
+    known: dict[str, PerplexityResult] | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity before and after on each text: a file, or `python` for Python's own language reference.
+
+    Args:
+        program: the slim program.
+        texts: what to measure on.
+        windows: how many windows of a text; all when None.
+        window: tokens of each, fewer where the graph is for shorter sequences.
+        known: results of the dense form by text, which are not measured again; new ones are put there.
+
+    Returns:
+        Entries of the report's `quality` section.
+    """
+    assert program.source is not None
+    window = min(window, program.interface.fixed_length or window)
+    lifted = program.references["lifted"]
+    dense = GraphRunner(lifted.module, lifted.interface, "dense")
+    slim = GraphRunner(program.graph_module, program.interface, "slim")
+    known = {} if known is None else known
+    entries = []
+    for text in texts:
+        if text not in known:
+            known[text] = _perplexity(dense, text, program.source.tokenizer, windows, window)
+        entries.append(quality_entry(known[text], _perplexity(slim, text, program.source.tokenizer, windows, window)))
+    return entries
+
+
+def _perplexity(runner: Runner, text: str, tokenizer: Any, windows: int | None, window: int) -> PerplexityResult:
+    if text == "python":
+        tokens = tokenise(text_of_python(), tokenizer)
+        source = "Python's language reference (pydoc_data.topics, joined in the order of their names)"
+        return perplexity(
+            runner, tokens, text="python-reference", source=source, window=window, max_windows=windows, batch_size=1
+        )
+    return file_perplexity(runner, text, tokenizer, window=window, max_windows=windows, batch_size=1)
+
+
+def quality_entry(dense: PerplexityResult | None, slim: PerplexityResult | None) -> dict[str, Any]:
+    """An entry of the report's `quality` section."""
+    entry: dict[str, Any] = resolve("fxprune.exporters.report:perplexity_entry")(dense, slim)
+    return entry
