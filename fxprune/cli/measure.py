@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fxprune.cli import common
 from fxprune.cli.common import DEFAULT_THREADS, Device, Dtype, Json, say
-from fxprune.cli.common import out as console
 
 __all__ = ["bench", "compare", "evaluate"]
 
@@ -84,10 +84,10 @@ def bench(
     if table is not None:
         if len(work.threads) > 1 or batch or runtime or markdown:
             raise UsageError("a latency table has one number of threads, batch 1, ONNX Runtime, and is JSON")
-        data = run_table(dense, table, work, console, say)
+        data = run_table(dense, table, work, common.out, say)
         verdict = None
     else:
-        data, verdict = run_bench([dense, *(slim or ())], work, console, say, gated=gated, target=target_speedup)
+        data, verdict = run_bench([dense, *(slim or ())], work, common.out, say, gated=gated, target=target_speedup)
     if json is not None:
         write_json(json, data)
     if markdown is not None:
@@ -131,7 +131,7 @@ def evaluate(
         device=device,
         tokenizer=tokenizer,
     )
-    measured = run_evaluation(model, what, console, say)
+    measured = run_evaluation(model, what, common.out, say)
     if json is not None:
         write_json(json, measured)
 
@@ -188,7 +188,7 @@ def compare(
     )
     result = run_comparison(forms, what, say, cache=EvaluationCache.of_user() if cache else EvaluationCache(None))
     shown = resolve("fxprune.exporters.report_comparison:comparison_markdown")(result)
-    console.print(rich.markdown.Markdown(shown.partition("\n<details>")[0]))
+    common.out.print(rich.markdown.Markdown(shown.partition("\n<details>")[0]))
     if out is not None:
         with staged_directory(out, overwrite=overwrite) as staging:
             resolve("fxprune.exporters.report_comparison:write_comparison")(result, staging)

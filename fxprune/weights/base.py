@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 NO_SPEED_UP = "zeros alone make no dense kernel faster; ONNX Runtime computes them like any other number"
-_HOW_TO_MEASURE = "to measure it: fxprune prune --measure-speed, or fxprune export of both forms and fxprune bench"
+_HOW_TO_MEASURE = "to measure it: fxprune sparsify --measure-speed, or fxprune export of both forms and fxprune bench"
 _LOWER = (torch.bfloat16, torch.float16)
 
 
@@ -265,7 +265,19 @@ class SparsePass(Pass):
         self.device_bytes = device_bytes
 
     prunes: ClassVar[bool] = True
+    keeps_shapes: ClassVar[bool] = True
+    verb: ClassVar[str] = "sparsify"
     needs_data: ClassVar[bool] = True
+
+    def why_not_streamed(self) -> str:
+        """See the base: what needs all weights at once."""
+        if self.calibration == "self" and self.needs_data:
+            return "streaming cannot sample text from a model that does not fit in memory; name a text file"
+        if self.allocation != "uniform":
+            return f"allocation={self.allocation} needs the whole model in memory; streaming prunes uniformly"
+        if self.distil_epochs:
+            return "distillation needs the whole model in memory: leave distil_epochs out when streaming"
+        return "" if self.needs_data else f"{self.name} needs no calibration; streaming is for methods that do"
 
     def loss_reader(self) -> str:
         """See the base; the options that read the loss."""
