@@ -17,6 +17,7 @@ html_title = "fxprune"
 default_role = "code"  # `name` in a docstring
 myst_heading_anchors = 3
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 autodoc_typehints = "none"  # docstrings say what arguments are
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
@@ -32,8 +33,9 @@ def _as_text(line: str) -> str:
     return "`".join(parts)
 
 
-def _readable(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+def _readable(*event: Any) -> None:
     """Drawings, which docstrings indent, become literal blocks; all else is text."""
+    lines: list[str] = event[-1]
     found: list[str] = []
     section = drawing = False
     for line in lines:
@@ -53,3 +55,5 @@ def setup(app: Any) -> None:
     # autodoc writes into the annotations of pydantic's base class, after which no model can be made.
     for module in pkgutil.iter_modules(fxprune.exporters.__path__):
         import_module(f"fxprune.exporters.{module.name}")
+    for name in fxprune.__all__:  # what is imported when it is first asked for, so that autodoc finds it
+        setattr(fxprune, name, getattr(fxprune, name))
