@@ -33,7 +33,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(SPHINX) -b dummy docs build/docs-check
-	rm -rf build && mkdir -p build/lint
+	rm -rf build/lib build/bdist.* build/lint && mkdir -p build/lint
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/lint .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint/site build/lint/*.whl
 	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports ../../pyproject.toml

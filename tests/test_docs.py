@@ -13,6 +13,7 @@ import json
 import pkgutil
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ COMMANDS: Any = typer.main.get_command(app)
 VERBS = "sparsify" in COMMANDS.commands
 """Whether the command line has the verbs; blocks that are marked `verbs` wait for them."""
 SMALL = ["--samples", "4", "--seq-len", "32"]
-QUICK = {"prune": [*SMALL, "--guard", "none"], "sparsify": SMALL, "learn": [*SMALL, "--steps", "4"]}
+QUICK = {"prune": [*SMALL, "--guard", "none"], "sparsify": SMALL}
 """What is added to commands that run."""
 DEFAULT_METHODS = {"prune": "channel", "sparsify": "sparsegpt", "learn": "l0"}
 MARK = re.compile(r"(?P<verbs>verbs)? ?(?:(?P<run>run)|too long: (?P<long>\S.+)|not ours: (?P<foreign>\S.+))?")
@@ -108,7 +109,10 @@ def _names(
     passes = [build_pass(name, {}) for name in ("insert_masks", "slim")]
     uniform = tmp_path_factory.mktemp("docs") / "uniform"
     fxprune.save(Pipeline(passes)(program.replace(plan=plan)).program, uniform)
-    named = {"MODEL": tiny_llama_dir, "DENSE": tiny_llama_dir, "UNIFORM": uniform, "MIXED": mixed_dir}
+    model = shutil.copytree(tiny_llama_dir, uniform.with_name("model"))  # with room for the methods' own sequences
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 1024}
+    (model / "config.json").write_text(json.dumps(config))
+    named = {"MODEL": model, "DENSE": tiny_llama_dir, "UNIFORM": uniform, "MIXED": mixed_dir}
     return {name: str(path) for name, path in named.items()}
 
 
@@ -135,12 +139,12 @@ def _place(
     page = request.node.callspec.params["block"].page
     if page not in PLACES:
         directory = tmp_path_factory.mktemp(page.stem)
-        text = "\n".join(TINY_LINES * 400)
+        text = "\n".join(TINY_LINES * 1000)
         for name in ("text.txt", "wiki.test.raw"):
             (directory / name).write_text(text)
         for name, field in (("text.jsonl", "text"), ("notes.jsonl", "body")):
             records = [{field: line, "title": line[:9]} if field != "text" else {field: line} for line in TINY_LINES]
-            (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records * 400))
+            (directory / name).write_text("".join(json.dumps(record) + "\n" for record in records * 1000))
         model = copy.deepcopy(tiny_llama)
         inputs = {**tiny_tokenizer(TINY_LINES[0], return_tensors="pt"), "use_cache": True}
         known = {**names, "TEXTS": list(TINY_LINES), "model": model, "tokenizer": tiny_tokenizer, "inputs": inputs}
