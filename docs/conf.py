@@ -46,7 +46,7 @@ def _readable(*event: Any) -> None:
                 found += ["::", ""]
             drawing = bool(starts) or (drawing and line.startswith("    "))
         found.append(line if drawing else _as_text(line))
-    if event[1] in {"attribute", "data"}:  # napoleon takes what stands before a colon for a type
+    if event[1] in {"attribute", "data", "property"}:  # napoleon takes what stands before a colon for a type
         found = [line.replace(": ", " \N{EN DASH} ") for line in found]
     lines[:] = found
 
