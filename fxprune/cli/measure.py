@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fxprune.cli import common
 from fxprune.cli.common import DEFAULT_THREADS, Device, Dtype, Json, say
+
+if TYPE_CHECKING:
+    from fxprune.flows.evaluation import Evaluation
 
 __all__ = ["bench", "compare", "evaluate"]
 
@@ -24,9 +27,13 @@ Windows = Annotated[int | None, typer.Option(help="Use only the first so many wi
 BatchSize = Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")]
 
 
-def _named(tasks: list[str] | None) -> list[str]:
-    """The tasks that were named, one by one or separated by commas."""
-    return [name.strip() for names in tasks or () for name in names.split(",") if name.strip()]
+def _evaluation(ppl: list[Path] | None, tasks: list[str] | None, batch_size: str, **others: Any) -> Evaluation:
+    """What to measure, from texts; tasks are named one by one or separated by commas."""
+    from fxprune.flows.evaluation import Evaluation
+    from fxprune.runtimes.batching import parse_batch_size
+
+    named = [name.strip() for names in tasks or () for name in names.split(",") if name.strip()]
+    return Evaluation(ppl=ppl or (), tasks=named, batch_size=parse_batch_size(batch_size), **others)
 
 
 def bench(
@@ -115,17 +122,16 @@ def evaluate(
 ) -> None:
     """Perplexity and zero-shot tasks of any form of a model."""
     from fxprune.core.output import write_json
-    from fxprune.flows.evaluation import Evaluation, run_evaluation
-    from fxprune.runtimes.batching import parse_batch_size
+    from fxprune.flows.evaluation import run_evaluation
 
-    what = Evaluation(
-        ppl=ppl or (),
-        tasks=_named(tasks),
+    what = _evaluation(
+        ppl,
+        tasks,
+        batch_size,
         data=data,
         limit=limit,
         window=window,
         windows=windows,
-        batch_size=parse_batch_size(batch_size),
         max_length=max_length,
         dtype=dtype,
         device=device,
@@ -168,19 +174,17 @@ def compare(
     from fxprune.core.registry import resolve
     from fxprune.evaluation.eval_cache import EvaluationCache
     from fxprune.flows.comparison import run_comparison
-    from fxprune.flows.evaluation import Evaluation
-    from fxprune.runtimes.batching import parse_batch_size
 
     if out is not None:
         prepare_output(out, overwrite=overwrite)
-    what = Evaluation(
-        ppl=ppl or (),
-        tasks=_named(tasks),
+    what = _evaluation(
+        ppl,
+        tasks,
+        batch_size,
         data=data,
         limit=limit,
         window=window,
         windows=windows,
-        batch_size=parse_batch_size(batch_size),
         max_length=max_length,
         dtype=dtype,
         device=device,

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
     from fxprune.core.pass_base import Pass
 
-__all__ = ["Destination", "Recipe", "is_recipe", "recipe_of_yaml"]
+__all__ = ["OF_DRIVER", "Destination", "Recipe", "is_recipe", "recipe_of_yaml"]
 
 
-_OF_DRIVER = frozenset({*LOCATE, "insert_masks", "slim", "verify", "save"})
+OF_DRIVER = frozenset({*LOCATE, "insert_masks", "slim", "verify", "save"})
+"""Passes that the driver runs itself."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def recipe_of_yaml(data: Mapping[str, Any], *, where: str, model: str | None = N
         expand_user(found.out), found.device, found.dtype, overwrite=found.overwrite, hold_zeros=found.hold_zeros
     )
     passes = tuple(load_pipeline(data, where=where))
-    if own := [step.name for step in passes if step.name in _OF_DRIVER]:
+    if own := [step.name for step in passes if step.name in OF_DRIVER]:
         raise UsageError(
             f"{where}: {own[0]} is run anyway where `out` is given: leave it out; without `out` a pipeline is run as "
             "it is written"

@@ -19,9 +19,9 @@ from fxprune.checkpoints.checkpoint import load
 from fxprune.core.errors import UsageError
 from fxprune.core.pass_base import constructor_options
 from fxprune.core.pipeline import build_pass
-from fxprune.core.registry import get_pass, pass_of, resolve
+from fxprune.core.registry import called, get_pass, pass_names, pass_of, resolve
 from fxprune.flows.driver import run
-from fxprune.flows.recipe import Destination, Recipe
+from fxprune.flows.recipe import OF_DRIVER, Destination, Recipe
 from fxprune.flows.wanted import Wanted
 from fxprune.models.loading import LoadedModel, expand_user
 
@@ -86,10 +86,12 @@ def method_of(method: str, verb: str) -> str:
     """The pass that a method's name means for a verb.
 
     Raises:
-        RegistryError: there is none.
-        UsageError: it belongs to another verb, which the message names.
+        UsageError: there is none, or it belongs to another verb, which the message names.
     """
     name = pass_of(method, verb)
+    if name in OF_DRIVER or name not in pass_names():
+        known = sorted(called(one) for one in pass_names() if (cls := get_pass(one)).prunes and cls.verb == verb)
+        raise UsageError(f"{method!r} is no method of {verb}; they are {', '.join(known)} (fxprune explain)")
     own = get_pass(name).verb
     if own != verb:
         raise UsageError(f"{method} is no method of {verb}: use fxprune {own} --method {method}")

@@ -35,7 +35,7 @@ import torch
 from fxprune.calibration.engine import text_samples
 from fxprune.calibration.input_grams import input_grams
 from fxprune.calibration.overflow import naming_overflow
-from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.calibration.text import CalibrationSpec, texts_of
 from fxprune.channels.accounting import block_linear_parameters
 from fxprune.core.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
 from fxprune.core.goals import Goal
@@ -45,7 +45,6 @@ from fxprune.core.pass_base import Pass, PassResult
 from fxprune.measure.latency_table import load_table
 from fxprune.models.loading import resolve_dtype
 from fxprune.models.methods import check_method
-from fxprune.runtimes.runners import text_maker
 from fxprune.structured.case import Budgets, Case
 from fxprune.structured.curves import Limits
 from fxprune.structured.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
@@ -430,16 +429,9 @@ class StructuredPass(Pass):
         device = next(program.graph_module.parameters()).device
         if not self.reads_text:
             return torch.zeros(0, self.seq_len, dtype=torch.int64, device=device), None
-        assert program.source is not None
         start = time.perf_counter()
         with naming_overflow(program, None):
-            texts = calibration_set(
-                self.calibration_spec(),
-                tokenizer=program.source.tokenizer,
-                runner=text_maker(program) if program.interface.causal else None,
-                config=program.source.config,
-                device=device,
-            )
+            texts = texts_of(program, self.calibration_spec(), device)
         seconds["text"] = time.perf_counter() - start
         return texts.tokens.to(device), texts.description
 

@@ -30,7 +30,7 @@ import torch
 from fxprune.calibration.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.calibration.overflow import naming_overflow
 from fxprune.calibration.stages import cut_stages
-from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.calibration.text import CalibrationSpec, texts_of
 from fxprune.channels.locate import require_lifted
 from fxprune.core.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.core.groups import ExpertGroup
@@ -40,7 +40,6 @@ from fxprune.core.progress import track
 from fxprune.models.loading import resolve_dtype
 from fxprune.models.methods import check_method
 from fxprune.runtimes.matmul import multiplies_bfloat16, product_rate
-from fxprune.runtimes.runners import text_maker
 from fxprune.tracing.graphs import own_projections
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.nodes import get_attribute
@@ -392,15 +391,8 @@ class SparsePass(Pass):
         return forward_precision(self.forward_dtype, dtype_of(program), device)
 
     def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
-        assert program.source is not None
         device = program.interface.example_inputs["input_ids"].device
-        texts = calibration_set(
-            self.calibration_spec(),
-            tokenizer=program.source.tokenizer,
-            runner=text_maker(program) if program.interface.causal else None,
-            config=program.source.config,
-            device=device,
-        )
+        texts = texts_of(program, self.calibration_spec(), device)
         return texts.tokens.to(device), texts.description
 
     def engine_options(self, program: Program, device: torch.device | None = None) -> EngineOptions:
