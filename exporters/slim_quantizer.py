@@ -153,7 +153,7 @@ def _compare(program: Program) -> None:
     if not {*examples} - cache <= _STANDARD or "logits" not in program.interface.outputs:
         raise ExportError(
             f"a graph with a cache and the inputs {', '.join({*examples} - cache)} cannot be compared with the masked "
-            f"one; export with inputs of {', '.join(sorted(_STANDARD))} and past_key_values"
+            f"one; export with inputs of {', '.join(sorted(_STANDARD))} and a cache"
         )
     compare_runners(
         "slim = masked",

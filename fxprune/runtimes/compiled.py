@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxprune.core.errors import ExportError
+from fxprune.models.cache_names import cache_argument, cache_of
 from fxprune.runtimes.runners import EagerRunner
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class CompiledRunner(EagerRunner):
         """
         super().__init__(model, name)
         _require_keys_and_values(model)
+        self._argument = cache_argument(model) or "past_key_values"
         self._compiled = torch.compile(self._whole_step, dynamic=True, fullgraph=True, backend=backend)
 
     def _whole_step(
@@ -56,10 +57,10 @@ class CompiledRunner(EagerRunner):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self._argument: cache},
         )
-        flat = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        flat = [tensor for layer in cache_of(output).layers for tensor in (layer.keys, layer.values)]
         # Keys come out of a prompt as views and out of later steps contiguous; each layout would be compiled for.
         return output.logits, [tensor.contiguous() for tensor in flat]
 
@@ -92,10 +93,10 @@ def _require_keys_and_values(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None:
         return  # a function says nothing about its cache
-    forward = inspect.signature(getattr(model, "forward", model)).parameters
-    layers = DynamicCache(config=config).layers if "past_key_values" in forward else []
+    takes_cache = cache_argument(model) is not None
+    layers = DynamicCache(config=config).layers if takes_cache else []
     kept = next((type(layer).__name__ for layer in layers if hasattr(layer, "recurrent_states")), None)
-    if kept is not None or "past_key_values" not in forward:
+    if kept is not None or not takes_cache:
         raise ExportError(
             f"torch.compile runs models whose cache is keys and values; {type(model).__name__} keeps "
             f"{kept or 'another state'}: run with --runtime torch"

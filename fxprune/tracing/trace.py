@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.core.errors import TraceError, UsageError
 from fxprune.core.program import CacheEntry, Interface, Program, Source
+from fxprune.models.cache_names import cache_argument, cache_of, name_among, named_as_taken
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.tracing.graphs import erase_dead
 from fxprune.tracing.normalise import normalise
@@ -123,7 +124,7 @@ def trace(
             f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
         )
     try:
-        inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
+        inputs = sample_inputs(model) if example_inputs is None else named_as_taken(model, example_inputs)
         exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
         whole = causal and _runs_whole_sequences(inputs)
@@ -251,7 +252,7 @@ def _as_language_model(interface: Interface, fixed: _FixedLength | None) -> Inte
 
 
 def _runs_whole_sequences(inputs: Mapping[str, Any]) -> bool:
-    return "input_ids" in inputs and "past_key_values" not in inputs
+    return "input_ids" in inputs and cache_of(inputs) is None
 
 
 def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
@@ -259,7 +260,7 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     generates: Any = getattr(model, "can_generate", lambda: False)
     config: Any = model.config
     # An encoder's configuration that was not told to be a decoder; decoders have the field too, and keep a cache.
-    both_ways = getattr(config, "is_decoder", True) is False and "past_key_values" not in inputs
+    both_ways = getattr(config, "is_decoder", True) is False and cache_of(inputs) is None
     return (
         "input_ids" in inputs
         and bool(generates())
@@ -302,17 +303,18 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
             "use_cache": False,
             **named,
         }
-    no_cache = {"use_cache": False} if {"use_cache", "past_key_values"} & set(parameters) else {}
+    takes_cache = cache_argument(model)
+    no_cache = {"use_cache": False} if takes_cache or "use_cache" in parameters else {}
     generates: Any = getattr(model, "can_generate", lambda: False)
     if not generates():
         mask = _left_padded(_BATCH, _NEW, device)
         return {"input_ids": _tokens(config, _NEW, device), "attention_mask": mask, **no_cache, **named}
-    cache = _growing_cache(model) if "past_key_values" in parameters else None
+    cache = _growing_cache(model) if takes_cache else None
     past, new = (0, length or _WHOLE) if cache is None else (_PAST, _NEW)
     inputs = {"input_ids": _tokens(config, new, device), "attention_mask": _left_padded(_BATCH, past + new, device)}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(_BATCH, 1)
-    rest = no_cache if cache is None else {"past_key_values": cache, **_asked_for_cache(parameters, config)}
+    rest = no_cache if cache is None else {str(takes_cache): cache, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
 
@@ -353,7 +355,7 @@ def _cache(model: nn.Module, batch: int, length: int) -> Any:
     padding = _without_padding(model.config) if device.type == "meta" else nullcontext()
     with torch.no_grad(), _quiet_exporter(), apply_patches("dynamo"), padding, named_results(model.config):
         output = model(input_ids=tokens, **mask, use_cache=True)
-    return getattr(output, "past_key_values", None)
+    return cache_of(output)
 
 
 @contextmanager
@@ -415,7 +417,7 @@ def _export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expo
             floating = value.is_floating_point()
             axes = [0] if floating else range(value.dim())
             shapes[key] = dict.fromkeys(axes, torch.export.Dim.AUTO)
-        elif key == "past_key_values":
+        elif value is not None and value is cache_of(inputs):
             shapes[key] = _dynamic_axes_of_cache(model, value)
     device = next(model.parameters()).device
     lists = _ListsAsSlices() if device.type == "meta" else nullcontext()
@@ -524,7 +526,7 @@ def _flatten(exported: torch.export.ExportedProgram, inputs: dict[str, Any]) -> 
     graph_module: torch.fx.GraphModule = exported.module(check_guards=False)
     plain_graph(graph_module)
     graph = graph_module.graph
-    names = _output_names(exported)
+    names = _output_names(exported, inputs)
     kept = _drop_passed_through(graph, names)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
@@ -561,8 +563,8 @@ def symbolic_axes(placeholder: torch.fx.Node) -> dict[int, str]:
     }
 
 
-def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """Name each output after its path in the returned structure: `logits`, `past_key_values_0`, ..."""
+def _output_names(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name each output after its path in the returned structure: `logits`, `cache_0`, ...; a cache after its input."""
     spec = exported.call_spec.out_spec
     assert spec is not None
     placeholder = [object() for _ in range(spec.num_leaves)]
@@ -572,9 +574,9 @@ def _output_names(exported: torch.export.ExportedProgram) -> tuple[str, ...]:
     if not isinstance(keys, list) or len(keys) != len(children):
         keys = [f"output_{index}" for index in range(len(children))] if children else ["output_0"]
     names: list[str] = []
-    for key, child in zip(keys, children or [spec], strict=True):
-        leaves = child.num_leaves
-        names += [str(key)] if leaves == 1 and child.is_leaf() else [f"{key}_{index}" for index in range(leaves)]
+    for returned, child in zip(keys, children or [spec], strict=True):
+        key, leaves = name_among(inputs, str(returned)), child.num_leaves
+        names += [key] if leaves == 1 and child.is_leaf() else [f"{key}_{index}" for index in range(leaves)]
     assert len(names) == len(placeholder)
     return tuple(names)
 

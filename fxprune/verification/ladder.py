@@ -250,7 +250,7 @@ def first_difference(reference: Form, candidate: Form, tolerance: float) -> str:
                 recorder.run(*_from_nothing(form.interface).values())
             recorded.append(recorder.seen)
         else:
-            recorded.append(_record_eager(form.module, _from_nothing(form.interface)))
+            recorded.append(_record_eager(form.module, form.interface))
     for name, value in recorded[1].items():
         other = recorded[0].get(name)
         if other is not None and other.shape == value.shape:
@@ -271,9 +271,10 @@ def _from_nothing(interface: Interface) -> dict[str, Tensor]:
     return examples
 
 
-def _record_eager(model: nn.Module, examples: dict[str, Tensor]) -> dict[str, Tensor]:
+def _record_eager(model: nn.Module, interface: Interface) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
-    inputs = {name: tensor for name, tensor in examples.items() if not name.startswith("past_key_values")}
+    cache = {entry.input for entry in interface.cache}
+    inputs = {name: tensor for name, tensor in _from_nothing(interface).items() if name not in cache}
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if hasattr(module, "weight") and not list(module.children()):

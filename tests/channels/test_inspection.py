@@ -424,5 +424,6 @@ def test_slices_of_sets_of_classes() -> None:
 def test_layers_and_caches_are_matched() -> None:
     program = mixture()[0]
     (layers,) = (group for group in program.groups if isinstance(group, LayerGroup))
-    assert layers.caches == (("past_key_values_0", "past_key_values_1"), ("past_key_values_2", "past_key_values_3"))
+    keys_and_values = program.interface.inputs[-4:]
+    assert layers.caches == (keys_and_values[:2], keys_and_values[2:])
     assert all(group.experts == 5 for group in program.groups if isinstance(group, ExpertMlpGroup))

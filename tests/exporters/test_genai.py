@@ -209,7 +209,7 @@ def test_the_example_streams(
     mixed: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["genai_stream.py", str(mixed[1]), "the compiler traces", "6"])
-    example = Path(__file__).resolve().parents[1] / "examples" / "genai_stream.py"
+    example = Path(__file__).resolve().parents[2] / "examples" / "genai_stream.py"
     runpy.run_path(str(example), run_name="__main__")
     shown = capsys.readouterr().out
     assert shown.startswith("the compiler traces")

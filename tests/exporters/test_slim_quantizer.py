@@ -18,6 +18,7 @@ from fxprune.checkpoints.checkpoint import load
 from fxprune.core.errors import ExportError, PlanError, PreconditionError, UsageError
 from fxprune.core.plan import Plan
 from fxprune.exporters import SlimQuantizer
+from fxprune.models.cache_names import cache_of
 from fxprune.passes.magnitude_units import MagnitudeUnits
 from fxprune.passes.wanda_sp import WandaSp
 from fxprune.runtimes.runners import GraphRunner
@@ -45,7 +46,8 @@ class ExportedRunner:
 
     def __init__(self, exported: Any, inputs: dict[str, Any]) -> None:
         self.exported = exported
-        self.cache = inputs["past_key_values"]
+        self.cache = cache_of(inputs)
+        self.argument = next(name for name, value in inputs.items() if value is self.cache)
 
     def step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
@@ -55,10 +57,8 @@ class ExportedRunner:
             empty = layer.keys[:1, :, :0].repeat(len(input_ids), 1, 1, 1)
             layer.keys, layer.values = past[2 * index : 2 * index + 2] if past else (empty, empty.clone())
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        output = self.exported(**given, past_key_values=cache)
-        return output.logits, [
-            tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)
-        ]
+        output = self.exported(**given, **{self.argument: cache})
+        return output.logits, [tensor for layer in cache_of(output).layers for tensor in (layer.keys, layer.values)]
 
 
 def assert_masked(exported: Any, inputs: dict[str, Any], program: Any) -> None:
@@ -79,8 +79,9 @@ def assert_masked(exported: Any, inputs: dict[str, Any], program: Any) -> None:
 def dynamic(inputs: dict[str, Any]) -> dict[str, Any]:
     """Batch and lengths may change; left to itself the exporter tries every axis, which takes longer."""
     both = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
-    cache = [dict.fromkeys((0, 2), torch.export.Dim.AUTO)] * (2 * len(inputs["past_key_values"].layers))
-    return {"dynamic": True, "dynamic_shapes": {**dict.fromkeys(inputs, both), "past_key_values": cache}}
+    cache = [dict.fromkeys((0, 2), torch.export.Dim.AUTO)] * (2 * len(cache_of(inputs).layers))
+    shapes = {name: cache if value is cache_of(inputs) else both for name, value in inputs.items()}
+    return {"dynamic": True, "dynamic_shapes": shapes}
 
 
 class Keeping(SlimQuantizer):
@@ -125,11 +126,12 @@ def test_the_name_is_found_where_users_look() -> None:
 
 def test_a_pt2_export_is_the_masked_model(pt2: Exported, tmp_path: Path) -> None:
     pt2.exported.save_pretrained(tmp_path)
-    with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):  # torch keeps the sample inputs in a pickle
-        reloaded = ExportedModel.from_pretrained(tmp_path)
+    # torch keeps the sample inputs in a pickle, which runs code when it is loaded
+    with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
+        reloaded = ExportedModel.from_pretrained(tmp_path, trust_remote_code=True)
     # The reference comes from fxprune's own tracer, not from the plug-in.
     assert_masked(reloaded, pt2.inputs, slimmed(located("llama"), PLAN))
-    assert [layer.keys.shape[1] for layer in pt2.inputs["past_key_values"].layers] == [1, 2]  # KV heads
+    assert [layer.keys.shape[1] for layer in cache_of(pt2.inputs).layers] == [1, 2]  # KV heads
     shapes = {name: tuple(tensor.shape) for name, tensor in reloaded.program.state_dict.items()}
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (30, 7)
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (12, 30)

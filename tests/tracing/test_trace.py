@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers import DynamicCache, FalconH1Config, FalconH1ForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxprune.core.errors import TraceError
+from fxprune.models.cache_names import cache_argument, cache_of
+from fxprune.runtimes.compiled import CompiledRunner
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, Past, Runner, greedy
 from fxprune.tracing.trace import _fixed_length, _ListsAsSlices, sample_inputs, trace
 from tests.families import FAMILIES, STEPS, build, located, steps
@@ -34,7 +37,8 @@ def test_the_graph_computes_what_the_model_does_at_every_length(family: str) -> 
 
 def test_the_interface_of_a_language_model() -> None:
     interface = located("llama").interface
-    cache = tuple(f"past_key_values_{index}" for index in range(4))
+    argument = cache_argument(build("llama"))
+    cache = tuple(f"{argument}_{index}" for index in range(4))
     assert interface.inputs == ("input_ids", "attention_mask", "position_ids", *cache)
     assert interface.outputs == ("logits", *cache)
     entries = [(entry.input, entry.output, entry.layer, entry.kind) for entry in interface.cache]
@@ -49,13 +53,47 @@ def test_the_interface_of_a_language_model() -> None:
     )
 
 
+class Elsewhere(LlamaForCausalLM):
+    """As classes outside the library are written: the cache goes in and comes out under the name it always had."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Any = None, past_key_values: Any = None, **options: Any
+    ) -> CausalLMOutputWithPast:
+        cache = past_key_values
+        if cache is None and options.get("use_cache"):
+            cache = DynamicCache(config=self.config)
+        given = {str(cache_argument(self.model)): cache, "attention_mask": attention_mask, **options}
+        hidden = self.model(input_ids, **given).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)
+
+
+def test_a_class_of_another_library_keeps_the_old_name_of_the_cache() -> None:
+    model = Elsewhere(build("llama").config).eval()
+    program = trace(model)
+    assert [entry.input for entry in program.interface.cache] == [f"past_key_values_{index}" for index in range(4)]
+    tokens = torch.tensor([[5, 8, 13, 21, 34]])
+    graph = GraphRunner(program.graph_module, program.interface)
+    expected = greedy(EagerRunner(model, cache=False), tokens, 4)
+    assert torch.equal(greedy(graph, tokens, 4), expected)
+    assert torch.equal(greedy(CompiledRunner(model, backend="eager"), tokens, 4), expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_given_cache_may_have_either_name(name: str) -> None:
+    model = build("llama", num_hidden_layers=1)
+    taken = cache_argument(model)
+    given = {name if key == taken else key: value for key, value in sample_inputs(model).items()}
+    interface = trace(model, example_inputs=given).interface
+    assert [entry.input for entry in interface.cache] == [f"{taken}_0", f"{taken}_1"]
+
+
 def test_the_sample_has_a_left_padded_row_and_a_filled_cache() -> None:
     inputs = sample_inputs(build("llama", num_hidden_layers=1))
     mask: Tensor = inputs["attention_mask"]
     assert mask[0, 0] == 0
     assert mask[0, -1] == 1
     assert mask[1].all()
-    assert mask.shape[1] == inputs["input_ids"].shape[1] + inputs["past_key_values"].get_seq_length()
+    assert mask.shape[1] == inputs["input_ids"].shape[1] + cache_of(inputs).get_seq_length()
 
 
 def test_a_graph_has_nothing_but_flat_tensors_and_no_assertions() -> None:
