@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+FLOOR := --quiet --no-deps --resolution lowest-direct --python $(LOWEST)/bin/python --group test pyproject.toml
 SPHINX := OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet
 
-.PHONY: install demo test test-all lint docs clean
+.PHONY: install demo test test-all test-lowest lint docs clean
 
 install: $(STAMP)
 
@@ -28,6 +30,20 @@ test: install
 # The same with the long matrix: 20 random plans for each family and kind of unit.
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --long
+
+# The smoke suite with the lowest version of each package that pyproject names, and the newest of what those need.
+# First without onnxruntime-genai, which needs a newer onnxruntime than the rest; then with it. uv finds the versions and
+# pip installs them. The lowest torch comes from PyPI with CUDA's libraries where no build for the CPU is found (5 GB).
+test-lowest: install
+	mkdir -p build
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/uv pip compile $(FLOOR) --extra demo --extra eval --extra train --output-file build/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint build/lowest.txt --group test --editable ".[demo,eval,train]"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m smoke --ignore tests/exporters/test_genai.py
+	$(BIN)/uv pip compile $(FLOOR) --all-extras --output-file build/lowest-genai.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint build/lowest-genai.txt --editable ".[genai]"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m smoke tests/exporters/test_genai.py tests/exporters/test_onnx.py
 
 lint: install
 	$(BIN)/ruff check .

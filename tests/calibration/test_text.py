@@ -263,6 +263,7 @@ def test_missing_files(tiny_tokenizer: PreTrainedTokenizerBase, source: str) -> 
         calibration_set(CalibrationSpec(source=source), tokenizer=tiny_tokenizer)
 
 
+@pytest.mark.smoke
 def test_a_data_set_directory_streams(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     for split, word in (("train", "heads"), ("test", "channels")):
@@ -357,6 +358,7 @@ def turns(asked: Any, answered: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("record", "field"),
     [

@@ -152,6 +152,7 @@ def _written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return model, tensors, directory
 
 
+@pytest.mark.smoke
 def test_mixed_config_keeps_dense_values_and_records_layers(tmp_path: Path) -> None:
     model = make_model("qwen3", **{**SMALL, "head_dim": 8})
     save(slim_state(model, [KV1_MLP, WIDE, MLP]), tmp_path / "out", source=source_of(model), plan={}, history=[])
@@ -175,6 +176,7 @@ def test_the_class_without_layers_of_their_own_refuses_a_mixed_checkpoint(writte
         type(written[0]).from_pretrained(written[2])
 
 
+@pytest.mark.smoke
 def test_every_tensor_comes_back_and_buffers_are_those_of_an_ordinary_model(
     written: Written,
 ) -> None:
@@ -224,6 +226,7 @@ def test_gradients_reach_every_parameter(written: Written) -> None:
     assert [name for name, parameter in loaded.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.smoke
 def test_a_loaded_mixed_model_can_be_slimmed_and_saved_again(written: Written, tmp_path: Path) -> None:
     loaded = load(written[2])
     tensors = loaded.state_dict()

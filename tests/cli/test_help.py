@@ -22,6 +22,7 @@ SCREEN = 42
 """Lines of a help text, in a terminal of 100 columns."""
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("verb", ["prune", "sparsify", "learn", "explain"])
 def test_help_fits_one_screen(verb: str) -> None:
     command = [sys.executable, "-c", "from fxprune.cli.main import main; main()", verb, "--help"]
@@ -29,6 +30,7 @@ def test_help_fits_one_screen(verb: str) -> None:
     assert len(shown.splitlines()) <= SCREEN, shown
 
 
+@pytest.mark.smoke
 def test_neither_the_import_nor_help_loads_what_is_slow() -> None:
     """Seconds depend on the machine; what takes them is torch and transformers."""
     for code in ("import fxprune", "import sys; sys.argv = ['fxprune', '--help']; from fxprune.cli.main import app"):
@@ -53,6 +55,7 @@ def test_every_option_of_every_method_is_explained() -> None:
     assert {"windows", "overwrite"} <= set(keywords("sparsify"))
 
 
+@pytest.mark.smoke
 def test_explain_lists_methods_and_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +86,7 @@ def test_old_spellings_end_with_the_new_one() -> None:
     assert hint("eval", "--pattern") == ""
 
 
+@pytest.mark.smoke
 def test_the_shell_completes() -> None:
     command = [sys.executable, "-c", "from fxprune.cli.main import app; app(prog_name='fxprune')"]
     environment = {"_FXPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "fxprune spar", "COMP_CWORD": "1"}

@@ -180,6 +180,7 @@ def zeros(model: torch.nn.Module) -> dict[str, float]:
     }
 
 
+@pytest.mark.smoke
 def test_prune_sets_weights_to_zero_and_says_what_that_buys(
     run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_a_missing_model_is_told_by_its_path(run: Run, tmp_path: Path) -> None:
     assert "missing" in err
 
 
+@pytest.mark.smoke
 def test_inspect_needs_only_a_config(run: Run, tmp_path: Path) -> None:
     LlamaConfig(
         vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
@@ -309,6 +311,7 @@ def test_inspect_needs_only_a_config(run: Run, tmp_path: Path) -> None:
     assert any("looked up by index" in pin["reason"] for pin in data["pins"])
 
 
+@pytest.mark.smoke
 def test_eval_prints_the_perplexity_and_its_definition(
     run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +330,7 @@ def test_eval_on_a_device_that_is_not_there_is_a_usage_error(run: Run, tiny_llam
     assert "device nowhere cannot be used here" in err
 
 
+@pytest.mark.smoke
 def test_run_executes_a_pipeline(run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     pipeline, records = tmp_path / "pipeline.yaml", tmp_path / "pages.jsonl"
     records.write_text(json.dumps({"id": "0001", "page": text.read_text()}) + "\n")

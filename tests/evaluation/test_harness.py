@@ -84,6 +84,7 @@ def theirs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, max_leng
 # --- the model, against lm-eval's own ---------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("batch_size", [1, 5, "auto"])
 @pytest.mark.parametrize("max_length", [None, 24])
 def test_loglikelihoods_are_those_of_lm_eval(
@@ -138,6 +139,7 @@ def test_rolling_loglikelihoods_are_those_of_lm_eval(
         assert model.loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.smoke
 def test_greedy_text_is_that_of_lm_eval(
     lively_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_traced_graph_scores_as_the_model(
     ).generate_until(texts)
 
 
+@pytest.mark.smoke
 def test_an_onnx_graph_scores_as_the_model() -> None:
     from fxprune.exporters.ort import OrtRunner
     from tests.onnx_models import exported, llama

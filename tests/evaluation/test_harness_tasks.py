@@ -69,6 +69,7 @@ def run(
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_figures_are_those_of_lm_eval_with_its_own_model(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase, data: Path
 ) -> None:

@@ -55,6 +55,7 @@ def random_tokens(count: int) -> Tensor:
     return torch.randint(97, (count,), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.smoke
 def test_a_bigram_table_worked_out_by_hand() -> None:
     # P(0|0) = 3/4, P(1|0) = 1/4, P(0|1) = P(1|1) = 1/2.
     runner = TableRunner(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log())

@@ -89,6 +89,7 @@ def change(directory: Path, **model: object) -> None:
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.smoke
 def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Program, Path]) -> None:
     program, out = mixed
     counts = [tensor.shape[1] for tensor in OrtRunner(out / "model.onnx", threads=1).empty_past(1)]
@@ -104,6 +105,7 @@ def test_layers_may_have_different_numbers_of_key_value_heads(mixed: tuple[Progr
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (2, 3)
 
 
+@pytest.mark.smoke
 def test_a_mixed_model_that_was_saved_and_loaded(tmp_path: Path) -> None:
     """By the command's own way: the directory is loaded, exported, and proved in the runtime."""
     program = located("llama", **MIXED)
@@ -118,6 +120,7 @@ def test_a_mixed_model_that_was_saved_and_loaded(tmp_path: Path) -> None:
     assert [tensor.shape[1] for tensor in runner.empty_past(1)] == [1, 1, 3, 3]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("module", "model"), LM_EVAL)
 def test_the_own_back_ends_of_lm_eval_read_the_export(mixed: tuple[Program, Path], module: str, model: str) -> None:
     """They score as `fxprune eval` does, mixed numbers of key/value heads or not."""
@@ -192,6 +195,7 @@ def test_text_ends_at_an_end_of_text_token(mixed: tuple[Program, Path], copied: 
     assert Verify(genai=copied, graph=False)(mixed[0]).program.results["verify"][0]["passed"]
 
 
+@pytest.mark.smoke
 def test_streamed_text_is_the_greedy_text(mixed: tuple[Program, Path]) -> None:
     program, out = mixed
     assert program.source is not None
@@ -205,6 +209,7 @@ def test_streamed_text_is_the_greedy_text(mixed: tuple[Program, Path]) -> None:
     assert "".join(shown)
 
 
+@pytest.mark.smoke
 def test_the_example_streams(
     mixed: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +315,7 @@ def test_the_tokenizer_of_the_default_model(real_model_dir: Path, copied: Path) 
     assert found.decoded > 48_000
 
 
+@pytest.mark.smoke
 def test_generation_options_follow_the_model(mixed: tuple[Program, Path], copied: Path) -> None:
     settings = SimpleNamespace(do_sample=True, temperature=0.2, top_p=0.9, eos_token_id=[2, 7], pad_token_id=9)
     source = with_source(mixed[0], generation_config=settings).source

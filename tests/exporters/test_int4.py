@@ -65,6 +65,7 @@ def test_a_weight_is_within_its_scale(tmp_path: Path, options: Int4Options, clos
     assert done.bytes < export.bytes
 
 
+@pytest.mark.smoke
 def test_onnxruntimes_own_quantizer_gives_the_same(tmp_path: Path) -> None:
     """Its class keeps its numbers under the same names, in another order."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -129,6 +130,7 @@ def test_the_graph_computes_with_the_rounded_weights(tmp_path: Path, name: str, 
         assert "MatMulNBits, GatherBlockQuantized" in readers
 
 
+@pytest.mark.smoke
 def test_a_mixed_model_that_was_saved_and_loaded(mixed_dir: Path, tmp_path: Path) -> None:
     request = ExportRequest(tmp_path / "out", int4={"group_size": 16})
     found = run_export(str(mixed_dir), request, lambda _: None)

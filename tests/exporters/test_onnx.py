@@ -64,6 +64,7 @@ def test_onnx_runtime_equals_the_graph(name: str, fusions: str, batch: int, padd
         torch.testing.assert_close(ours[visible], theirs[visible], atol=1e-4, rtol=0)
 
 
+@pytest.mark.smoke
 def test_a_mixed_model_that_was_saved_and_loaded(mixed_dir: Path, tmp_path: Path) -> None:
     model = load(mixed_dir)
     export = export_onnx(lifted(model), tmp_path)
@@ -95,6 +96,7 @@ def test_a_slim_program_with_other_heads_in_every_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
+@pytest.mark.smoke
 def test_greedy_text_is_the_same() -> None:
     program, export = exported("llama")
     ids, mask = tokens(2, 6, padding=2)
@@ -113,6 +115,7 @@ def test_a_sequence_of_padding_alone_stays_finite() -> None:
     torch.testing.assert_close(logits[1:], alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.smoke
 def test_half_precision_stays_finite_under_padding(tmp_path: Path) -> None:
     program = lifted(llama().half())
     export = export_onnx(program, tmp_path)
@@ -142,6 +145,7 @@ def test_a_model_without_a_cache(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.smoke
 def test_a_plain_module(tmp_path: Path) -> None:
     model = randomize(nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, 4)))
     program = lifted(model, example_inputs=(torch.randn(3, 6),))
@@ -154,6 +158,7 @@ def test_a_plain_module(tmp_path: Path) -> None:
 # ── What the file says ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.smoke
 def test_names_and_dimensions() -> None:
     _, export = exported("llama_with_mixed_heads")
     graph = ir.load(export.path).graph
@@ -183,6 +188,7 @@ def test_initializers_have_the_names_of_their_parameters() -> None:
         assert torch.equal(stored, parameter.t() if linear else parameter), name
 
 
+@pytest.mark.smoke
 def test_a_tied_weight_is_stored_once() -> None:
     program, export = exported("qwen3")
     assert program.source is not None
@@ -192,6 +198,7 @@ def test_a_tied_weight_is_stored_once() -> None:
     assert len(tables) == 1
 
 
+@pytest.mark.smoke
 def test_fusions_none_is_standard_onnx() -> None:
     _, export = exported("llama", "none")
     model = onnx.load(str(export.path))
@@ -200,6 +207,7 @@ def test_fusions_none_is_standard_onnx() -> None:
     assert {opset.domain for opset in model.opset_import} <= {""}
 
 
+@pytest.mark.smoke
 def test_fusions_auto_uses_the_operators_of_onnx_runtime() -> None:
     _, export = exported("llama")
     kinds = [node.op_type for node in nodes(export) if node.domain == CONTRIB]
@@ -216,6 +224,7 @@ def test_no_shape_is_computed_in_a_layer() -> None:
     assert kinds.index("Softmax") > max(index for index, kind in enumerate(kinds) if kind == "Shape")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("opset", [18, 21])
 def test_opset(tmp_path: Path, opset: int) -> None:
     program, _ = exported("llama")
@@ -241,6 +250,7 @@ def test_what_the_export_reports() -> None:
     assert export.rewrites["skip_norms"] == 4
 
 
+@pytest.mark.smoke
 def test_external_data(tmp_path: Path) -> None:
     program, inline = exported("llama")
     export = export_onnx(program, tmp_path, external_data=True)

@@ -298,6 +298,7 @@ def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_full_page_has_every_section(tmp_path: Path) -> None:
     _, _, parsed = written(FULL, tmp_path)
     assert parsed.sections == list(SECTIONS)
@@ -439,6 +440,7 @@ def test_headline_prefers_perplexity_and_prefill() -> None:
     assert labels == ["perplexity", "prefill-512"]
 
 
+@pytest.mark.smoke
 def test_markdown_has_tables_of_what_was_run() -> None:
     text = markdown_summary(FULL)
     assert text.startswith("### org/tiny, channel\n")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
+from transformers.exporters import DynamoConfig, DynamoExporter, OnnxConfig, OnnxExporter
 from transformers.exporters.configs import ExportFormat
 
 import fxprune.exporters
@@ -125,6 +125,8 @@ def test_the_name_is_found_where_users_look() -> None:
 
 
 def test_a_pt2_export_is_the_masked_model(pt2: Exported, tmp_path: Path) -> None:
+    from transformers.exporters import ExportedModel
+
     pt2.exported.save_pretrained(tmp_path)
     # torch keeps the sample inputs in a pickle, which runs code when it is loaded
     with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
@@ -155,6 +157,8 @@ def test_a_mixed_model_that_was_saved_and_loaded_is_slimmed_further(mixed_dir: P
 
 
 def test_an_onnx_export_is_the_masked_model_and_smaller(tmp_path: Path) -> None:
+    from transformers.exporters import ExportedModel
+
     model = build("qwen2", **ONE_LAYER)
     inputs, quantizer = sample_inputs(model), SlimQuantizer(MagnitudeUnits(ratio=0.4, round_to=4))
     config = OnnxConfig(**dynamic(inputs), quantizer=quantizer, optimize=False)
@@ -172,7 +176,7 @@ def test_an_onnx_export_is_the_masked_model_and_smaller(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 def test_an_openvino_export_is_the_masked_model(tmp_path: Path) -> None:
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters import ExportedModel, OpenVINOConfig, OpenVINOExporter
 
     model = build("llama", **ONE_LAYER)
     inputs = sample_inputs(model)
@@ -183,6 +187,7 @@ def test_an_openvino_export_is_the_masked_model(tmp_path: Path) -> None:
     assert_masked(reloaded, inputs, slimmed(located("llama", **ONE_LAYER), PLAN))
 
 
+@pytest.mark.smoke
 def test_a_pass_that_reads_text_gets_it_from_the_exported_graph(pt2: Exported) -> None:
     slim = SlimQuantizer(WandaSp(ratio=0.3, round_to=4, samples=4, seq_len=16), model=pt2.model)
     slim.quantize(pt2.dense(), sample_inputs(pt2.model), ExportFormat.DYNAMO)

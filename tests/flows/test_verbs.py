@@ -29,6 +29,7 @@ def digest(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.safetensors"))}
 
 
+@pytest.mark.smoke
 def test_prune_gives_what_the_command_gives(
     tiny_llama_dir: Path,
     text: Path,
@@ -65,6 +66,7 @@ def test_prune_gives_what_the_command_gives(
     assert "| parameters |" in result._repr_markdown_()
 
 
+@pytest.mark.smoke
 def test_a_module_is_pruned_without_a_file(tiny_llama_dir: Path, text: Path) -> None:
     dense = LlamaForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
@@ -92,6 +94,7 @@ def test_several_targets_make_several_models(tiny_llama_dir: Path, tmp_path: Pat
         fxprune.prune(str(tiny_llama_dir), method="magnitude", ratio=[0.2, 0.3])
 
 
+@pytest.mark.smoke
 def test_sparsify_streams_as_it_works_in_memory(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     common: dict[str, Any] = {"pattern": "2:4", "calibration": str(text), **TEXT}
     whole = fxprune.sparsify(str(tiny_llama_dir), out=tmp_path / "whole", **common)
@@ -122,6 +125,7 @@ def test_what_makes_no_sense_is_told(call: Any, message: str, tiny_llama_dir: Pa
         call(str(tiny_llama_dir))
 
 
+@pytest.mark.smoke
 def test_the_other_verbs_are_those_of_the_command(tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
     exported = fxprune.export(tiny_llama_dir, out=tmp_path / "onnx")
     assert all(rung["passed"] for rung in exported["verify"])

@@ -71,6 +71,7 @@ def test_a_runtime_that_keeps_its_cache_is_asked_to_go_back() -> None:
 # ---- runtimes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_compiled_text_is_that_of_eager(tiny_llama: LlamaForCausalLM) -> None:
     """Dynamo's own backend: the graph is captured and guarded as with Inductor, and not turned into C++."""
     compiled, eager = CompiledRunner(tiny_llama, backend="eager"), EagerRunner(tiny_llama)

@@ -29,6 +29,7 @@ class Neither:
 def free(input_ids: Any, past_key_values: Any = None) -> None: ...
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -43,6 +44,7 @@ def test_the_argument_that_takes_the_cache(model: Any, name: str | None) -> None
     assert cache_argument(model) == name
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("given", ["cache", "past_key_values"])
 def test_inputs_are_named_as_the_class_takes_them(given: str) -> None:
     inputs = {"input_ids": 1, given: 2}
@@ -53,6 +55,7 @@ def test_inputs_are_named_as_the_class_takes_them(given: str) -> None:
     assert cache_of({"input_ids": 1}) is None
 
 
+@pytest.mark.smoke
 def test_what_comes_out_is_named_after_what_goes_in() -> None:
     assert name_among({"input_ids", "past_key_values"}, "cache") == "past_key_values"
     assert name_among({"cache"}, "past_key_values") == "cache"

@@ -65,6 +65,7 @@ def test_a_package_without_the_weights(package: Path) -> None:
         default_model_path()
 
 
+@pytest.mark.smoke
 def test_converted_once_and_again_when_damaged(
     package: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

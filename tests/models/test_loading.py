@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -287,7 +285,7 @@ def test_fxprune_checkpoints_are_left_to_their_own_loader(
         calls.append((path, dtype, device))
         return tiny_llama
 
-    monkeypatch.setitem(sys.modules, "fxprune.checkpoints.checkpoint", SimpleNamespace(load=load))
+    monkeypatch.setattr("fxprune.checkpoints.load_model.load", load)
     (checkpoint / "fxprune.json").write_text("{}")
     loaded = load_model(checkpoint, dtype="float16")
     assert loaded.model is tiny_llama

@@ -18,6 +18,7 @@ from fxprune.tracing.trace import _fixed_length, _ListsAsSlices, sample_inputs, 
 from tests.families import FAMILIES, STEPS, build, located, steps
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_graph_computes_what_the_model_does_at_every_length(family: str) -> None:
     program = located(family)
@@ -35,6 +36,7 @@ def test_the_graph_computes_what_the_model_does_at_every_length(family: str) -> 
             torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_the_interface_of_a_language_model() -> None:
     interface = located("llama").interface
     argument = cache_argument(build("llama"))
@@ -67,6 +69,7 @@ class Elsewhere(LlamaForCausalLM):
         return CausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=cache)
 
 
+@pytest.mark.smoke
 def test_a_class_of_another_library_keeps_the_old_name_of_the_cache() -> None:
     model = Elsewhere(build("llama").config).eval()
     program = trace(model)
@@ -78,6 +81,7 @@ def test_a_class_of_another_library_keeps_the_old_name_of_the_cache() -> None:
     assert torch.equal(greedy(CompiledRunner(model, backend="eager"), tokens, 4), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_given_cache_may_have_either_name(name: str) -> None:
     model = build("llama", num_hidden_layers=1)
@@ -87,6 +91,7 @@ def test_a_given_cache_may_have_either_name(name: str) -> None:
     assert [entry.input for entry in interface.cache] == [f"{taken}_0", f"{taken}_1"]
 
 
+@pytest.mark.smoke
 def test_the_sample_has_a_left_padded_row_and_a_filled_cache() -> None:
     inputs = sample_inputs(build("llama", num_hidden_layers=1))
     mask: Tensor = inputs["attention_mask"]
