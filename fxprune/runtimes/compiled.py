@@ -40,16 +40,17 @@ class CompiledRunner(EagerRunner):
             ExportError: the model's cache is more than keys and values.
         """
         super().__init__(model, name)
+        from transformers import DynamicCache  # noqa: PLC0415 - only this runner needs transformers
+
         _require_keys_and_values(model)
+        self._new_cache = DynamicCache  # older Dynamo does not import out of transformers' lazy module
         self._argument = cache_argument(model) or "past_key_values"
         self._compiled = torch.compile(self._whole_step, dynamic=True, fullgraph=True, backend=backend)
 
     def _whole_step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Past | None
     ) -> tuple[Tensor, Past]:
-        from transformers import DynamicCache  # noqa: PLC0415 - only this runner needs transformers
-
-        cache = DynamicCache()
+        cache = self._new_cache()
         for layer in range(len(past) // 2 if past else 0):
             assert past is not None
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
