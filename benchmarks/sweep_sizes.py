@@ -69,6 +69,8 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
         lambda name, _: bool(re.search(r"head_dim|dim_head|kv_channels|d_head|head_size|d_kv", name)),
         lambda *_: HEAD_DIM,
     ),
+    # An indexer cuts the scores of each head at zero: of few heads, all are cut for many tokens, which then tie.
+    (lambda name, _: bool(re.search(r"^index(er)?_.*heads$", name)), lambda value, _: min(value, 16)),
     (lambda name, _: "head" in name and "size" not in name and "dim" not in name and "per_n" not in name, _heads),
     (lambda name, _: bool(_HIDDEN.search(name)), lambda *_: HIDDEN),
     (lambda name, value: bool(_WIDTH.search(name)) and value > 8, lambda *_: WIDTH),

@@ -27,8 +27,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune.core.errors import TraceError, UsageError
 from fxprune.core.program import CacheEntry, Interface, Program, Source
+from fxprune.models.loading import max_positions
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.tracing.graphs import erase_dead
+from fxprune.tracing.lengths import unheld_length
 from fxprune.tracing.normalise import normalise
 from fxprune.tracing.outputs import named_results
 from fxprune.tracing.unreached import find_shared, find_unreached
@@ -126,13 +128,18 @@ def trace(
         inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
         exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
+        limit = _limit_of_cached(exported, inputs, model.config) if causal and example_inputs is None else None
+        if limit is not None:
+            _LOGGER.info("%s takes another path for %d tokens: traced on whole sequences", type(model).__name__, limit)
+            inputs = sample_inputs(model, length, cache=False)
+            exported = _export_hugging_face(model, inputs)
         whole = causal and _runs_whole_sequences(inputs)
         fixed = _fixed_length(exported) if whole else None
         if whole and fixed is None and not _holds_elsewhere(model, *_flatten(exported, inputs)):
             fixed = _FixedLength(inputs["input_ids"].shape[1])
         if fixed is not None and length is not None and example_inputs is None:
             # What one length has unrolled, another may have unrolled without an equation that tells: it stays fixed.
-            inputs = sample_inputs(model, length)
+            inputs = sample_inputs(model, length, cache=False)
             exported = _export_hugging_face(model, inputs)
             fixed = _FixedLength(length)
         graph_module, interface = _flatten(exported, inputs)
@@ -268,7 +275,14 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     )
 
 
-def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
+def _limit_of_cached(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any], config: Any) -> int | None:
+    """The number of tokens for which a graph with a cache does not hold, within what the model is made for."""
+    if "past_key_values" not in inputs:
+        return None
+    return unheld_length(exported, _NEW, _PAST, max_positions(config))
+
+
+def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = True) -> dict[str, Any]:
     """Make up a small sample of a Hugging Face model's deployable form.
 
     Causal language models get tokens, a left-padded mask, positions and, if it grows with the tokens, a cache; encoders
@@ -277,6 +291,7 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     Args:
         model: a `PreTrainedModel`, on any device, meta included.
         length: tokens of a causal language model that gets no cache; a few when None.
+        cache: whether a causal language model gets one if it can.
 
     Returns:
         Keyword arguments of `model.forward`.
@@ -307,12 +322,12 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     if not generates():
         mask = _left_padded(_BATCH, _NEW, device)
         return {"input_ids": _tokens(config, _NEW, device), "attention_mask": mask, **no_cache, **named}
-    cache = _growing_cache(model) if "past_key_values" in parameters else None
-    past, new = (0, length or _WHOLE) if cache is None else (_PAST, _NEW)
+    filled = _growing_cache(model) if cache and "past_key_values" in parameters else None
+    past, new = (0, length or _WHOLE) if filled is None else (_PAST, _NEW)
     inputs = {"input_ids": _tokens(config, new, device), "attention_mask": _left_padded(_BATCH, past + new, device)}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(_BATCH, 1)
-    rest = no_cache if cache is None else {"past_key_values": cache, **_asked_for_cache(parameters, config)}
+    rest = no_cache if filled is None else {"past_key_values": filled, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
 

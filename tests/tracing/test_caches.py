@@ -19,6 +19,7 @@ from fxprune.exporters.ort import OrtRunner
 from fxprune.flows.workflow import prune_program
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
 from fxprune.verification.ladder import compare_runners
+from tests.families import randomise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -263,3 +264,27 @@ def test_keys_of_an_indexer_are_cached_by_the_model_alone() -> None:
     assert program.interface.cache == ()
     forms = EagerRunner(model), slim(program)
     assert compare_runners("traced", *forms, vocabulary=61, tolerance=1e-4, device=torch.device("cpu")).passed
+
+
+def test_a_window_that_the_models_own_code_asks_about_limits_a_graph_with_a_cache() -> None:
+    options = dict(SIZES, attention_dropout=0.0, sliding_window=None)
+    within = transformers.DogeConfig(**options, keep_window_size=256)
+    short = transformers.DogeConfig(**options, keep_window_size=9)
+    models = []
+    for config in (within, short):
+        torch.manual_seed(0)
+        models.append(transformers.DogeForCausalLM(config).eval())
+        randomise(models[-1])  # decays that all start alike tie the scores of all tokens
+    free = fxprune.trace(models[0])
+    assert free.interface.cache
+    assert free.interface.fixed_length is None
+    tied = fxprune.trace(models[1], length=24)
+    assert not tied.interface.cache
+    assert tied.interface.fixed_length == 24
+    tokens = torch.arange(24).unsqueeze(0)  # the model's own scores of equal tokens tie
+    for model, program in zip(models, (free, tied), strict=True):
+        runners = EagerRunner(model, cache=False), GraphRunner(program.graph_module, program.interface)
+        for length in (6, 10, 24):
+            ids = tokens[:, :length]
+            expected, got = (runner.step(ids, torch.ones_like(ids), ids, None)[0] for runner in runners)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
