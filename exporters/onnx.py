@@ -138,9 +138,9 @@ def onnx_refusal(program: Program, *, genai: bool = False) -> str:
     length = program.interface.fixed_length
     if length is not None:
         return (
-            f"{name} cannot be exported to ONNX: its code loops over tokens or chunks of them, or takes another path for "
-            f"other lengths, so that its graph holds for sequences of {length} tokens only; use the checkpoint with "
-            "transformers"
+            f"{name} cannot be exported to ONNX: its code loops over tokens or chunks of them, or takes another path "
+            f"for other lengths, so that its graph holds for sequences of {length} tokens only; use the checkpoint "
+            "with transformers"
         )
     if genai and (program.source is None or not program.interface.cache):
         what = "has no cache of keys and values in its graph" if program.interface.causal else "is none"

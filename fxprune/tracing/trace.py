@@ -55,6 +55,8 @@ _ELSEWHERE = (3, 23, 41)
 """Numbers of tokens that a graph of whole sequences is run with: fewer than its sample has, and more."""
 _UNLIKE = 0.2
 """Share of the largest logit by which another computation differs; rounding stays far below in any precision."""
+_MOST_SAID = 200
+"""Characters of a library's own words in a message."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
 """Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
@@ -125,14 +127,12 @@ def trace(
             f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
         )
     try:
-        inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
-        exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
+        if example_inputs is None:
+            exported, inputs = _export_sample(model, length)
+        else:
+            inputs = dict(example_inputs)
+            exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
-        limit = _limit_of_cached(exported, inputs, model.config) if causal and example_inputs is None else None
-        if limit is not None:
-            _LOGGER.info("%s takes another path for %d tokens: traced on whole sequences", type(model).__name__, limit)
-            inputs = sample_inputs(model, length, cache=False)
-            exported = _export_hugging_face(model, inputs)
         whole = causal and _runs_whole_sequences(inputs)
         fixed = _fixed_length(exported) if whole else None
         if whole and fixed is None and not _holds_elsewhere(model, *_flatten(exported, inputs)):
@@ -144,14 +144,16 @@ def trace(
             fixed = _FixedLength(length)
         graph_module, interface = _flatten(exported, inputs)
     except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
-        said = f"{type(error).__name__}: {error}".strip()
+        said = f"{type(error).__name__}: {_first_line(error)}"
         way = (
             "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
             if example_inputs is not None
             else "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
             "data-dependent control flow."
         )
-        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}") from error
+        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}. {way}") from error
+    if fixed is not None:
+        _require_causal(model, graph_module, interface)
     if causal and "logits" in interface.outputs:
         interface = _as_language_model(interface, fixed)
     source = None
@@ -169,6 +171,12 @@ def trace(
     unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
     program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)
     return program.with_reference("eager", model)
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says first; its explanations are in the cause."""
+    line = next((each.strip() for each in str(error).splitlines() if each.strip()), "no message")
+    return (line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}...").rstrip(".")
 
 
 def _restore_tables(model: nn.Module) -> None:
@@ -275,11 +283,52 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     )
 
 
-def _limit_of_cached(exported: torch.export.ExportedProgram, inputs: Mapping[str, Any], config: Any) -> int | None:
-    """The number of tokens for which a graph with a cache does not hold, within what the model is made for."""
+def _export_sample(model: nn.Module, length: int | None) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """Export with a made-up sample: whole sequences where a cache does not go into a graph, or not for every length.
+
+    Returns:
+        The program, and the sample that it was exported with.
+    """
+    inputs = sample_inputs(model)
     if "past_key_values" not in inputs:
-        return None
-    return unheld_length(exported, _NEW, _PAST, max_positions(config))
+        return _export_hugging_face(model, inputs), inputs
+    try:
+        exported = _export_hugging_face(model, inputs)
+        limit = unheld_length(exported, _NEW, _PAST, max_positions(model.config)) if _is_causal(model, inputs) else None
+        if limit is None:
+            return exported, inputs
+        why = f"it takes another path for {limit} tokens"
+    except Exception as error:  # noqa: BLE001 - models and torch.export raise dozens of types
+        why = _first_line(error)
+    _LOGGER.info("%s has no graph with a cache (%s): it is traced on whole sequences", type(model).__name__, why)
+    whole = sample_inputs(model, length, cache=False)
+    return _export_hugging_face(model, whole), whole
+
+
+def _require_causal(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> None:
+    """Raise if tokens of a graph for one length depend on the padding behind them, with which shorter text is run."""
+    examples = interface.example_inputs
+    ids = examples.get("input_ids")
+    if ids is None or ids.is_meta or "logits" not in interface.outputs:
+        return
+    length = ids.shape[1]
+    half = length // 2
+    padded = {
+        name: torch.nn.functional.pad(each[:, :half], (0, length - half)) if each.shape == ids.shape else each
+        for name, each in examples.items()
+    }
+    with torch.no_grad():
+        whole, part = (
+            dict(zip(interface.outputs, graph_module(*given.values()), strict=True))["logits"][:, :half]
+            for given in (examples, padded)
+        )
+    mask = examples.get("attention_mask")
+    seen = torch.ones_like(ids[:, :half], dtype=torch.bool) if mask is None else mask[:, :half].bool()
+    if float((whole - part)[seen].abs().max()) > _UNLIKE * float(whole[seen].abs().max()):
+        raise TraceError(
+            f"{type(model).__name__} has a graph for {length} tokens only, and it reads tokens ahead, so that shorter "
+            "text cannot be run with padding behind it; give example_inputs= with which its code runs every length"
+        )
 
 
 def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = True) -> dict[str, Any]:

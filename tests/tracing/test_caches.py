@@ -288,3 +288,22 @@ def test_a_window_that_the_models_own_code_asks_about_limits_a_graph_with_a_cach
             ids = tokens[:, :length]
             expected, got = (runner.step(ids, torch.ones_like(ids), ids, None)[0] for runner in runners)
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_a_graph_for_one_length_that_reads_ahead_is_refused_in_a_sentence() -> None:
+    """Its code makes lists as long as the text, so no length is free, and all tokens see each other."""
+    torch.manual_seed(0)
+    config = transformers.CpmAntConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=4,
+        segment_types=4,
+        init_std=0.3,
+    )
+    with pytest.raises(TraceError, match="for 11 tokens only, and it reads tokens ahead.*example_inputs=") as found:
+        fxprune.trace(transformers.CpmAntForCausalLM(config).eval())
+    assert "\n" not in str(found.value)
