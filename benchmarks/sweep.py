@@ -105,6 +105,9 @@ def _run(model: Any) -> None:
         inputs = {"pixel_values": torch.randn(2, channels, size, size, dtype=model.dtype)}
     else:
         ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))
+        eos = getattr(model.config, "eos_token_id", None)
+        if isinstance(eos, int):
+            ids[:, -1] = eos  # where some classifiers look
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids

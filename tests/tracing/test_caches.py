@@ -205,7 +205,7 @@ def test_what_stops_a_sample_is_told_as_a_trace_error() -> None:
         def forward(self, input_ids: torch.Tensor, images: torch.Tensor, **_: Any) -> Any:
             return images[input_ids]
 
-    with pytest.raises(TraceError, match=r"Broken.*\n.*example_inputs"):
+    with pytest.raises(TraceError, match=r"Broken.*example_inputs"):
         fxprune.trace(Broken(transformers.LlamaConfig(**SIZES)))
 
 
