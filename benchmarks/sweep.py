@@ -65,7 +65,7 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
 
     reason = "no configuration"
     try:
-        for config in tiny_configs(CONFIG_MAPPING[model_type]):
+        for config in tiny_configs(CONFIG_MAPPING[model_type], decoder=auto == "AutoModelForCausalLM"):
             torch.manual_seed(0)
             try:
                 model = getattr(transformers, auto).from_config(config).eval()
@@ -117,6 +117,15 @@ def _run(model: Any) -> None:
         raise ValueError("its output is not finite")
 
 
+def _fails(model: Any) -> str:
+    """Why the class itself does not run; some get other dtypes when they are loaded. Empty if it runs."""
+    try:
+        _run(model)
+    except Exception as error:  # noqa: BLE001 - classes raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     """What becomes of one class."""
     from fxprune.core.errors import FxpruneError  # noqa: PLC0415
@@ -129,7 +138,10 @@ def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            _prune(_as_published(model, Path(scratch) / "dense"), method, row, Path(scratch))
+            loaded = _as_published(model, Path(scratch) / "dense")
+            if reason := _fails(loaded.model):
+                return row | {"status": "unbuilt", "reason": f"as it is loaded, {_one_line(reason)}"}
+            _prune(loaded, method, row, Path(scratch))
         row["status"] = "pruned"
     except FxpruneError as error:
         row |= {"status": "refused", "error": type(error).__name__, "reason": _one_line(str(error))}

@@ -118,6 +118,7 @@ class Attempt:
         rope_part: whether the rotary part of a head is half of it.
         own_depth: whether the model is as deep as the class's default.
         rope_by_kind: whether every kind of layer is given positions of its own.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
     """
 
     kv_heads: bool = True
@@ -125,6 +126,7 @@ class Attempt:
     rope_part: bool = True
     own_depth: bool = False
     rope_by_kind: bool = False
+    decoder: bool = True
 
 
 _ATTEMPTS = (
@@ -148,11 +150,12 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LINEAR, _FULL, _SLIDING, _CONVOLUTION = "linear_attention", "full_attention", "sliding_attention", "conv"
 
 
-def tiny_configs(config_class: type) -> Iterator[Any]:
+def tiny_configs(config_class: Any, *, decoder: bool = True) -> Iterator[Any]:
     """Tiny configurations of a class, the likeliest first; those that the class refuses are left out.
 
     Args:
         config_class: a `PreTrainedConfig` class.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
 
     Yields:
         Configurations; every kind of layer of the default one comes at least once, in at most eight layers.
@@ -164,7 +167,7 @@ def tiny_configs(config_class: type) -> Iterator[Any]:
     none = True
     for attempt in _ATTEMPTS:
         try:
-            config = _tiny(config_class, attempt)
+            config = _tiny(config_class, dataclasses.replace(attempt, decoder=decoder))
         except Exception as error:  # noqa: BLE001 - configuration classes raise anything
             first = first or error
             continue
@@ -201,7 +204,7 @@ def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: in
     given = _given(known - fields.keys(), depth, attempt, convolves=any("conv" in name for name in known))
     values |= {name: value for name, value in given.items() if name in known}
     values |= {name: token for name, token in _TOKENS.items() if name in known}
-    if "is_decoder" in known:
+    if attempt.decoder and "is_decoder" in known:
         values["is_decoder"] = True
     config = config_class(**values)
     if attempt.rope_by_kind and "rope_parameters" in known:

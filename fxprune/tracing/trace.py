@@ -358,16 +358,18 @@ def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = 
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(_BATCH, config.num_channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(device, first.dtype), **named}
+    generates: Any = getattr(model, "can_generate", lambda: False)
     if getattr(config, "is_encoder_decoder", False):
+        # A classifier shifts the encoder's tokens for its decoder, and looks for their end in what that gives.
+        decoder = {"decoder_input_ids": _tokens(config, _NEW, device)} if generates() else {}
         return {
             "input_ids": _tokens(config, _PAST, device),
             "attention_mask": _left_padded(_BATCH, _PAST, device),
-            "decoder_input_ids": _tokens(config, _NEW, device),
+            **decoder,
             "use_cache": False,
             **named,
         }
     no_cache = {"use_cache": False} if {"use_cache", "past_key_values"} & set(parameters) else {}
-    generates: Any = getattr(model, "can_generate", lambda: False)
     if not generates():
         mask = _left_padded(_BATCH, _NEW, device)
         return {"input_ids": _tokens(config, _NEW, device), "attention_mask": mask, **no_cache, **named}

@@ -254,3 +254,18 @@ def test_a_number_of_chunks_that_left_no_equation_fixes_the_length() -> None:
     torch.manual_seed(0)
     program = trace(FalconH1ForCausalLM(config).eval())
     assert program.interface.fixed_length == program.interface.example_inputs["input_ids"].shape[1]
+
+
+def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -> None:
+    config = transformers.BartConfig(
+        vocab_size=61,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+    )
+    assert "decoder_input_ids" not in sample_inputs(transformers.BartForSequenceClassification(config))
+    assert "decoder_input_ids" in sample_inputs(transformers.BartForConditionalGeneration(config))
