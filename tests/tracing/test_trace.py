@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+)
 
 from fxprune.core.errors import TraceError
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, Past, Runner, greedy
@@ -257,7 +263,7 @@ def test_a_number_of_chunks_that_left_no_equation_fixes_the_length() -> None:
 
 
 def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -> None:
-    config = transformers.BartConfig(
+    config = BartConfig(
         vocab_size=61,
         d_model=16,
         encoder_layers=1,
@@ -267,5 +273,5 @@ def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -
         encoder_ffn_dim=16,
         decoder_ffn_dim=16,
     )
-    assert "decoder_input_ids" not in sample_inputs(transformers.BartForSequenceClassification(config))
-    assert "decoder_input_ids" in sample_inputs(transformers.BartForConditionalGeneration(config))
+    assert "decoder_input_ids" not in sample_inputs(BartForSequenceClassification(config))
+    assert "decoder_input_ids" in sample_inputs(BartForConditionalGeneration(config))
