@@ -58,6 +58,7 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     """A tiny model that runs on a sample of its own, in bfloat16, or None with the reason."""
     import torch  # noqa: PLC0415 - the parent process stays light
     import transformers  # noqa: PLC0415
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     from benchmarks.sweep_sizes import tiny_configs  # noqa: PLC0415
@@ -67,6 +68,11 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     try:
         for config in tiny_configs(CONFIG_MAPPING[model_type], decoder=auto == "AutoModelForCausalLM"):
             torch.manual_seed(0)
+            if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = 0  # no class has a default for it, all published models do
+            names = getattr(modeling_auto, AUTO[auto])[model_type]
+            if not isinstance(names, str):
+                config.architectures = [names[0]]  # a type with several classes asks which
             try:
                 model = getattr(transformers, auto).from_config(config).eval()
                 randomise(model)
@@ -99,9 +105,10 @@ def _run(model: Any) -> None:
     import torch  # noqa: PLC0415
 
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 32)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", 32)
         size = size if isinstance(size, int) else 32
-        channels = getattr(model.config, "num_channels", 3)
+        channels = getattr(vision, "num_channels", 3)
         inputs = {"pixel_values": torch.randn(2, channels, size, size, dtype=model.dtype)}
     else:
         ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Attempt", "tiny_configs"]
 
@@ -83,6 +83,17 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
     (lambda _, value: value > 1000, lambda *_: HIDDEN),
     (lambda _, value: value > HIDDEN, lambda *_: HIDDEN),
 ]
+
+
+def _is_stages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(type(each) is int for each in value)
+
+
+def _stages(name: str, values: Sequence[int]) -> list[int]:
+    """What a field says of each stage of a hierarchy: heads in the ratios of the default, and few blocks."""
+    if "head" in name and all(value % values[0] == 0 for value in values):
+        return [2 * value // values[0] for value in values]
+    return [min(value, _LEAST_DEPTH) for value in values] if name.endswith("depths") else list(values)
 
 
 def _own_fields(config_class: type) -> dict[str, Any]:
@@ -193,6 +204,7 @@ def _tiny(config_class: Any, attempt: Attempt) -> Any:
 def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: int, attempt: Attempt) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     values = {name: _integer(name, value, fields) for name, value in fields.items() if type(value) is int}
+    values |= {name: _stages(name, value) for name, value in fields.items() if _is_stages(value)}
     if attempt.own_depth:
         values |= {name: value for name, value in fields.items() if _DEPTH.search(name)}
     else:

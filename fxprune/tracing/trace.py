@@ -49,6 +49,8 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
 _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
+_IMAGE = 224
+"""Height and width of images where the configuration names none: what image processors give by default."""
 _CACHE_DIMS = 4
 """Axes of cached keys and values: batch, heads, length, channels. The keys of an indexer, without heads, have fewer."""
 _ELSEWHERE = (3, 23, 41)
@@ -352,11 +354,12 @@ def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = 
     # Outputs have names in the graph; a model that returns tuples by default is asked for them.
     named = {"return_dict": True} if getattr(config, "return_dict", True) is False else {}
     if "pixel_values" in parameters and "input_ids" not in parameters:
-        size: Any = config.image_size
+        size: Any = _of_images(config, "image_size", _IMAGE)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         # Noise: what is blank gives every patch the same numbers, and hides what differs between them.
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(_BATCH, config.num_channels, height, width, generator=generator)
+        channels: Any = _of_images(config, "num_channels", 3)
+        pixels = torch.randn(_BATCH, channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(device, first.dtype), **named}
     generates: Any = getattr(model, "can_generate", lambda: False)
     if getattr(config, "is_encoder_decoder", False):
@@ -381,6 +384,12 @@ def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = 
     rest = no_cache if filled is None else {"past_key_values": filled, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
+
+
+def _of_images(config: Any, name: str, otherwise: int) -> Any:
+    """A field about images, of the model or of its vision part; convolutional classes name no size, and take any."""
+    parts = (config, getattr(config, "vision_config", None))
+    return next((found for part in parts if (found := getattr(part, name, None)) is not None), otherwise)
 
 
 def _asked_for_cache(parameters: Mapping[str, inspect.Parameter], config: Any) -> dict[str, Any]:

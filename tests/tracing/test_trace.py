@@ -13,6 +13,10 @@ from transformers import (
     BartForSequenceClassification,
     FalconH1Config,
     FalconH1ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
 )
 
 from fxprune.core.errors import TraceError
@@ -275,3 +279,13 @@ def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -
     )
     assert "decoder_input_ids" not in sample_inputs(BartForSequenceClassification(config))
     assert "decoder_input_ids" in sample_inputs(BartForConditionalGeneration(config))
+
+
+def test_the_size_of_images_is_the_vision_parts_or_any() -> None:
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_channels=1)
+    assert sample_inputs(ResNetForImageClassification(resnet))["pixel_values"].shape == (2, 1, 224, 224)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = SiglipConfig(vision_config=vision | {"image_size": 24, "patch_size": 8}, text_config=vision)
+    model = SiglipForImageClassification(siglip).eval()
+    assert sample_inputs(model)["pixel_values"].shape == (2, 3, 24, 24)
+    assert trace(model).interface.outputs == ("logits",)
