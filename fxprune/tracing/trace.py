@@ -57,6 +57,8 @@ _ELSEWHERE = (3, 23, 41)
 """Numbers of tokens that a graph of whole sequences is run with: fewer than its sample has, and more."""
 _UNLIKE = 0.2
 """Share of the largest logit by which another computation differs; rounding stays far below in any precision."""
+_UNLIKE_IN_SINGLE, _UNLIKE_IN_HALF = 1e-3, 0.05
+"""The same where a graph and its model run the same operators on the same few tokens."""
 _MOST_SAID = 200
 """Characters of a library's own words in a message."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
@@ -297,14 +299,43 @@ def _export_sample(model: nn.Module, length: int | None) -> tuple[torch.export.E
     try:
         exported = _export_hugging_face(model, inputs)
         limit = unheld_length(exported, _NEW, _PAST, max_positions(model.config)) if _is_causal(model, inputs) else None
-        if limit is None:
+        why = "" if limit is None else f"it takes another path for {limit} tokens"
+        if not why and _is_causal(model, inputs) and not _starts_from_nothing(model, *_flatten(exported, inputs)):
+            why = "it computes something else without a past than with one"
+        if not why:
             return exported, inputs
-        why = f"it takes another path for {limit} tokens"
     except Exception as error:  # noqa: BLE001 - models and torch.export raise dozens of types
         why = _first_line(error)
     _LOGGER.info("%s has no graph with a cache (%s): it is traced on whole sequences", type(model).__name__, why)
     whole = sample_inputs(model, length, cache=False)
     return _export_hugging_face(model, whole), whole
+
+
+def _starts_from_nothing(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> bool:
+    """Whether a graph with a cache gives for a prompt, with an empty one, what the model gives for it.
+
+    The sample has a past, and code that asks whether there is one has its answer baked into the graph.
+    """
+    caches = {entry.input for entry in interface.cache}
+    ids = interface.example_inputs.get("input_ids")
+    texts = {*interface.inputs} - caches <= {"input_ids", "attention_mask", "position_ids"}
+    if ids is None or ids.is_meta or not caches or not texts or "logits" not in interface.outputs:
+        return True
+    tokens, mask = _tokens(model.config, _PAST, ids.device), _left_padded(_BATCH, _PAST, ids.device)
+    made = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": torch.arange(_PAST, device=ids.device).repeat(_BATCH, 1),
+    }
+    empty = {name: interface.example_inputs[name][:, :, :0] for name in caches}
+    given = {name: made[name] for name in interface.inputs if name in made}
+    with torch.no_grad(), named_results(model.config):
+        got = graph_module(*(({**given, **empty})[name] for name in interface.inputs))
+        wanted = model(**given, use_cache=False).logits
+    seen = mask.bool()
+    error = (dict(zip(interface.outputs, got, strict=True))["logits"] - wanted)[seen].abs().max()
+    allowed = _UNLIKE_IN_HALF if wanted.dtype in {torch.bfloat16, torch.float16} else _UNLIKE_IN_SINGLE
+    return not float(error) > allowed * float(wanted[seen].abs().max())
 
 
 def _require_causal(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> None:
