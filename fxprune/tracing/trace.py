@@ -27,8 +27,10 @@ from torch.utils import _pytree as pytree
 
 from fxprune.core.errors import TraceError, UsageError
 from fxprune.core.program import CacheEntry, Interface, Program, Source
+from fxprune.models.loading import max_positions
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.tracing.graphs import erase_dead
+from fxprune.tracing.lengths import unheld_length
 from fxprune.tracing.normalise import normalise
 from fxprune.tracing.outputs import named_results
 from fxprune.tracing.unreached import find_shared, find_unreached
@@ -47,12 +49,18 @@ _BATCH, _NEW, _PAST = 2, 3, 5
 """Sizes of the sample: pairwise different, and at least 2 because torch.export bakes in lengths of 0 and 1."""
 _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
+_IMAGE = 224
+"""Height and width of images where the configuration names none: what image processors give by default."""
 _CACHE_DIMS = 4
 """Axes of cached keys and values: batch, heads, length, channels. The keys of an indexer, without heads, have fewer."""
 _ELSEWHERE = (3, 23, 41)
 """Numbers of tokens that a graph of whole sequences is run with: fewer than its sample has, and more."""
 _UNLIKE = 0.2
 """Share of the largest logit by which another computation differs; rounding stays far below in any precision."""
+_UNLIKE_IN_SINGLE, _UNLIKE_IN_HALF = 1e-3, 0.05
+"""The same where a graph and its model run the same operators on the same few tokens."""
+_MOST_SAID = 200
+"""Characters of a library's own words in a message."""
 _LENGTHS = (2, 3, 6, 10, *(2**k + 1 for k in range(4, 14)))
 """Numbers of tokens that a graph of whole sequences is asked about: just above the usual sizes of a chunk."""
 
@@ -123,8 +131,11 @@ def trace(
             f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
         )
     try:
-        inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
-        exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
+        if example_inputs is None:
+            exported, inputs = _export_sample(model, length)
+        else:
+            inputs = dict(example_inputs)
+            exported = _export_hugging_face(model, inputs) if hugging_face else _export_plain(model, (), inputs)
         causal = hugging_face and _is_causal(model, inputs)
         whole = causal and _runs_whole_sequences(inputs)
         fixed = _fixed_length(exported) if whole else None
@@ -132,19 +143,21 @@ def trace(
             fixed = _FixedLength(inputs["input_ids"].shape[1])
         if fixed is not None and length is not None and example_inputs is None:
             # What one length has unrolled, another may have unrolled without an equation that tells: it stays fixed.
-            inputs = sample_inputs(model, length)
+            inputs = sample_inputs(model, length, cache=False)
             exported = _export_hugging_face(model, inputs)
             fixed = _FixedLength(length)
         graph_module, interface = _flatten(exported, inputs)
     except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
-        said = f"{type(error).__name__}: {error}".strip()
+        said = f"{type(error).__name__}: {_first_line(error)}"
         way = (
             "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
             if example_inputs is not None
             else "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
             "data-dependent control flow."
         )
-        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}") from error
+        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}. {way}") from error
+    if fixed is not None:
+        _require_causal(model, graph_module, interface)
     if causal and "logits" in interface.outputs:
         interface = _as_language_model(interface, fixed)
     source = None
@@ -162,6 +175,12 @@ def trace(
     unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
     program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)
     return program.with_reference("eager", model)
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says first; its explanations are in the cause."""
+    line = next((each.strip() for each in str(error).splitlines() if each.strip()), "no message")
+    return (line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}...").rstrip(".")
 
 
 def _restore_tables(model: nn.Module) -> None:
@@ -268,7 +287,84 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     )
 
 
-def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
+def _export_sample(model: nn.Module, length: int | None) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """Export with a made-up sample: whole sequences where a cache does not go into a graph, or not for every length.
+
+    Returns:
+        The program, and the sample that it was exported with.
+    """
+    inputs = sample_inputs(model)
+    if "past_key_values" not in inputs:
+        return _export_hugging_face(model, inputs), inputs
+    try:
+        exported = _export_hugging_face(model, inputs)
+        limit = unheld_length(exported, _NEW, _PAST, max_positions(model.config)) if _is_causal(model, inputs) else None
+        why = "" if limit is None else f"it takes another path for {limit} tokens"
+        if not why and _is_causal(model, inputs) and not _starts_from_nothing(model, *_flatten(exported, inputs)):
+            why = "it computes something else without a past than with one"
+        if not why:
+            return exported, inputs
+    except Exception as error:  # noqa: BLE001 - models and torch.export raise dozens of types
+        why = _first_line(error)
+    _LOGGER.info("%s has no graph with a cache (%s): it is traced on whole sequences", type(model).__name__, why)
+    whole = sample_inputs(model, length, cache=False)
+    return _export_hugging_face(model, whole), whole
+
+
+def _starts_from_nothing(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> bool:
+    """Whether a graph with a cache gives for a prompt, with an empty one, what the model gives for it.
+
+    The sample has a past, and code that asks whether there is one has its answer baked into the graph.
+    """
+    caches = {entry.input for entry in interface.cache}
+    ids = interface.example_inputs.get("input_ids")
+    texts = {*interface.inputs} - caches <= {"input_ids", "attention_mask", "position_ids"}
+    if ids is None or ids.is_meta or not caches or not texts or "logits" not in interface.outputs:
+        return True
+    tokens, mask = _tokens(model.config, _PAST, ids.device), _left_padded(_BATCH, _PAST, ids.device)
+    made = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": torch.arange(_PAST, device=ids.device).repeat(_BATCH, 1),
+    }
+    empty = {name: interface.example_inputs[name][:, :, :0] for name in caches}
+    given = {name: made[name] for name in interface.inputs if name in made}
+    with torch.no_grad(), named_results(model.config):
+        got = graph_module(*(({**given, **empty})[name] for name in interface.inputs))
+        wanted = model(**given, use_cache=False).logits
+    seen = mask.bool()
+    error = (dict(zip(interface.outputs, got, strict=True))["logits"] - wanted)[seen].abs().max()
+    allowed = _UNLIKE_IN_HALF if wanted.dtype in {torch.bfloat16, torch.float16} else _UNLIKE_IN_SINGLE
+    return not float(error) > allowed * float(wanted[seen].abs().max())
+
+
+def _require_causal(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> None:
+    """Raise if tokens of a graph for one length depend on the padding behind them, with which shorter text is run."""
+    examples = interface.example_inputs
+    ids = examples.get("input_ids")
+    if ids is None or ids.is_meta or "logits" not in interface.outputs:
+        return
+    length = ids.shape[1]
+    half = length // 2
+    padded = {
+        name: torch.nn.functional.pad(each[:, :half], (0, length - half)) if each.shape == ids.shape else each
+        for name, each in examples.items()
+    }
+    with torch.no_grad():
+        whole, part = (
+            dict(zip(interface.outputs, graph_module(*given.values()), strict=True))["logits"][:, :half]
+            for given in (examples, padded)
+        )
+    mask = examples.get("attention_mask")
+    seen = torch.ones_like(ids[:, :half], dtype=torch.bool) if mask is None else mask[:, :half].bool()
+    if float((whole - part)[seen].abs().max()) > _UNLIKE * float(whole[seen].abs().max()):
+        raise TraceError(
+            f"{type(model).__name__} has a graph for {length} tokens only, and it reads tokens ahead, so that shorter "
+            "text cannot be run with padding behind it; give example_inputs= with which its code runs every length"
+        )
+
+
+def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = True) -> dict[str, Any]:
     """Make up a small sample of a Hugging Face model's deployable form.
 
     Causal language models get tokens, a left-padded mask, positions and, if it grows with the tokens, a cache; encoders
@@ -277,6 +373,7 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     Args:
         model: a `PreTrainedModel`, on any device, meta included.
         length: tokens of a causal language model that gets no cache; a few when None.
+        cache: whether a causal language model gets one if it can.
 
     Returns:
         Keyword arguments of `model.forward`.
@@ -288,33 +385,42 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     # Outputs have names in the graph; a model that returns tuples by default is asked for them.
     named = {"return_dict": True} if getattr(config, "return_dict", True) is False else {}
     if "pixel_values" in parameters and "input_ids" not in parameters:
-        size: Any = config.image_size
+        size: Any = _of_images(config, "image_size", _IMAGE)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         # Noise: what is blank gives every patch the same numbers, and hides what differs between them.
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(_BATCH, config.num_channels, height, width, generator=generator)
+        channels: Any = _of_images(config, "num_channels", 3)
+        pixels = torch.randn(_BATCH, channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(device, first.dtype), **named}
+    generates: Any = getattr(model, "can_generate", lambda: False)
     if getattr(config, "is_encoder_decoder", False):
+        # A classifier shifts the encoder's tokens for its decoder, and looks for their end in what that gives.
+        decoder = {"decoder_input_ids": _tokens(config, _NEW, device)} if generates() else {}
         return {
             "input_ids": _tokens(config, _PAST, device),
             "attention_mask": _left_padded(_BATCH, _PAST, device),
-            "decoder_input_ids": _tokens(config, _NEW, device),
+            **decoder,
             "use_cache": False,
             **named,
         }
     no_cache = {"use_cache": False} if {"use_cache", "past_key_values"} & set(parameters) else {}
-    generates: Any = getattr(model, "can_generate", lambda: False)
     if not generates():
         mask = _left_padded(_BATCH, _NEW, device)
         return {"input_ids": _tokens(config, _NEW, device), "attention_mask": mask, **no_cache, **named}
-    cache = _growing_cache(model) if "past_key_values" in parameters else None
-    past, new = (0, length or _WHOLE) if cache is None else (_PAST, _NEW)
+    filled = _growing_cache(model) if cache and "past_key_values" in parameters else None
+    past, new = (0, length or _WHOLE) if filled is None else (_PAST, _NEW)
     inputs = {"input_ids": _tokens(config, new, device), "attention_mask": _left_padded(_BATCH, past + new, device)}
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(_BATCH, 1)
-    rest = no_cache if cache is None else {"past_key_values": cache, **_asked_for_cache(parameters, config)}
+    rest = no_cache if filled is None else {"past_key_values": filled, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
+
+
+def _of_images(config: Any, name: str, otherwise: int) -> Any:
+    """A field about images, of the model or of its vision part; convolutional classes name no size, and take any."""
+    parts = (config, getattr(config, "vision_config", None))
+    return next((found for part in parts if (found := getattr(part, name, None)) is not None), otherwise)
 
 
 def _asked_for_cache(parameters: Mapping[str, inspect.Parameter], config: Any) -> dict[str, Any]:
