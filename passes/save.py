@@ -36,7 +36,7 @@ from fxprune.tracing.graphs import state_tensors
 from fxprune.tracing.masks import has_masks
 from fxprune.tracing.nodes import module_of
 from fxprune.tracing.weight_masks import masks_of_state
-from fxprune.verification.ladder import in_double
+from fxprune.verification.rounding import in_double
 
 if TYPE_CHECKING:
     from fxprune.core.program import Program

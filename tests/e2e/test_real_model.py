@@ -23,7 +23,8 @@ from fxprune.passes.slim import Slim
 from fxprune.passes.verify import Verify
 from fxprune.runtimes.runners import GraphRunner
 from fxprune.tracing.trace import trace
-from fxprune.verification.ladder import DOUBLE_TOLERANCE, compare_runners, in_double
+from fxprune.verification.compare import compare_runners
+from fxprune.verification.rounding import DOUBLE_TOLERANCE, in_double
 from tests.families import LOCATE
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fxprune.exporters.onnx import onnx_refusal
 from fxprune.exporters.ort import OrtRunner
 from fxprune.flows.workflow import prune_program
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
-from fxprune.verification.ladder import compare_runners
+from fxprune.verification.compare import compare_runners
 
 if TYPE_CHECKING:
     from pathlib import Path

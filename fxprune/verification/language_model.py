@@ -1,0 +1,147 @@
+"""The ladder of a causal language model: its forms as runners, over a few steps of text.
+
+eager ── traced ── lifted ── masked ── slim ── re-exported            (deployed forms: `fxprune.verification.deployed`)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch.fx import GraphModule
+
+from fxprune.core.precision import coarsest
+from fxprune.core.program import Form
+from fxprune.models.loading import max_positions
+from fxprune.runtimes.runners import EagerRunner, GraphRunner
+from fxprune.verification.differences import first_difference
+from fxprune.verification.ladder import (
+    Rung,
+    answers,
+    largest_difference,
+    reexported,
+    script_tokens,
+    tolerance_for,
+)
+from fxprune.verification.reference import without_units
+from fxprune.verification.rounding import in_wider_precision, widened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from fxprune.core.program import Program
+    from fxprune.runtimes.runners import Runner
+
+__all__ = ["LanguageModelLadder"]
+
+_LONGER = 139
+"""Tokens of the longer sequence: more than one chunk of most models that compute in chunks, and no multiple of one."""
+
+
+class LanguageModelLadder:
+    """The ladder of a causal language model.
+
+    Args:
+        program: the model in all its forms.
+        name_overflow: called with tokens, (rows, length) int64, when a form gives what is not finite: may say more.
+    """
+
+    def __init__(self, program: Program, name_overflow: Callable[[Tensor], None]) -> None:
+        self.program = program
+        self._name_overflow = name_overflow
+        example = program.interface.example_inputs["input_ids"]
+        self.device = example.device
+        self.dtype = coarsest(program.graph_module.parameters())
+        self._known: dict[tuple[int, torch.dtype | None], list[Tensor]] = {}
+        source = program.source
+        self.vocabulary = int(source.config.get_text_config().vocab_size) if source else int(example.max()) + 1
+        self.current = Form(program.graph_module, program.interface)
+        self.slim = GraphRunner(program.graph_module, program.interface, "slim")
+
+    def runner(self, form: Form, name: str) -> Runner:
+        """A form of the program as a runner."""
+        if isinstance(form.module, GraphModule):
+            return GraphRunner(form.module, form.interface, name)
+        return self.eager(form.module, name)
+
+    def eager(self, model: Any, name: str) -> EagerRunner:
+        """The original code on the same terms as the graph: with a cache if the graph has one."""
+        return EagerRunner(model, name, cache=bool(self.program.interface.cache))
+
+    def _longer(self) -> int:
+        """Tokens of the longer sequence that forms without a cache are compared on."""
+        interface, source = self.program.interface, self.program.source
+        limits = [_LONGER, interface.fixed_length, max_positions(source.config) if source is not None else None]
+        return 0 if interface.cache else min(limit for limit in limits if limit is not None)
+
+    def rung(self, name: str, reference: Runner, candidate: Runner, forms: tuple[Form, ...]) -> Rung:
+        """One comparison; `forms` are those of the two that the program has, reference first.
+
+        Raises:
+            VerificationError: they differ.
+        """
+        graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
+        tolerance = tolerance_for(self.dtype, runtime=candidate.name == "onnxruntime")
+        expected, given = (self._of(runner) for runner in (reference, candidate))
+        error = largest_difference(expected, given)
+        rung = Rung(name, error, tolerance, error <= tolerance, len(expected))
+        if not math.isfinite(error):
+            self._name_overflow(script_tokens(self.vocabulary, self.device))
+        elif graphs:
+            rung = in_wider_precision(rung, graphs, self)
+        if not rung.passed and len(forms) == 2:
+            rung = replace(rung, first_difference=first_difference(*forms, rung.tolerance))
+        return rung.require()
+
+    def _of(self, runner: Runner) -> list[Tensor]:
+        """The logits of a form in all cases."""
+        return answers(runner, vocabulary=self.vocabulary, device=self.device, longer=self._longer())
+
+    def own_rounding(self, form: Form, wide: torch.dtype) -> float:
+        """See `fxprune.verification.rounding.Measured`."""
+        return largest_difference(self._known_of(form), self._known_of(form, wide))
+
+    def exact_difference(self, reference: Form, candidate: Form, wide: torch.dtype) -> float:
+        """See `fxprune.verification.rounding.Measured`."""
+        return largest_difference(self._known_of(reference, wide), self._known_of(candidate, wide))
+
+    def _known_of(self, form: Form, wide: torch.dtype | None = None) -> list[Tensor]:
+        """A graph's logits in a wider precision, or in its own; computed once a graph."""
+        key = id(form.module), wide
+        if key not in self._known:
+            module: Any = form.module if wide is None else widened(form, wide)
+            self._known[key] = self._of(GraphRunner(module, form.interface, "graph"))
+        return self._known[key]
+
+    def climb(self, *, reexport: bool) -> list[Rung]:
+        """The rungs of the graph forms.
+
+        Raises:
+            VerificationError: one does not hold.
+        """
+        forms = dict(self.program.references)
+        current = self.current
+        pairs = [("traced = eager", "eager", "traced"), ("lifted = traced", "traced", "lifted")]
+        rungs = [
+            self.rung(name, self.runner(forms[a], a), self.runner(forms[b], b), (forms[a], forms[b]))
+            for name, a, b in pairs
+            if a in forms and b in forms
+        ]
+        if "masked" in forms:
+            masked = self.runner(forms["masked"], "masked")
+            with without_units(self.program) as eager:
+                if eager is not None:
+                    runner = self.eager(eager, "eager, units taken out")
+                    rungs.append(self.rung("masked = eager without the units", runner, masked, (forms["masked"],)))
+            if current.module is not forms["masked"].module:
+                rungs.append(self.rung("slim = masked", masked, self.slim, (forms["masked"], current)))
+        if reexport:
+            again = Form(reexported(current.module, current.interface), current.interface)  # type: ignore[arg-type]
+            rungs.append(
+                self.rung("re-exported = slim", self.slim, self.runner(again, "re-exported"), (current, again))
+            )
+        return rungs
