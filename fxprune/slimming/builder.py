@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxprune.channels.call import Weight
-from fxprune.channels.rules.base import CASTS, MOVEMENT, NORMS
-from fxprune.channels.rules.contraction import ATTENTION
+from fxprune.channels.rules.along_axes import NORMS
+from fxprune.channels.rules.attention import ATTENTION
+from fxprune.channels.rules.base import CASTS, MOVEMENT
 from fxprune.channels.rules.movement import CONCATENATIONS, SCATTERS
 from fxprune.channels.rules.spatial import CONVOLUTIONS
 from fxprune.core.errors import PlanError, UnsupportedOpError
