@@ -5,7 +5,7 @@
 
 The run is `trace`, the front end's passes, `magnitude_units`, `insert_masks`, `slim` and `verify` on a Llama of two
 layers. A file is on the way when the run enters one of its functions: importing it, or making its classes, does not
-count. Code lines are physical lines without blank lines, comments and docstrings. All rooms count that a model passes
+count. Code lines are physical lines without blank lines, comments, docstrings, imports and `__all__`. All rooms count that a model passes
 in between (`ROOMS`); the method that chooses the units does not, nor does what loads, saves or measures.
 """
 
@@ -51,16 +51,25 @@ class Visited:
 
 
 def code_lines(text: str) -> set[int]:
-    """Numbers of the lines of a Python file that hold code: no blank lines, comments or docstrings."""
+    """Numbers of the lines of a Python file that hold code: no blank lines, comments, docstrings, imports, `__all__`."""
     found: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in _LAYOUT:
             found |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        # A string that stands alone documents what is before it or around it.
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            found -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        if _is_apparatus(node):
+            found -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
     return found
+
+
+def _is_apparatus(node: ast.AST) -> bool:
+    """Whether a statement is one that a reader skips: an import, `__all__`, or a string that documents."""
+    if isinstance(node, ast.Expr):  # a string that stands alone documents what is before it or around it
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    named = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id
+    return named == "__all__" or isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def _functions(tree: ast.AST, prefix: str = "") -> dict[str, ast.FunctionDef]:

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.channels.accounting import lm_heads, macs_per_token
+from fxprune.channels.accounting import macs_per_token
+from fxprune.channels.block_linears import lm_heads
 from fxprune.core.errors import PlanError, PreconditionError, UsageError
 from fxprune.core.groups import LayerGroup
 from fxprune.core.plan import Plan

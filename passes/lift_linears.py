@@ -31,9 +31,10 @@ from torch.fx import GraphModule, Node
 
 from fxprune.core.errors import PostconditionError
 from fxprune.core.pass_base import Pass, PassResult
+from fxprune.tracing.found_masks import masks_of_zeros
 from fxprune.tracing.graphs import copy_graph_module, erase_dead
 from fxprune.tracing.lifted import Origin, make_grouped, make_linear
-from fxprune.tracing.weight_masks import masks_of_projections, masks_of_zeros
+from fxprune.tracing.weight_masks import masks_of_projections
 
 if TYPE_CHECKING:
     from fxprune.core.program import Program

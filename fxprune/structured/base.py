@@ -34,7 +34,7 @@ from fxprune.calibration.engine import text_samples
 from fxprune.calibration.input_grams import input_grams
 from fxprune.calibration.overflow import naming_overflow
 from fxprune.calibration.text import CalibrationSpec, calibration_set
-from fxprune.channels.accounting import block_linear_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
 from fxprune.core.groups import AttentionGroup, MlpGroup
 from fxprune.core.pass_base import Pass, PassResult

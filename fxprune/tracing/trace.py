@@ -16,9 +16,9 @@ from fxprune.core.program import Program, Source
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
 from fxprune.tracing.export import export_hugging_face, export_plain
 from fxprune.tracing.flatten import flatten
+from fxprune.tracing.found_masks import masks_of_model
 from fxprune.tracing.sample import sample_inputs
 from fxprune.tracing.unreached import find_shared, find_unreached
-from fxprune.tracing.weight_masks import masks_of_model
 from fxprune.tracing.whole_sequences import fixed_length, holds_elsewhere, of_one_length
 
 if TYPE_CHECKING:

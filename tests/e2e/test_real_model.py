@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fxprune.channels.accounting import block_linear_parameters, count_parameters
+from fxprune.channels.accounting import count_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.checkpoints.load_model import load_model
 from fxprune.core.groups import AttentionGroup, HiddenGroup, LayerGroup
 from fxprune.core.pipeline import Pipeline
