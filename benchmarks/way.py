@@ -3,10 +3,11 @@
     python -m benchmarks.way            # a table of files: lines of code, and what of it ran
     python -m benchmarks.way --left     # and the functions of these files that did not run
 
-The run is `trace`, the front end's passes, `magnitude_units`, `insert_masks`, `slim` and `verify` on a Llama of two
+The run is `trace`, the front end's passes, `magnitude-units`, `insert_masks`, `slim` and `verify` on a Llama of two
 layers. A file is on the way when the run enters one of its functions: importing it, or making its classes, does not
-count. Code lines are physical lines without blank lines, comments, docstrings, imports and `__all__`. All rooms count that a model passes
-in between (`ROOMS`); the method that chooses the units does not, nor does what loads, saves or measures.
+count. While the method runs that chooses the units, nothing is measured: each has a page of its own. Code lines are
+physical lines without blank lines, comments, docstrings, imports and `__all__`. All rooms count that a model passes in
+between (`ROOMS`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import json
 import tokenize
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import coverage
+
+if TYPE_CHECKING:
+    from fxprune.core.pass_base import Pass
 
 __all__ = ["ROOMS", "Visited", "code_lines", "walk_the_way"]
 
@@ -51,7 +55,7 @@ class Visited:
 
 
 def code_lines(text: str) -> set[int]:
-    """Numbers of the lines of a Python file that hold code: no blank lines, comments, docstrings, imports, `__all__`."""
+    """Numbers of the code lines of a Python file (see the module's docstring)."""
     found: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in _LAYOUT:
@@ -100,8 +104,8 @@ def _visited(path: Path, ran: set[int]) -> Visited | None:
     return Visited(str(path.relative_to(_ROOT)), text.count("\n"), len(code), entered, left)
 
 
-def _prune() -> None:
-    """Prune a Llama of two layers, from `trace` to `verify`."""
+def _prune(measured: coverage.Coverage) -> None:
+    """Prune a Llama of two layers, from `trace` to `verify`; the method that chooses the units is not measured."""
     import torch  # noqa: PLC0415 - the measurement starts before the libraries are there
     import transformers  # noqa: PLC0415
 
@@ -123,7 +127,17 @@ def _prune() -> None:
     program = trace(transformers.LlamaForCausalLM(config).eval())
     names = (*_PASSES, "magnitude-units", "insert_masks", "slim", "verify")
     options: dict[str, dict[str, Any]] = {"magnitude-units": {"ratio": 0.3}}
-    Pipeline([build_pass(name, options.get(name, {})) for name in names])(program)
+    pruning = False
+
+    def pause(step: Pass) -> None:
+        nonlocal pruning
+        if step.prunes:
+            measured.stop()
+        elif pruning:
+            measured.start()
+        pruning = step.prunes
+
+    Pipeline([build_pass(name, options.get(name, {})) for name in names], on_pass=pause)(program)
 
 
 def walk_the_way() -> list[Visited]:
@@ -133,7 +147,7 @@ def walk_the_way() -> list[Visited]:
     )
     measured.start()
     try:
-        _prune()
+        _prune(measured)
     finally:
         measured.stop()
     data = measured.get_data()

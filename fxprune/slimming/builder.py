@@ -22,8 +22,10 @@ from fxprune.channels.rules.base import CASTS, MOVEMENT
 from fxprune.channels.rules.movement import CONCATENATIONS, SCATTERS
 from fxprune.channels.rules.spatial import CONVOLUTIONS
 from fxprune.core.errors import PlanError
-from fxprune.slimming.rewrite import Grid, full_grid, grid_of, rewrite_movement, take
-from fxprune.slimming.selections import SelectingWriter, line_of, unclear
+from fxprune.slimming.grid import Grid, full_grid, grid_of, take
+from fxprune.slimming.rewrite import rewrite_movement
+from fxprune.slimming.selections import SelectingWriter
+from fxprune.slimming.writer import line_of, unclear
 from fxprune.tracing.lifted import with_parameters
 from fxprune.tracing.masks import ChannelMask, ExpertChannelMask, LayerGate
 from fxprune.tracing.nodes import get_attribute

@@ -19,61 +19,20 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from fxprune.core.errors import UnsupportedOpError
-from fxprune.slimming.rewrite import Scaled
+from fxprune.slimming.writer import Writer, line_of, unclear
 
 if TYPE_CHECKING:
     from fxprune.channels.call import Call
     from fxprune.core.channel_ids import IdArray
-    from fxprune.core.program import Interface
-    from fxprune.slimming.cut import Cut
-    from fxprune.slimming.rewrite import Grid
+    from fxprune.slimming.grid import Grid
 
-__all__ = ["SelectingWriter", "line_of", "unclear"]
+__all__ = ["SelectingWriter"]
 
 aten = torch.ops.aten
 
 
-class SelectingWriter:
-    """Writes nodes of a new graph whose operands keep different units, or whose arguments count channels.
-
-    Attributes:
-        graph: the new graph.
-        new: for every old node what stands for it in the new graph.
-        grids: for every old node what stays of each of its results.
-        tensors: of the new graph, by qualified name.
-        call: of the node that is being written.
-    """
-
-    def __init__(self, interface: Interface, cut: Cut) -> None:
-        self.interface = interface
-        self.cut = cut
-        self.graph = torch.fx.Graph()
-        self.new: dict[Node, Any] = {}
-        self.grids: dict[Node, list[Grid]] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self.selections: dict[tuple[Any, ...], tuple[Node, Grid]] = {}
-        self.selected: dict[Node, tuple[Node, Grid]] = {}  # for the node that is being written
-        self.call: Call | None = None
-
-    def _copy(self, node: Node) -> Node:
-        return self.graph.node_copy(node, self._operand)
-
-    def _mapped(self, argument: Any) -> Any:
-        return torch.fx.node.map_aggregate(argument, self._operand)
-
-    def _operand(self, argument: Any) -> Any:
-        if isinstance(argument, Scaled):
-            assert self.call is not None
-            return self._scaled(self.call, argument.node, argument.old, argument.new)
-        if not isinstance(argument, Node):
-            return argument
-        node = argument
-        return self.selected[node][0] if node in self.selected else self.new[node]
-
-    def grid(self, node: Node) -> Grid:
-        """The grid of an operand with one result."""
-        return self.selected[node][1] if node in self.selected else self.grids[node][0]
+class SelectingWriter(Writer):
+    """Writes nodes of a new graph whose operands keep different units, or whose arguments count channels."""
 
     def _make_contiguous(self, node: Node) -> None:
         """Numbers become complex in pairs: a part of a narrower tensor may lie at odd addresses."""
@@ -195,22 +154,3 @@ def _period(node: Node, axis: int) -> int | None:
     symbols = sorted(expression.free_symbols, key=str)
     lengths = {expression.subs({s: 7 * number + 4 * index for index, s in enumerate(symbols)}) for number in (5, 9)}
     return None if len(lengths) == 1 else int(expression.as_coeff_Mul()[0])
-
-
-def unclear(call: Call, why: str) -> UnsupportedOpError:
-    """The refusal of one node."""
-    return UnsupportedOpError(
-        f"{call.op} in {call.module or 'the model'} (node {call.node.name}) cannot be slimmed: {why}"
-    )
-
-
-def line_of(call: Call, grid: Grid, axis: int) -> IdArray | None:
-    """The kept positions of an axis, None for all.
-
-    Raises:
-        UnsupportedOpError: which positions stay depends on the other axes.
-    """
-    try:
-        return grid.line(axis)
-    except ValueError as error:
-        raise unclear(call, str(error)) from error

@@ -15,6 +15,7 @@ from fxprune.tracing.on_meta import ListsAsSlices
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -28,8 +29,6 @@ def export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expor
     """Export through transformers' own exporter, which knows the library's untraceable corners."""
     from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter  # noqa: PLC0415 - heavy
 
-    from fxprune.tracing.rope_tables import stateless_rope  # noqa: PLC0415 - imports transformers
-
     shapes: dict[str, Any] = {}
     for key, value in inputs.items():
         if isinstance(value, torch.Tensor):
@@ -40,10 +39,26 @@ def export_hugging_face(model: nn.Module, inputs: dict[str, Any]) -> torch.expor
             shapes[key] = axes_of_cache(model, value)
     device = next(model.parameters()).device
     lists = ListsAsSlices() if device.type == "meta" else nullcontext()
-    with quiet_exporter(), _cheap_shapes(device), lists, stateless_rope(model):
+    with quiet_exporter(), _cheap_shapes(device), lists, _stateless_rope(model):
         config = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
         exported: torch.export.ExportedProgram = DynamoExporter().export(model, dict(inputs), config).program
     return exported
+
+
+def _stateless_rope(model: nn.Module) -> AbstractContextManager[None]:
+    """What makes rotary tables that grow functions of the positions; nothing where a model has none."""
+    growing = [module for module in model.modules() if _is_dynamic_rope(module)]
+    if not growing:
+        return nullcontext()
+    from fxprune.tracing.rope_tables import stateless_rope  # noqa: PLC0415 - imports transformers
+
+    return stateless_rope(growing)
+
+
+def _is_dynamic_rope(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)
+    listed = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+    return "forward" not in vars(module) and any(isinstance(kind, str) and "dynamic" in kind for kind in listed)
 
 
 @contextmanager

@@ -9,10 +9,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxprune.core.errors import CheckpointError
 from fxprune.tracing.lifted import is_projection
 from fxprune.tracing.nodes import get_attribute
-from fxprune.tracing.weight_masks import has_masks, read_masks
+from fxprune.tracing.weight_masks import has_masks, masks_that_hold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,28 +45,7 @@ def masks_of_model(model: nn.Module, path: Path | None = None) -> dict[str, Tens
     directory = path if path is not None else Path(named).expanduser() if isinstance(named, str) and named else None
     if directory is None or not directory.is_dir() or not has_masks(directory):
         return {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if any(parameter.is_meta for parameter in parameters.values()):
-        return {}
-    masks = read_masks(directory)
-    for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            kind = type(model).__name__
-            if path is None:  # the directory was only a guess: another model may bear its name
-                _LOGGER.warning("%s: its mask of %s fits no parameter of this %s: not held", directory, name, kind)
-                return {}
-            raise CheckpointError(f"the mask of {name}, {tuple(mask.shape)}, fits no parameter of {kind}")
-        moved = int((parameters[name].detach() != 0)[~mask.to(parameters[name].device)].sum())
-        if moved:
-            _LOGGER.warning(
-                "%s: %d weights of %s that its mask removes are not zero, so its masks are not held; set them to zero "
-                "with fxprune.tracing.weight_masks.hold_masks, or remove weight_masks*.safetensors",
-                directory,
-                moved,
-                name,
-            )
-            return {}
-    return masks
+    return masks_that_hold(model, directory, named=path is not None)
 
 
 def masks_of_zeros(graph_module: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fxprune.core.errors import TraceError, UsageError
 from fxprune.core.program import Program, Source
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 _LOGGER = logging.getLogger(__name__)
+_LOW = {torch.float16, torch.bfloat16}
 
 
 def trace(
@@ -129,6 +132,8 @@ def trace(
 
 
 def _restore_tables(model: nn.Module) -> None:
+    if all(buffer.dtype not in _LOW or buffer.is_meta for buffer in model.buffers()):
+        return
     from fxprune.tracing.rope_tables import restore_tables  # noqa: PLC0415 - imports transformers
 
     changed = restore_tables(model)

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["has_masks", "hold_masks", "masks_of_projections", "masks_of_state", "read_masks", "write_masks"]
+__all__ = [
+    "has_masks",
+    "hold_masks",
+    "masks_of_projections",
+    "masks_of_state",
+    "masks_that_hold",
+    "read_masks",
+    "write_masks",
+]
 
 _LOGGER = logging.getLogger(__name__)
 _STEM = "weight_masks"
@@ -148,3 +156,35 @@ def masks_of_state(graph_module: nn.Module, masks: Mapping[str, Tensor]) -> dict
         original, turned = parameter_of(get_attribute(graph_module, name), f"{name}.weight")
         found[original] = mask.t() if turned else mask
     return found
+
+
+def masks_that_hold(model: nn.Module, directory: Path, *, named: bool) -> dict[str, Tensor]:
+    """The masks of a checkpoint, where a model still has their zeros; see `fxprune.tracing.found_masks`.
+
+    Args:
+        model: any module.
+        directory: of the checkpoint.
+        named: whether the user named it, so that masks of another model are an error.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return {}
+    masks = read_masks(directory)
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            kind = type(model).__name__
+            if not named:  # the directory was only a guess: another model may bear its name
+                _LOGGER.warning("%s: its mask of %s fits no parameter of this %s: not held", directory, name, kind)
+                return {}
+            raise CheckpointError(f"the mask of {name}, {tuple(mask.shape)}, fits no parameter of {kind}")
+        moved = int((parameters[name].detach() != 0)[~mask.to(parameters[name].device)].sum())
+        if moved:
+            _LOGGER.warning(
+                "%s: %d weights of %s that its mask removes are not zero, so its masks are not held; set them to zero "
+                "with fxprune.tracing.weight_masks.hold_masks, or remove weight_masks*.safetensors",
+                directory,
+                moved,
+                name,
+            )
+            return {}
+    return masks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
-from fxprune.core.precision import coarsest
+from fxprune.core.precision import coarsest, is_low
 from fxprune.core.program import Form
 from fxprune.models.loading import max_positions
 from fxprune.runtimes.runners import EagerRunner, GraphRunner
@@ -91,7 +91,7 @@ class LanguageModelLadder:
         rung = Rung(name, error, tolerance, error <= tolerance, len(expected))
         if not math.isfinite(error):
             self._name_overflow(script_tokens(self.vocabulary, self.device))
-        elif graphs:
+        elif graphs and (is_low(self.dtype) or not rung.passed):
             rung = in_wider_precision(rung, graphs, self)
         if not rung.passed and len(forms) == 2:
             rung = replace(rung, first_difference=first_difference(*forms, rung.tolerance))

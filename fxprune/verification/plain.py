@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.core.errors import VerificationError
-from fxprune.core.precision import coarsest
+from fxprune.core.precision import coarsest, is_low
 from fxprune.core.program import Form
 from fxprune.core.registry import resolve
 from fxprune.models.loading import max_positions
@@ -200,7 +200,7 @@ class PlainLadder:
         tolerance = tolerance_for(self.dtype, runtime=runtime)
         rung = self._compare(name, reference, candidate, tolerance)
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
-        if graphs and math.isfinite(rung.max_abs_error):
+        if graphs and math.isfinite(rung.max_abs_error) and (is_low(self.dtype) or not rung.passed):
             rung = in_wider_precision(rung, graphs, self)
         if not rung.passed and len(forms) == 2:
             rung = replace(rung, first_difference=first_difference(forms[0], forms[1], rung.tolerance))

@@ -81,7 +81,7 @@ class Measured(Protocol):
 
 
 def in_wider_precision(rung: Rung, graphs: tuple[Form, ...], ladder: Measured) -> Rung:
-    """Judge a rung whose difference rounding may explain.
+    """Judge a rung of forms in lower precision, or one that does not hold.
 
     Args:
         rung: as it was found, with the tolerance of its dtype.
@@ -93,7 +93,7 @@ def in_wider_precision(rung: Rung, graphs: tuple[Form, ...], ladder: Measured) -
     """
     if is_low(ladder.dtype):
         return _in_lower_precision(rung, graphs, ladder)
-    return rung if rung.passed or ladder.dtype is not torch.float32 else _second_opinion(rung, graphs, ladder)
+    return _second_opinion(rung, graphs, ladder) if ladder.dtype is torch.float32 else rung
 
 
 def _in_lower_precision(rung: Rung, graphs: tuple[Form, ...], ladder: Measured) -> Rung:
