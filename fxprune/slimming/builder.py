@@ -24,7 +24,7 @@ from fxprune.channels.rules.spatial import CONVOLUTIONS
 from fxprune.core.errors import PlanError
 from fxprune.slimming.grid import Grid, full_grid, grid_of, take
 from fxprune.slimming.rewrite import rewrite_movement
-from fxprune.slimming.selections import SelectingWriter
+from fxprune.slimming.selections import SelectingWriter, narrow_experts
 from fxprune.slimming.writer import line_of, unclear
 from fxprune.tracing.lifted import with_parameters
 from fxprune.tracing.masks import ChannelMask, ExpertChannelMask, LayerGate
@@ -156,13 +156,7 @@ class GraphBuilder(SelectingWriter):
             return tensor
         narrow = take(tensor.detach(), [None if axis in own else positions for axis, positions in enumerate(kept)])
         for axis, indices in own.items():
-            rows = indices if kept[0] is None else indices[kept[0]]
-            shape = [1] * narrow.dim()
-            shape[0], shape[axis] = rows.shape
-            size = list(narrow.shape)
-            size[axis] = rows.shape[1]
-            index = torch.from_numpy(np.ascontiguousarray(rows)).to(narrow.device).reshape(shape).expand(size)
-            narrow = narrow.gather(axis, index)
+            narrow = narrow_experts(narrow, axis, indices if kept[0] is None else indices[kept[0]])
         return narrow
 
     def narrowed_like(self, projection: str, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""New constants of movement operators other than views and expansions: repeats, slices, splits, rolls, ...
+"""New constants of movement operators other than views, expansions and slices: repeats, splits, rolls, ...
 
 Whatever is proposed here, `fxprune.slimming.rewrite` runs on position numbers before it is taken.
 """
@@ -22,20 +22,6 @@ __all__ = ["OTHER_MOVEMENT", "other_candidates"]
 aten = torch.ops.aten
 
 
-def _new_bounds(call: Call, source: Grid, args: list[Any]) -> list[Any]:
-    """Arguments of a slice whose bounds are counts of what stays before the old ones."""
-    dim = call.argument("dim", 0) % len(source.shape)
-    size = source.shape[dim]
-    if source.new_shape[dim] == size:
-        return args
-    start, end = call.argument("start", None), call.argument("end", None)
-    start, end = 0 if start is None else start, size if end is None else end
-    start, end = (max(0, bound + size) if bound < 0 else min(bound, size) for bound in (start, end))
-    leading = args[: 2 if call.node.target is aten.slice_scatter.default else 1]
-    bounds = [source.count_before(dim, start), source.count_before(dim, end)]
-    return [*leading, dim, *bounds, *args[len(leading) + 3 :]]
-
-
 def _new_shifts(call: Call, source: Grid) -> list[int]:
     """How far the axes of a `roll` go round: by as many positions as stay of those that come round."""
     shifts = []
@@ -56,11 +42,10 @@ _SPLITS: dict[Any, int | None] = dict.fromkeys(
 
 
 _REPEATS = {aten.repeat.default, aten.tile.default}
-_SLICES = {aten.slice.Tensor, aten.slice_copy.Tensor, aten.slice_scatter.default}
 _SELECTS = {aten.select.int, aten.select_copy.int, aten.select_scatter.default}
 _NARROWS = {aten.narrow.default, aten.narrow_copy.default}
 _SINGLE = {aten.repeat_interleave.self_int, aten.unflatten.int, aten.roll.default}
-OTHER_MOVEMENT: frozenset[Any] = frozenset(_REPEATS | _SLICES | _SELECTS | _NARROWS | _SINGLE | set(_SPLITS))
+OTHER_MOVEMENT: frozenset[Any] = frozenset(_REPEATS | _SELECTS | _NARROWS | _SINGLE | set(_SPLITS))
 """Operators that `other_candidates` knows; the arguments of any other movement hold for what stays as they are."""
 
 
@@ -83,8 +68,6 @@ def other_candidates(
     elif target is aten.unflatten.int:
         dim = call.int_argument(1, "dim", 0) % len(source.shape)
         args[2] = new_sizes(args[2], out.new_shape[dim : dim + len(args[2])], value_of)
-    elif target in _SLICES:
-        args = _new_bounds(call, source, args)
     elif target in _SELECTS:
         leading = args[: 2 if target is aten.select_scatter.default else 1]
         dim, index = call.argument("dim") % len(source.shape), call.argument("index")

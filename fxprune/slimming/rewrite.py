@@ -34,6 +34,22 @@ _SIZES: frozenset[Any] = frozenset({
 })  # fmt: skip
 """Operators whose second argument is the shape of the result."""
 
+_SLICES = {aten.slice.Tensor, aten.slice_copy.Tensor, aten.slice_scatter.default}
+
+
+def _new_bounds(call: Call, source: Grid, args: list[Any]) -> list[Any]:
+    """Arguments of a slice whose bounds are counts of what stays before the old ones."""
+    dim = call.argument("dim", 0) % len(source.shape)
+    size = source.shape[dim]
+    if source.new_shape[dim] == size:
+        return args
+    start, end = call.argument("start", None), call.argument("end", None)
+    start, end = 0 if start is None else start, size if end is None else end
+    start, end = (max(0, bound + size) if bound < 0 else min(bound, size) for bound in (start, end))
+    leading = args[: 2 if call.node.target is aten.slice_scatter.default else 1]
+    bounds = [source.count_before(dim, start), source.count_before(dim, end)]
+    return [*leading, dim, *bounds, *args[len(leading) + 3 :]]
+
 
 def _candidates(
     call: Call, source: Grid, outputs: Sequence[Grid], value_of: Callable[[torch.fx.Node], Any]
@@ -44,6 +60,8 @@ def _candidates(
         return other_candidates(call, source, outputs, value_of)
     if target in _SIZES:
         args[1] = new_sizes(args[1], outputs[0].new_shape, value_of)  # type: ignore[arg-type]
+    if target in _SLICES:
+        args = _new_bounds(call, source, args)
     return target, args
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fxprune.core.channel_ids import IdArray
     from fxprune.slimming.grid import Grid
 
-__all__ = ["SelectingWriter"]
+__all__ = ["SelectingWriter", "narrow_experts"]
 
 aten = torch.ops.aten
 
@@ -154,3 +154,13 @@ def _period(node: Node, axis: int) -> int | None:
     symbols = sorted(expression.free_symbols, key=str)
     lengths = {expression.subs({s: 7 * number + 4 * index for index, s in enumerate(symbols)}) for number in (5, 9)}
     return None if len(lengths) == 1 else int(expression.as_coeff_Mul()[0])
+
+
+def narrow_experts(tensor: Tensor, axis: int, rows: IdArray) -> Tensor:
+    """Take of each expert's part of a parameter indices of its own along an axis; `rows` is (experts, kept)."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[axis] = rows.shape
+    size = list(tensor.shape)
+    size[axis] = rows.shape[1]
+    index = torch.from_numpy(np.ascontiguousarray(rows)).to(tensor.device).reshape(shape).expand(size)
+    return tensor.gather(axis, index)

@@ -104,14 +104,7 @@ def trace(
                 inputs, fixed = sample_inputs(model, length), length
                 graph_module, interface = flatten(export_hugging_face(model, inputs), inputs)
     except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
-        said = f"{type(error).__name__}: {error}".strip()
-        way = (
-            "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
-            if example_inputs is not None
-            else "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
-            "data-dependent control flow."
-        )
-        raise TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}") from error
+        raise _untraceable(model, error, sampled=example_inputs is None) from error
     if causal and "logits" in interface.outputs:
         interface = replace(interface if fixed is None else of_one_length(interface, fixed), causal=True)
     source = None
@@ -129,6 +122,18 @@ def trace(
     unreached, shared = find_unreached(model, graph_module), find_shared(model, graph_module)
     program = Program(graph_module, interface, source=source, unreached=unreached, shared=shared)
     return program.with_reference("eager", model)
+
+
+def _untraceable(model: nn.Module, error: Exception, *, sampled: bool) -> TraceError:
+    """What failed and what to do; `sampled` is whether the example inputs were made up."""
+    said = f"{type(error).__name__}: {error}".strip()
+    way = (
+        "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
+        "data-dependent control flow."
+        if sampled
+        else "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
+    )
+    return TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}")
 
 
 def _restore_tables(model: nn.Module) -> None:
