@@ -35,8 +35,8 @@ from fxprune.slimming.slim import slim_graph
 from fxprune.structured.base import StructuredPass
 from fxprune.structured.targets import budgets_of, cost_model
 from fxprune.tracing.lifted import is_projection
-from fxprune.tracing.masks import LayerGate
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,8 +28,9 @@ from fxprune.learned.hard_concrete import HardConcrete
 from fxprune.learned.unit_gates import GroupGates, HeadGates, UnitGates
 from fxprune.tracing.lifted import is_projection
 from fxprune.tracing.lifted_graphs import own_projections
-from fxprune.tracing.masks import ChannelMask, LayerGate
+from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

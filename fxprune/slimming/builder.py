@@ -27,8 +27,9 @@ from fxprune.slimming.rewrite import rewrite_movement
 from fxprune.slimming.selections import SelectingWriter, narrow_experts
 from fxprune.slimming.writer import line_of, unclear
 from fxprune.tracing.lifted import with_parameters
-from fxprune.tracing.masks import ChannelMask, ExpertChannelMask, LayerGate
+from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import ExpertChannelMask, LayerGate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

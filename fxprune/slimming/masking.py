@@ -10,8 +10,9 @@ from torch.fx import Node
 from fxprune.core.groups import ExpertMlpGroup
 from fxprune.tracing.graphs import copy_graph_module
 from fxprune.tracing.lifted import is_projection
-from fxprune.tracing.masks import ChannelMask, ExpertChannelMask
+from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import ExpertChannelMask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,7 +15,8 @@ from torch.fx import Node
 from fxprune.channels.rules.spatial import CONVOLUTIONS
 from fxprune.core.groups import ExpertGroup, LayerGroup
 from fxprune.slimming.masking import MaskWriter, unit_of
-from fxprune.tracing.masks import ChannelMask, ChoiceMask, LayerGate
+from fxprune.tracing.masks import ChannelMask
+from fxprune.tracing.unit_masks import ChoiceMask, LayerGate
 
 if TYPE_CHECKING:
     from torch import nn

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from fxprune.core.precision import Widened
     from fxprune.core.program import Interface, Program
+    from fxprune.core.widened import Widened
 
     Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     _Cases = list[dict[str, Tensor]]

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.fx import GraphModule
 
-from fxprune.core.precision import Widened, is_low, short_name
+from fxprune.core.precision import is_low, short_name
 from fxprune.core.program import Form
+from fxprune.core.widened import Widened
 from fxprune.tracing.graphs import copy_graph_module
 from fxprune.verification.ladder import tolerance_for
 
