@@ -19,7 +19,7 @@ import json
 import tokenize
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import coverage
 
@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["ROOMS", "Visited", "code_lines", "walk_the_way"]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_PASSES = ("lift_linears", "locate_attention", "locate_mlp", "locate_hidden", "locate_experts", "locate_layers")
 ROOMS = ("fxprune/core", "fxprune/tracing", "fxprune/channels", "fxprune/slimming", "fxprune/verification")
-_FILES = tuple(f"passes/{name}.py" for name in (*_PASSES, "insert_masks", "slim", "verify"))
+_PASSES = ("lift_linears", "locate_*", "insert_masks", "slim", "verify")
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -109,6 +108,7 @@ def _prune(measured: coverage.Coverage) -> None:
     import torch  # noqa: PLC0415 - the measurement starts before the libraries are there
     import transformers  # noqa: PLC0415
 
+    from fxprune.channels.front_end import located  # noqa: PLC0415
     from fxprune.core.pipeline import Pipeline, build_pass  # noqa: PLC0415
     from fxprune.tracing.trace import trace  # noqa: PLC0415
 
@@ -124,9 +124,11 @@ def _prune(measured: coverage.Coverage) -> None:
         max_position_embeddings=256,
         initializer_range=0.2,
     )
-    program = trace(transformers.LlamaForCausalLM(config).eval())
-    names = (*_PASSES, "magnitude-units", "insert_masks", "slim", "verify")
-    options: dict[str, dict[str, Any]] = {"magnitude-units": {"ratio": 0.3}}
+    program = located(trace(transformers.LlamaForCausalLM(config).eval()))
+    steps = [
+        build_pass("magnitude-units", {"ratio": 0.3}),
+        *(build_pass(n, {}) for n in ("insert_masks", "slim", "verify")),
+    ]
     pruning = False
 
     def pause(step: Pass) -> None:
@@ -137,7 +139,7 @@ def _prune(measured: coverage.Coverage) -> None:
             measured.start()
         pruning = step.prunes
 
-    Pipeline([build_pass(name, options.get(name, {})) for name in names], on_pass=pause)(program)
+    Pipeline(steps, on_pass=pause)(program)
 
 
 def walk_the_way() -> list[Visited]:
@@ -152,7 +154,7 @@ def walk_the_way() -> list[Visited]:
         measured.stop()
     data = measured.get_data()
     paths = [path for room in ROOMS for path in sorted((_ROOT / room).rglob("*.py"))]
-    paths += [_ROOT / name for name in _FILES]
+    paths += [path for name in _PASSES for path in sorted((_ROOT / "passes").glob(f"{name}.py"))]
     found = (_visited(path, set(data.lines(str(path)) or ())) for path in paths)
     return [visited for visited in found if visited is not None]
 

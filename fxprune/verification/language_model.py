@@ -113,8 +113,9 @@ class LanguageModelLadder:
         """A graph's logits in a wider precision, or in its own; computed once a graph."""
         key = id(form.module), wide
         if key not in self._known:
-            module: Any = form.module if wide is None else widened(form, wide)
-            self._known[key] = self._of(GraphRunner(module, form.interface, "graph"))
+            self._known[key] = self._of(
+                self.runner(form, "graph") if wide is None else GraphRunner(*widened(form, wide), "graph")
+            )
         return self._known[key]
 
     def climb(self, *, reexport: bool) -> list[Rung]:

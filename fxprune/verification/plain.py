@@ -223,12 +223,12 @@ class PlainLadder:
 
     def own_rounding(self, form: Form, wide: torch.dtype) -> float:
         """See `fxprune.verification.rounding.Measured`."""
-        return self._largest(self.graph(widened(form, wide)), self.form(form), self._cases_in(wide), self.cases)
+        return self._largest(self.graph(widened(form, wide)[0]), self.form(form), self._cases_in(wide), self.cases)
 
     def exact_difference(self, reference: Form, candidate: Form, wide: torch.dtype) -> float:
         """See `fxprune.verification.rounding.Measured`."""
         cases = self._cases_in(wide)
-        return self._largest(self.graph(widened(reference, wide)), self.graph(widened(candidate, wide)), cases, cases)
+        return self._largest(*(self.graph(widened(form, wide)[0]) for form in (reference, candidate)), cases, cases)
 
     def _cases_in(self, wide: torch.dtype) -> _Cases:
         """The cases, for graphs in float64 in float64; what runs a graph in float32 widens its inputs itself."""

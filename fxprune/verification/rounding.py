@@ -29,6 +29,7 @@ from fxprune.verification.ladder import tolerance_for
 if TYPE_CHECKING:
     from typing import Any
 
+    from fxprune.core.program import Interface
     from fxprune.verification.ladder import Rung
 
 __all__ = ["DOUBLE_TOLERANCE", "ROUNDINGS", "Measured", "in_double", "in_wider_precision", "widened"]
@@ -63,10 +64,13 @@ def in_double(form: Form) -> Form:
     return Form(module, replace(form.interface, example_inputs=examples))
 
 
-def widened(form: Form, dtype: torch.dtype) -> Any:
-    """What runs a graph form in float32, its weights as they are, or in float64."""
+def widened(form: Form, dtype: torch.dtype) -> tuple[Any, Interface]:
+    """What runs a graph form in float32, its weights as they are, or in float64; and how it is called."""
     assert isinstance(form.module, GraphModule)
-    return Widened(form.module) if dtype is torch.float32 else in_double(form).module
+    if dtype is torch.float32:
+        return Widened(form.module), form.interface
+    double = in_double(form)
+    return double.module, double.interface
 
 
 class Measured(Protocol):
