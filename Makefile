@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SPHINX := OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all lint docs clean
 
 install: $(STAMP)
 
@@ -31,11 +32,16 @@ test-all: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build && mkdir -p build/lint
+	$(SPHINX) -b dummy docs build/docs-check
+	rm -rf build/lib build/bdist.* build/lint && mkdir -p build/lint
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/lint .
 	$(BIN)/python -m pip install --quiet --no-deps --target build/lint/site build/lint/*.whl
 	cd build/lint && PYTHONPATH=site ../../$(BIN)/lint-imports ../../pyproject.toml
 	cd build/lint && MYPYPATH=site ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python --namespace-packages -p fxprune
+
+# Pages of docs/ with the reference from docstrings; a broken link or cross reference is an error.
+docs: install
+	$(SPHINX) -b html docs build/docs
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

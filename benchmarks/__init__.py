@@ -1,1 +1,1 @@
-"""Benchmarks: scripts that measure what the README claims, each with a JSON result and a table."""
+"""Benchmarks: scripts that measure what docs/benchmarks.md claims, each with a JSON result and a table."""

@@ -25,8 +25,8 @@ from fxprune.channels.front_end import front_end
 from fxprune.checkpoints.load_model import load_model
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.evaluation.perplexity import file_perplexity
-from fxprune.flows.pruning import pass_of
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.steps import prune_program
+from fxprune.flows.verbs import method_of
 from fxprune.measure.speed import machine, peak_rss_bytes
 from fxprune.models.default_model import default_model_path
 from fxprune.runtimes.runners import EagerRunner
@@ -63,7 +63,7 @@ def measure(checkpoint: Path, dtype: str, arguments: argparse.Namespace, scratch
     program = front_end(loaded, Stopwatch())
     start = time.perf_counter()
     out = scratch / f"slim-{dtype}"
-    slim = prune_program(program, pass_of(arguments.method, options), options, out=out)
+    slim = prune_program(program, method_of(arguments.method, "prune"), options, out=out)
     section = slim.results["structured"]
     return {
         "dtype": dtype,

@@ -36,7 +36,7 @@ from fxprune.core.plan import Plan
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.evaluation.harness import evaluate_tasks
 from fxprune.evaluation.perplexity import file_perplexity
-from fxprune.flows.pruning import pass_of
+from fxprune.flows.verbs import method_of
 from fxprune.measure.forms import cases_of, export_pair, measure_speed
 from fxprune.measure.speed import machine, peak_rss_bytes
 from fxprune.models.default_model import default_model_path
@@ -64,7 +64,7 @@ def measure(arguments: argparse.Namespace, method: str, seed: int, ratios: list[
     text = arguments.data / "calibration" / "sample_c4-rp1.jsonl"
     options: dict[str, Any] = {"ratio": ratios, "calibration": str(text), "samples": arguments.samples}
     options |= {"seq_len": 512, "seed": seed, **json.loads(arguments.options)}
-    step: Any = build_pass(pass_of(method, options), options)
+    step: Any = build_pass(method_of(method, "prune"), options)
     start = time.perf_counter()
     step.requires(program)
     budgets = step.budgets(program)

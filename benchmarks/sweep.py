@@ -140,7 +140,7 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
     import fxprune  # noqa: PLC0415
     from fxprune.channels.front_end import LOCATE  # noqa: PLC0415
     from fxprune.core.pipeline import Pipeline, build_pass  # noqa: PLC0415
-    from fxprune.flows.workflow import prune_program  # noqa: PLC0415
+    from fxprune.flows.steps import prune_program  # noqa: PLC0415
 
     row["stage"] = "trace"
     program = fxprune.trace(loaded.model, path=loaded.path)

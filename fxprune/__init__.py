@@ -14,28 +14,58 @@ from fxprune.models.auto_classes import install
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fxprune.checkpoints.checkpoint import load
+    from fxprune.core.errors import (
+        CalibrationError,
+        CheckpointError,
+        ExportError,
+        FxpruneError,
+        NotFiniteError,
+        OutputError,
+        PlanError,
+        PostconditionError,
+        PreconditionError,
+        RegistryError,
+        TraceError,
+        TrainingError,
+        UnsupportedOpError,
+        UsageError,
+        VerificationError,
+    )
     from fxprune.core.fx_adapter import FxPass
     from fxprune.core.pass_base import Pass, PassResult
     from fxprune.core.pipeline import Pipeline
     from fxprune.core.plan import Plan
     from fxprune.core.program import Program
-
-    from fxprune.checkpoints.checkpoint import load  # isort: skip
-    from fxprune.tracing.trace import trace  # isort: skip
+    from fxprune.flows.verbs import Result, bench, evaluate, export, learn, prune, sparsify
+    from fxprune.tracing.trace import trace
 
 __version__ = "0.1.0"
-__all__ = ["FxPass", "Pass", "PassResult", "Pipeline", "Plan", "Program", "load", "save", "trace"]
 
-_WHERE = {
-    "FxPass": "fxprune.core.fx_adapter",
-    "Pass": "fxprune.core.pass_base",
-    "PassResult": "fxprune.core.pass_base",
-    "Pipeline": "fxprune.core.pipeline",
-    "Plan": "fxprune.core.plan",
-    "Program": "fxprune.core.program",
-    "load": "fxprune.checkpoints.checkpoint",
-    "trace": "fxprune.tracing.trace",
-}
+_ROOMS = {
+    "fxprune.checkpoints.checkpoint": ("load",),
+    "fxprune.core.errors": (
+        "CalibrationError", "CheckpointError", "ExportError", "FxpruneError", "NotFiniteError", "OutputError",
+        "PlanError", "PostconditionError", "PreconditionError", "RegistryError", "TraceError", "TrainingError",
+        "UnsupportedOpError", "UsageError", "VerificationError",
+    ),
+    "fxprune.core.fx_adapter": ("FxPass",),
+    "fxprune.core.pass_base": ("Pass", "PassResult"),
+    "fxprune.core.pipeline": ("Pipeline",),
+    "fxprune.core.plan": ("Plan",),
+    "fxprune.core.program": ("Program",),
+    "fxprune.flows.verbs": ("Result", "bench", "evaluate", "export", "learn", "prune", "sparsify"),
+    "fxprune.tracing.trace": ("trace",),
+}  # fmt: skip
+_WHERE = {name: module for module, names in _ROOMS.items() for name in names}
+"""Public names are imported when they are first used, so that `import fxprune` stays quick."""
+
+__all__ = [
+    "CalibrationError", "CheckpointError", "ExportError", "FxPass", "FxpruneError", "NotFiniteError", "OutputError",
+    "Pass", "PassResult", "Pipeline", "Plan", "PlanError", "PostconditionError", "PreconditionError", "Program",
+    "RegistryError", "Result", "TraceError", "TrainingError", "UnsupportedOpError", "UsageError", "VerificationError",
+    "bench", "evaluate", "export", "learn", "load", "prune", "save", "sparsify", "trace",
+]  # fmt: skip
 
 
 def save(program: Program, out: Path | str, *, overwrite: bool = False, max_shard_size: int | str = "5GB") -> Program:
@@ -63,3 +93,7 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,6 +26,7 @@ Refused:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ from fxprune.learned.expected_size import ExpectedSize, independent_units
 from fxprune.learned.options import BudgetMode, Distillation, L0Options, Mode, PostLoss, steps_of
 from fxprune.learned.run import CURVE_POINTS, EXTRA_KINDS, Run, unit_index
 from fxprune.learned.schedule import ScheduleShape  # noqa: TC001 - as above
+from fxprune.learned.state import StateDirectory
 from fxprune.learned.unit_gates import HeadScheme  # noqa: TC001 - as above
 from fxprune.structured.base import StructuredPass
 from fxprune.structured.curves import EVENNESS, check_evenness
@@ -108,6 +110,7 @@ class L0Prune(StructuredPass):
     """
 
     name = "l0"
+    verb: ClassVar[str] = "learn"
     needs_data: ClassVar[bool] = True
     reads_loss: ClassVar[bool] = True
 
@@ -184,6 +187,13 @@ class L0Prune(StructuredPass):
         self.post_loss: PostLoss = post_loss or ("lm" if post_data else "distil")
         self.fit_samples, self.fit_steps = fit_samples, fit_steps
         self._check_own()
+
+    def forget(self) -> None:
+        """See the base: the state of the training."""
+        if self.state is None:
+            super().forget()
+        else:
+            StateDirectory(Path(self.state), {}).clear()
 
     def _check_own(self) -> None:
         if len(self.targets) > 1:

@@ -1,4 +1,4 @@
-"""The examples run, on a tiny model; the pass in CONTRIBUTING works from a package of its own."""
+"""The examples run, on a tiny model; the pass in docs/how-to-add.md works from a package of its own."""
 
 from __future__ import annotations
 
@@ -84,17 +84,17 @@ def test_the_yaml_pipeline_runs(
     assert fxprune.load(tmp_path / "slim").config.model_type == "llama"
 
 
-# --- CONTRIBUTING ---------------------------------------------------------------------------------------------------
+# --- docs/how-to-add.md ---------------------------------------------------------------------------------------------
 
 
 def block(language: str) -> str:
-    """The first code block of a language in CONTRIBUTING."""
-    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    """The first code block of a language in docs/how-to-add.md."""
+    found = re.search(rf"```{language}\n(.*?)```", (ROOT / "docs" / "how-to-add.md").read_text(), re.DOTALL)
     assert found is not None
     return found[1]
 
 
-def test_contributing_shows_the_example_as_it_is() -> None:
+def test_the_page_shows_the_example_as_it_is() -> None:
     source = (EXAMPLES / "own_pass.py").read_text()
     body = source[source.index("class NormPrune") : source.index("if __name__")].strip()
     assert body in block("python")
@@ -104,7 +104,7 @@ def test_contributing_shows_the_example_as_it_is() -> None:
 def test_a_package_written_by_the_book_adds_its_pass_to_yaml_pipelines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Install a package that holds nothing but what CONTRIBUTING shows, and use its pass by name."""
+    """Install a package that holds nothing but what the page shows, and use its pass by name."""
     name, target = re.findall(r'(\w+) = "(my_package:\w+)"', block("toml"))[0]
     metadata = tmp_path / "site" / "my_package-1.0.dist-info"
     metadata.mkdir(parents=True)

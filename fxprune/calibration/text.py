@@ -24,7 +24,7 @@ from fxprune.calibration.records import documents_of, record_form, require_templ
 from fxprune.core.errors import CalibrationError, NotFiniteError, UsageError
 from fxprune.evaluation.perplexity import hash_tokens, read_text
 from fxprune.models.loading import expand_user, max_positions
-from fxprune.runtimes.runners import position_ids_from_mask
+from fxprune.runtimes.runners import position_ids_from_mask, text_maker
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from fxprune.calibration.records import Chat, RecordForm
+    from fxprune.core.program import Program
     from fxprune.runtimes.runners import Runner
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "check_records",
     "held_out_windows",
     "sample_from_model",
+    "texts_of",
 ]
 
 _FILE_SUFFIXES = {".txt", ".jsonl", ".json", ".raw", ".text", ".md", ".csv", ".parquet"}
@@ -132,6 +134,22 @@ def _refuse_field(spec: CalibrationSpec, path: Path) -> None:
             f"text_field {spec.text_field!r} is for records, and {path} is read as plain text: leave it out, or write "
             "one object a line to a .jsonl file"
         )
+
+
+def texts_of(program: Program, spec: CalibrationSpec, device: torch.device | str) -> CalibrationSet:
+    """Calibration samples for a program of a Hugging Face model, by its own tokenizer; `"self"` samples from it.
+
+    Raises:
+        CalibrationError, UsageError: as for `calibration_set`.
+    """
+    assert program.source is not None
+    return calibration_set(
+        spec,
+        tokenizer=program.source.tokenizer,
+        runner=text_maker(program) if program.interface.causal else None,
+        config=program.source.config,
+        device=device,
+    )
 
 
 def calibration_set(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from fxprune.flows.verbs import Result
 
 __all__ = [
     "DEFAULT_THREADS",
@@ -17,6 +20,7 @@ __all__ = [
     "Model",
     "Overwrite",
     "err",
+    "finish",
     "out",
     "say",
     "summary",
@@ -29,10 +33,10 @@ err = Console(stderr=True)
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 
 Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON to this file.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON to this file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
-Dtype = Annotated[str | None, typer.Option(help="Precision, such as float32 or bfloat16; as saved by default.")]
-Device = Annotated[str, typer.Option(help="Where torch models run.")]
+Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Such as bfloat16; as saved by default.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch models run.")]
 
 
 def say(text: str) -> None:
@@ -58,3 +62,15 @@ def write_json(path: Path | None, data: Any) -> None:
         from fxprune.core.output import write_json as write
 
         write(path, data)
+
+
+def finish(result: Result, json: Path | None) -> None:
+    """Show what a verb made; exit with 1 where a speed gate failed."""
+    from fxprune.flows.assessment import failed_gate, warnings_of
+
+    write_json(json, result.report)
+    out.print(Markdown(result.summary))
+    for text in warnings_of(result.report):
+        say(f"warning: {text}")
+    if failed_gate(result.report):
+        raise typer.Exit(1)

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fxprune.cli import common
 from fxprune.cli.common import Json, Model, say, tell, write_json
-from fxprune.cli.common import out as console
 from fxprune.core.errors import UsageError
 
 __all__ = ["export", "verify"]
@@ -79,7 +79,7 @@ def _show(data: dict[str, Any], json: Path | None) -> None:
     from fxprune.cli.tables import show_rungs
     from fxprune.verification.approximation import Difference
 
-    show_rungs(data["verify"], console)
+    show_rungs(data["verify"], common.out)
     int4 = data.get("int4")
     if int4 is not None:
         if "weights" in int4:

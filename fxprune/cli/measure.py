@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxprune.cli import common
 from fxprune.cli.common import DEFAULT_THREADS, Device, Dtype, Json, say
-from fxprune.cli.common import out as console
+
+if TYPE_CHECKING:
+    from fxprune.flows.evaluation import Evaluation
 
 __all__ = ["bench", "compare", "evaluate"]
 
@@ -24,9 +27,13 @@ Windows = Annotated[int | None, typer.Option(help="Use only the first so many wi
 BatchSize = Annotated[str, typer.Option(help="Windows or sequences at once; `auto`: from free memory.")]
 
 
-def _named(tasks: list[str] | None) -> list[str]:
-    """The tasks that were named, one by one or separated by commas."""
-    return [name.strip() for names in tasks or () for name in names.split(",") if name.strip()]
+def _evaluation(ppl: list[Path] | None, tasks: list[str] | None, batch_size: str, **others: Any) -> Evaluation:
+    """What to measure, from texts; tasks are named one by one or separated by commas."""
+    from fxprune.flows.evaluation import Evaluation
+    from fxprune.runtimes.batching import parse_batch_size
+
+    named = [name.strip() for names in tasks or () for name in names.split(",") if name.strip()]
+    return Evaluation(ppl=ppl or (), tasks=named, batch_size=parse_batch_size(batch_size), **others)
 
 
 def bench(
@@ -84,10 +91,10 @@ def bench(
     if table is not None:
         if len(work.threads) > 1 or batch or runtime or markdown:
             raise UsageError("a latency table has one number of threads, batch 1, ONNX Runtime, and is JSON")
-        data = run_table(dense, table, work, console, say)
+        data = run_table(dense, table, work, common.out, say)
         verdict = None
     else:
-        data, verdict = run_bench([dense, *(slim or ())], work, console, say, gated=gated, target=target_speedup)
+        data, verdict = run_bench([dense, *(slim or ())], work, common.out, say, gated=gated, target=target_speedup)
     if json is not None:
         write_json(json, data)
     if markdown is not None:
@@ -115,23 +122,22 @@ def evaluate(
 ) -> None:
     """Perplexity and zero-shot tasks of any form of a model."""
     from fxprune.core.output import write_json
-    from fxprune.flows.evaluation import Evaluation, run_evaluation
-    from fxprune.runtimes.batching import parse_batch_size
+    from fxprune.flows.evaluation import run_evaluation
 
-    what = Evaluation(
-        ppl=ppl or (),
-        tasks=_named(tasks),
+    what = _evaluation(
+        ppl,
+        tasks,
+        batch_size,
         data=data,
         limit=limit,
         window=window,
         windows=windows,
-        batch_size=parse_batch_size(batch_size),
         max_length=max_length,
         dtype=dtype,
         device=device,
         tokenizer=tokenizer,
     )
-    measured = run_evaluation(model, what, console, say)
+    measured = run_evaluation(model, what, common.out, say)
     if json is not None:
         write_json(json, measured)
 
@@ -168,19 +174,17 @@ def compare(
     from fxprune.core.registry import resolve
     from fxprune.evaluation.eval_cache import EvaluationCache
     from fxprune.flows.comparison import run_comparison
-    from fxprune.flows.evaluation import Evaluation
-    from fxprune.runtimes.batching import parse_batch_size
 
     if out is not None:
         prepare_output(out, overwrite=overwrite)
-    what = Evaluation(
-        ppl=ppl or (),
-        tasks=_named(tasks),
+    what = _evaluation(
+        ppl,
+        tasks,
+        batch_size,
         data=data,
         limit=limit,
         window=window,
         windows=windows,
-        batch_size=parse_batch_size(batch_size),
         max_length=max_length,
         dtype=dtype,
         device=device,
@@ -188,7 +192,7 @@ def compare(
     )
     result = run_comparison(forms, what, say, cache=EvaluationCache.of_user() if cache else EvaluationCache(None))
     shown = resolve("fxprune.exporters.report_comparison:comparison_markdown")(result)
-    console.print(rich.markdown.Markdown(shown.partition("\n<details>")[0]))
+    common.out.print(rich.markdown.Markdown(shown.partition("\n<details>")[0]))
     if out is not None:
         with staged_directory(out, overwrite=overwrite) as staging:
             resolve("fxprune.exporters.report_comparison:write_comparison")(result, staging)

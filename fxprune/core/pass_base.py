@@ -12,11 +12,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fxprune.core.errors import PostconditionError
+from fxprune.core.errors import PostconditionError, UsageError
 from fxprune.core.program import Event, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from fxprune.core.goals import Goal
 
 __all__ = ["Pass", "PassResult", "constructor_options", "option_names"]
 
@@ -70,10 +72,16 @@ class Pass(ABC):
     name: ClassVar[str]
     prunes: ClassVar[bool] = False
     """Whether it is a pruning method, which users choose by its name; the other passes are asked before it works."""
+    verb: ClassVar[str] = "prune"
+    """The verb that runs it: `prune`, `sparsify` or `learn`."""
     needs_data: ClassVar[bool] = False
     """Whether the method itself reads calibration text."""
     reads_loss: ClassVar[bool] = False
     """Whether the method reads the loss of a language model: gradients of it, or what it becomes."""
+    keeps_shapes: ClassVar[bool] = False
+    """Whether what it changes keeps its shape, as zeros and codes do: there is nothing to slim behind it."""
+    guarded: ClassVar[bool] = False
+    """Whether it may learn its calibration text by heart, so that other text is measured beside it."""
 
     def precheck(self, program: Program, pruning: Pass | None = None) -> Program:
         """Say what can be known of this pass before the passes in front of it have worked.
@@ -97,6 +105,35 @@ class Pass(ABC):
     def reads_text(self) -> bool:
         """Whether calibration text is read with the options that it has."""
         return self.needs_data
+
+    def goals(self) -> Sequence[Goal]:
+        """The values of its target where it has several, the loosest first: each makes a result of its own.
+
+        Raises:
+            UsageError: they are not in order.
+        """
+        return ()
+
+    def for_goals(self, program: Program) -> Sequence[Pass]:
+        """For each of its goals a pass; what they share is computed here, once.
+
+        Raises:
+            FxpruneError: as the pass itself.
+        """
+        del program
+        return [self]
+
+    def forget(self) -> None:
+        """Throw away what an earlier, unfinished run of the same pass left to go on with.
+
+        Raises:
+            UsageError: it keeps nothing.
+        """
+        raise UsageError(f"{self.name} keeps nothing of an unfinished run that could be thrown away: leave restart out")
+
+    def why_not_streamed(self) -> str:
+        """Why it cannot work block by block on a model that is never held whole; empty if it can."""
+        return f"{self.name} needs the whole model in memory: leave --stream out"
 
     def loss_reader(self) -> str:
         """What reads the loss of a language model, the method or one of its options; empty if nothing does."""

@@ -16,7 +16,7 @@ from fxprune.core.errors import RegistryError
 if TYPE_CHECKING:
     from fxprune.core.pass_base import Pass
 
-__all__ = ["get_pass", "pass_names", "register_pass", "resolve"]
+__all__ = ["called", "get_pass", "pass_names", "pass_of", "register_pass", "resolve"]
 
 _PASSES: dict[str, str] = {
     "lift_linears": "fxprune.passes.lift_linears:LiftLinears",
@@ -46,7 +46,19 @@ _PASSES: dict[str, str] = {
     "export_onnx": "fxprune.passes.export_onnx:ExportOnnx",
     "export_int4": "fxprune.passes.export_int4:ExportInt4",
 }
+_CALLED = {("prune", "magnitude"): "magnitude-units"}
+"""Methods that there are for several verbs under one name, and the pass that stands for the name in one of them."""
 _loaded_entry_points = False
+
+
+def pass_of(method: str, verb: str) -> str:
+    """The name of the pass that a method's name means for a verb."""
+    return _CALLED.get((verb, method), method)
+
+
+def called(name: str) -> str:
+    """What users call the pass of a name."""
+    return next((method for (_, method), own in _CALLED.items() if own == name), name)
 
 
 def resolve(path: str) -> Any:

@@ -1,26 +1,21 @@
-"""What is measured of a structurally pruned model once it is saved: perplexity, the guard, speed and its gate.
+"""What is measured of a model that a recipe made: perplexity, the guard, speed and its gate; and its report.
 
-Several slim models of one dense model share what is measured of the dense one.
+Several models of one dense model share what is measured of the dense one.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxprune.calibration.text import check_records
 from fxprune.core.errors import UsageError
 from fxprune.core.registry import resolve
-from fxprune.evaluation.perplexity import read_text
-from fxprune.flows.guard import Guard, check_guard
+from fxprune.flows.guard import Guard
 from fxprune.flows.reporting import report_of
 from fxprune.flows.slim_speed import SpeedRun, speed_plan
 from fxprune.flows.workflow import perplexities
-from fxprune.models.loading import resolve_device
-from fxprune.models.methods import require_language_model
-from fxprune.structured.base import StructuredPass
-from fxprune.weights.base import SparsePass
+from fxprune.measure.sparse_speed import measure_sparse_speed
+from fxprune.weights.base import NO_SPEED_UP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,82 +26,18 @@ if TYPE_CHECKING:
     from fxprune.core.program import Program
     from fxprune.core.stopwatch import Stopwatch
     from fxprune.evaluation.perplexity import PerplexityResult
+    from fxprune.flows.recipe import Recipe
 
-__all__ = ["Assessor", "Wanted", "failed_gate", "warnings_of"]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What shall be measured.
-
-    Attributes:
-        ppl: texts for the perplexity: files, or `python` for Python's own language reference.
-        windows: of 512 tokens per text.
-        guard: the guard's second text: a file, `python`, or `none`.
-        speed: whether to time the exported model even if no target speed-up asks for it.
-        threads: of ONNX Runtime, where no latency table says it.
-        repeats: timed repeats of each form; see `fxprune.flows.slim_speed.speed_plan`.
-    """
-
-    ppl: Sequence[str] = ()
-    windows: int | None = None
-    guard: str = "python"
-    speed: bool = False
-    threads: int = 1
-    repeats: int | None = None
-
-    def check(self, step: Pass, device: str) -> None:
-        """Tell what is wrong before any work is done.
-
-        Raises:
-            CalibrationError: a text cannot be read, or it is not clear which field of calibration records to read.
-            UsageError: speed is to be measured off the CPU, or the latency table or the mix is wrong.
-        """
-        for text in self.ppl:
-            if text != "python":
-                read_text(text)
-        reads = step.reads_text if isinstance(step, StructuredPass) else getattr(step, "needs_data", False)
-        if isinstance(step, StructuredPass | SparsePass) and reads:
-            check_records(step.calibration_spec())
-        check_guard(self.guard)
-        if self.times(step):
-            speed_plan(step, self.threads, self.repeats)
-            if resolve_device(device).type != "cpu":
-                raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
-
-    def check_class(self, step: Pass, model_class: type[Any], config: Any) -> None:
-        """Tell what cannot be measured of a model's class, before it is loaded.
-
-        Raises:
-            UsageError: perplexity, a guard's text or a speed of decoding was asked for, and it is no language model.
-        """
-        asked = {
-            "--ppl": bool(self.ppl),
-            f"--guard {self.guard}": self.guard not in {"none", "python"},
-            "--measure-speed": self.speed,
-            "--target-speedup": getattr(step, "target_speedup", None) is not None,
-        }
-        for what in (name for name, given in asked.items() if given):
-            require_language_model(
-                what,
-                model_class,
-                config,
-                otherwise="leave it out (fxprune bench --decode 0 times forward passes of other models that read text)",
-            )
-
-    def times(self, step: Pass) -> bool:
-        """Whether speed is measured: it was asked for, or a target speed-up has to hold."""
-        return self.speed or getattr(step, "target_speedup", None) is not None
+__all__ = ["Assessor", "failed_gate", "warnings_of"]
 
 
 class Assessor:
-    """Measures slim programs that one pass made from one dense program, and writes their reports.
+    """Measures the programs that a recipe made from one dense program, and writes their reports.
 
     A context manager: the exported dense graph is removed at its end.
 
     Args:
-        wanted: what to measure.
-        step: the pruning pass.
+        recipe: what was done, and what to measure.
         program: the dense, located program.
         say: gets progress messages.
 
@@ -114,15 +45,19 @@ class Assessor:
         UsageError: a text was named for the guard, and the program cannot read text.
     """
 
-    def __init__(self, wanted: Wanted, step: Pass, program: Program, say: Callable[[str], None]) -> None:
-        self.wanted = wanted
-        self.step = step
+    def __init__(self, recipe: Recipe, program: Program, say: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.wanted = recipe.wanted
         self.say = say
-        self.guards = _guards(wanted, step, program)
+        self._learner = _learner(recipe, program)
         self._program = program
         self._dense: dict[str, PerplexityResult] = {}
         self._guard: Guard | None = None
-        self._speed = SpeedRun(speed_plan(step, wanted.threads, wanted.repeats)) if wanted.times(step) else None
+        self._shapes_stay = all(step.keeps_shapes for step in recipe.passes)
+        self._speed: SpeedRun | None = None
+        if self.wanted.times(recipe.passes) and not self._shapes_stay:
+            cutting = next(step for step in recipe.passes if not step.keeps_shapes)
+            self._speed = SpeedRun(speed_plan(cutting, self.wanted.threads, self.wanted.repeats))
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -134,35 +69,45 @@ class Assessor:
         self._stack.close()
 
     def report(
-        self, program: Program, out: Path, *, method: str, seed: int, target: float | None, watch: Stopwatch
+        self, program: Program, out: Path | None, *, watch: Stopwatch, speedup: float | None = None
     ) -> dict[str, Any]:
-        """Measure a slim program and write its report; before speed is measured it is written once without.
+        """Measure a program and write its report; before speed is measured it is written once without.
 
         Args:
-            program: the slim program.
-            out: where its checkpoint is.
-            method: name of the pass.
-            seed: its seed.
-            target: the speed-up that was asked for, if one was.
+            program: what the recipe made.
+            out: where its checkpoint is; None writes nothing.
             watch: has the seconds so far, and gets those of measuring.
+            speedup: the speed-up that was asked for; that of the recipe's pass when None.
 
         Raises:
             FxpruneError: something could not be measured; what was is in the report.
         """
-        write_report = resolve("fxprune.exporters.report_writer:write_report")
         found = self._quality(program, watch)
-        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, **found)
-        write_report(report, out)
-        if self._speed is None:
+        report = self._written(program, out, watch, found)
+        if not self.wanted.times(self.recipe.passes):
             return report
-        self.say("exporting the dense and the slim form, and timing them")
+        what = "sparse" if self._shapes_stay else "slim"
+        self.say(f"exporting the dense and the {what} form, and timing them")
         with watch.stage("bench"):
-            program, results, verdict = self._speed.measure(program, target)
-        found["speed"] = [result.to_json() for result in results]
-        if verdict is not None:
-            found["gate"] = verdict.to_json()
-        report = report_of(program, method=method, seed=seed, seconds=watch.seconds, **found)
-        write_report(report, out)
+            if self._speed is None:
+                found["speed"] = measure_sparse_speed(program, threads=self.wanted.threads).to_json()
+                stated = program.results["sparsity"] | {"speed": NO_SPEED_UP}
+                program = program.with_results(sparsity=stated)
+            else:
+                wished = speedup if speedup is not None else _single(self.recipe.passes)
+                program, results, verdict = self._speed.measure(program, wished)
+                found["speed"] = [result.to_json() for result in results]
+                if verdict is not None:
+                    found["gate"] = verdict.to_json()
+        return self._written(program, out, watch, found)
+
+    def _written(
+        self, program: Program, out: Path | None, watch: Stopwatch, found: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        recipe = self.recipe
+        report = report_of(program, method=recipe.method, seed=recipe.seed, seconds=watch.seconds, **found)
+        if out is not None:
+            resolve("fxprune.exporters.report_writer:write_report")(report, out)
         return report
 
     def _quality(self, program: Program, watch: Stopwatch) -> dict[str, Any]:
@@ -174,25 +119,34 @@ class Assessor:
                 found["quality"] = perplexities(
                     program, self.wanted.ppl, windows=self.wanted.windows, known=self._dense
                 )
-        if self.guards:
+        if self._learner is not None:
             self.say("guarding against overfitting to the calibration text")
             with watch.stage("guard"):
                 if self._guard is None:
-                    assert isinstance(self.step, StructuredPass)
-                    self._guard = Guard(self._program, self.step.calibration_spec(), self.wanted.guard)
+                    self._guard = Guard(self._program, self._learner.calibration_spec(), self.wanted.guard)
                 found["guard"] = self._guard.judge(program)
         return found
 
 
-def _guards(wanted: Wanted, step: Pass, program: Program) -> bool:
-    """Whether the guard runs: for methods that read calibration text, on models that can read any."""
-    if wanted.guard == "none" or not (isinstance(step, StructuredPass) and step.reads_text):
-        return False
+def _single(passes: Sequence[Pass]) -> float | None:
+    """The target speed-up of a pass that has one."""
+    targets = [getattr(step, "target_speedup", None) for step in passes]
+    target = next((value for value in targets if value is not None), None)
+    return target[0] if isinstance(target, (list, tuple)) else target
+
+
+def _learner(recipe: Recipe, program: Program) -> Any:
+    """The pass that the guard looks at, if it runs: one that may learn its text by heart, on a model that reads any."""
+    wanted = recipe.wanted
+    learner = next((step for step in recipe.passes if step.guarded and step.reads_text), None)
+    if wanted.guard == "none" or learner is None:
+        return None
     source = program.source
-    able = source is not None and source.tokenizer is not None and program.interface.causal
-    if not able and wanted.guard != "python":
+    if source is not None and source.tokenizer is not None and program.interface.causal:
+        return learner
+    if wanted.guard != "python":
         raise UsageError("--guard reads text: it needs a causal language model with a tokenizer")
-    return able
+    return None
 
 
 def warnings_of(report: Mapping[str, Any]) -> list[str]:

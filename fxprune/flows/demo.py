@@ -17,11 +17,12 @@ from fxprune.core.pipeline import build_pass
 from fxprune.core.precision import coarsest, short_name
 from fxprune.core.registry import resolve
 from fxprune.core.stopwatch import Stopwatch
-from fxprune.flows.pruning import check_model
 from fxprune.flows.reporting import report_of
-from fxprune.flows.workflow import perplexities, prune_program
+from fxprune.flows.steps import prune_program
+from fxprune.flows.workflow import perplexities
 from fxprune.measure.forms import cases_of, export_pair, measure_speed
 from fxprune.models.default_model import default_model_path
+from fxprune.models.methods import check_method, class_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ def run_demo(
     """
     prepare_output(out, overwrite=overwrite, inputs=[model])
     if model:
-        check_model(model, build_pass("channel", {"ratio": ratio, **options}))
+        check_method(build_pass("channel", {"ratio": ratio, **options}), *class_of_model(model))
     watch = Stopwatch()
     with staged_directory(out, overwrite=overwrite) as staging:
         say(

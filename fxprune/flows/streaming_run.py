@@ -85,14 +85,8 @@ def prune_streaming(
     Raises:
         FxpruneError: as the parts raise; a run that failed or was interrupted goes on after its last finished block.
     """
-    if method.calibration == "self" and method.needs_data:
-        raise UsageError("streaming cannot sample text from a model that does not fit in memory; name a text file")
-    if method.allocation != "uniform":
-        raise UsageError(f"allocation={method.allocation} needs the whole model in memory; streaming prunes uniformly")
-    if method.distil_epochs:
-        raise UsageError("distillation needs the whole model in memory: leave distil_epochs out when streaming")
-    if not method.needs_data:
-        raise UsageError(f"{method.name} needs no calibration; streaming is for methods that do")
+    if reason := method.why_not_streamed():
+        raise UsageError(reason)
     start = time.perf_counter()
     target = prepare_output(out, overwrite=overwrite, inputs=[source])
     _refuse_mixed(expand_user(source))

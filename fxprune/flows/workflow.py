@@ -14,7 +14,6 @@ import torch
 from fxprune.channels.front_end import located
 from fxprune.checkpoints.checkpoint import load_skeleton
 from fxprune.core.errors import TraceError
-from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.registry import resolve
 from fxprune.evaluation.perplexity import file_perplexity, perplexity, tokenise
 from fxprune.models.loading import (
@@ -26,13 +25,11 @@ from fxprune.models.manifest import MANIFEST_NAME
 from fxprune.models.model_class import class_of_config, config_of_class
 from fxprune.runtimes.runners import GraphRunner, Runner
 from fxprune.tracing.trace import trace
-from fxprune.weights.base import SparsePass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from fxprune.core.pass_base import Pass
     from fxprune.core.program import Program
     from fxprune.core.stopwatch import Stopwatch
     from fxprune.evaluation.perplexity import PerplexityResult
@@ -40,9 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "inspect_program",
     "models_of_config",
-    "prune_program",
     "quality_entry",
-    "run_pruning",
     "text_of_python",
     "trace_on_meta",
 ]
@@ -99,52 +94,6 @@ def trace_on_meta(candidates: Mapping[str, Callable[..., Any]], name: str) -> Pr
     raise TraceError(
         f"{name}: {next(iter(candidates))} cannot be traced on the meta device: {type(first).__name__}: {first}"
     ) from first
-
-
-def prune_program(
-    program: Program,
-    method: str,
-    options: Mapping[str, Any],
-    *,
-    out: Path | None = None,
-    overwrite: bool = False,
-    on_pass: Callable[[Pass], None] | None = None,
-) -> Program:
-    """Prune, slim, verify and, with `out`, save and verify the reloaded checkpoint.
-
-    Args:
-        program: a program with groups.
-        method: name of a pruning pass.
-        options: its options.
-        out: where the checkpoint goes.
-        overwrite: whether an earlier output may be replaced.
-        on_pass: called before each pass, for progress.
-
-    Returns:
-        The slim program.
-
-    Raises:
-        FxpruneError: any pass refused or any rung failed.
-    """
-    return run_pruning(program, build_pass(method, options), out=out, overwrite=overwrite, on_pass=on_pass)
-
-
-def run_pruning(
-    program: Program,
-    pruning: Pass,
-    *,
-    out: Path | None = None,
-    overwrite: bool = False,
-    on_pass: Callable[[Pass], None] | None = None,
-) -> Program:
-    """Run a pruning pass and what belongs behind it, see `prune_program`."""
-    # Zeros change no shape: there is nothing to mask and nothing to slim.
-    steps = ("verify",) if isinstance(pruning, SparsePass) else ("insert_masks", "slim", "verify")
-    passes = [pruning, *(build_pass(name, {}) for name in steps)]
-    if out is not None:
-        passes.append(build_pass("save", {"out": str(out), "overwrite": overwrite}))
-        passes.append(build_pass("verify", {"checkpoint": str(out), "graph": False}))
-    return Pipeline(passes, on_pass=on_pass)(program).program
 
 
 def text_of_python() -> str:

@@ -64,14 +64,14 @@ class LoadedModel:
         tokenizer: None when the checkpoint has none.
         config: the model's configuration.
         name: hub id or path as the user gave it.
-        path: the local directory it was read from; for a hub id, the snapshot in the hub cache.
+        path: the local directory it was read from; for a hub id, the snapshot in the hub cache; None of a module.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     config: PreTrainedConfig
     name: str
-    path: Path
+    path: Path | None
 
 
 def load_config(name_or_path: str | Path) -> PreTrainedConfig:

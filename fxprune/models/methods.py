@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxprune.core.errors import PreconditionError, UsageError
-from fxprune.core.registry import get_pass, pass_names
+from fxprune.core.registry import called, get_pass, pass_names
 from fxprune.models.loading import load_config
 from fxprune.models.model_class import class_of_config, is_language_model, reads_tokens
 
@@ -32,15 +32,15 @@ def class_of_model(name_or_path: str | Path) -> tuple[type[Any], Any]:
     return class_of_config(config, f"{name_or_path}"), config
 
 
-def usable_methods(model_class: type[Any], config: Any) -> list[str]:
-    """Names of the pruning methods that work for models of a class, as they are without further options."""
+def usable_methods(model_class: type[Any], config: Any, verb: str) -> list[str]:
+    """Names of the methods of a verb that work for models of a class, as they are without further options."""
     language, text = is_language_model(model_class, config), reads_tokens(model_class)
     found = []
     for name in pass_names():
         method = get_pass(name)
         if method.prunes and (language or not method.reads_loss) and (text or not method.needs_data):
-            found.append(name)
-    return found
+            found += [called(name)] if method.verb == verb else []
+    return sorted(found)
 
 
 def check_method(step: Pass, model_class: type[Any], config: Any) -> None:
@@ -59,7 +59,10 @@ def check_method(step: Pass, model_class: type[Any], config: Any) -> None:
     if not step.prunes or is_language_model(model_class, config):
         return
     name = model_class.__name__
-    use = f"use one of {', '.join(usable_methods(model_class, config))}"
+    usable = usable_methods(model_class, config, step.verb)
+    # Learning finds units too, with a loss: without one there is pruning.
+    verb = step.verb if usable else "prune"
+    use = f"use fxprune {verb} with one of {', '.join(usable or usable_methods(model_class, config, verb))}"
     if reader := step.loss_reader():
         raise PreconditionError(
             f"{reader} reads the loss of a language model, which predicts the next token of its text, and {name} does "

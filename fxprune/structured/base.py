@@ -22,10 +22,12 @@ Heads and MLP channels are pruned; hidden channels, experts, their channels and 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 
 import torch
@@ -33,15 +35,16 @@ import torch
 from fxprune.calibration.engine import text_samples
 from fxprune.calibration.input_grams import input_grams
 from fxprune.calibration.overflow import naming_overflow
-from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.calibration.text import CalibrationSpec, texts_of
 from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
+from fxprune.core.goals import Goal
 from fxprune.core.groups import AttentionGroup, MlpGroup
+from fxprune.core.one_goal import OneGoal
 from fxprune.core.pass_base import Pass, PassResult
 from fxprune.measure.latency_table import load_table
 from fxprune.models.loading import resolve_dtype
 from fxprune.models.methods import check_method
-from fxprune.runtimes.runners import text_maker
 from fxprune.structured.case import Budgets, Case
 from fxprune.structured.curves import Limits
 from fxprune.structured.reconstruct_consumers import consumers_of, reconstruct_consumers, reconstruct_on_grams
@@ -114,6 +117,7 @@ class StructuredPass(Pass):
     reconstruction: ClassVar[Reconstruction] = "none"
     """What the method does with the consumers unless told otherwise."""
     prunes: ClassVar[bool] = True
+    guarded: ClassVar[bool] = True
     own_uniform: ClassVar[bool] = False
     """Whether the method prunes uniformly unless told otherwise."""
     own_kinds: ClassVar[tuple[str, ...]] = ("attention", "mlp")
@@ -425,16 +429,9 @@ class StructuredPass(Pass):
         device = next(program.graph_module.parameters()).device
         if not self.reads_text:
             return torch.zeros(0, self.seq_len, dtype=torch.int64, device=device), None
-        assert program.source is not None
         start = time.perf_counter()
         with naming_overflow(program, None):
-            texts = calibration_set(
-                self.calibration_spec(),
-                tokenizer=program.source.tokenizer,
-                runner=text_maker(program) if program.interface.causal else None,
-                config=program.source.config,
-                device=device,
-            )
+            texts = texts_of(program, self.calibration_spec(), device)
         seconds["text"] = time.perf_counter() - start
         return texts.tokens.to(device), texts.description
 
@@ -449,6 +446,40 @@ class StructuredPass(Pass):
                 f"{-(-2 * widest // length)} samples of {length} tokens"
                 + ("" if self.inverts else ", or reconstruct=none")
             )
+
+    def goals(self) -> Sequence[Goal]:
+        """See the base: one for each target, where there are several."""
+        if len(self.targets) < 2:
+            return ()
+        grows = self.targets[0].kind in {"ratio", "speedup"}
+        for one, other in itertools.pairwise(self.targets):
+            if one.value == other.value or (other.value > one.value) != grows:
+                way = "grow" if grows else "shrink"
+                listed = ", ".join(f"{target.value:g}" for target in self.targets)
+                raise UsageError(f"budgets go from loose to tight: values of {one.option} must {way}, got {listed}")
+        names = [target.short for target in self.targets]
+        if len(set(names)) < len(names):
+            raise UsageError(f"budgets {', '.join(names)} lie too close together to be told apart")
+        return tuple(
+            Goal(target.short, str(target), target.option, target.value, speedup=target.kind == "speedup")
+            for target in self.targets
+        )
+
+    def for_goals(self, program: Program) -> Sequence[Pass]:
+        """See the base: one calibration, and plans each within the one before."""
+        goals = self.goals()
+        if not goals:
+            return [self]
+        planned = self.budgets(program)
+        seconds = sum(planned.seconds.values())
+
+        def apply(index: int, program: Program) -> PassResult:
+            return self.apply(program, planned, index)
+
+        return [
+            OneGoal(self, goal, partial(apply, index), seconds=seconds, goals=len(goals))
+            for index, goal in enumerate(goals)
+        ]
 
     def apply(self, program: Program, budgets: Budgets, index: int) -> PassResult:
         """Reconstruct for one of the plans; the plan is left in `Program.plan`."""

@@ -31,6 +31,9 @@ __all__ = ["CostModel", "Target", "TargetKind", "budgets_of", "cost_model", "pla
 TargetKind = Literal["ratio", "params", "macs", "bytes", "speedup"]
 
 
+_SUFFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
 @dataclass(frozen=True)
 class Target:
     """What shall be reached.
@@ -55,6 +58,20 @@ class Target:
             raise UsageError(f"a target speed-up is larger than 1, got {self.value}")
         elif not 0 < self.value < float("inf"):
             raise UsageError(f"target_{self.kind} must be positive, got {self.value}")
+
+    @property
+    def option(self) -> str:
+        """The option of a pass that holds it."""
+        return self.kind if self.kind == "ratio" else f"target_{self.kind}"
+
+    @property
+    def short(self) -> str:
+        """A name for files, such as `ratio-0.1` or `params-100M`."""
+        value = f"{self.value:g}"
+        if self.kind in {"params", "macs", "bytes"}:
+            limit, suffix = next(((limit, suffix) for limit, suffix in _SUFFIXES if self.value >= limit), (1.0, ""))
+            value = f"{self.value / limit:g}{suffix}"
+        return f"{self.kind}-{value}"
 
     def __str__(self) -> str:
         return {"ratio": f"ratio {self.value:g}", "speedup": f"speed-up {self.value:g}"}.get(

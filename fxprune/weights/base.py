@@ -30,7 +30,7 @@ import torch
 from fxprune.calibration.engine import CalibrationEngine, EngineOptions, text_samples
 from fxprune.calibration.overflow import naming_overflow
 from fxprune.calibration.stages import cut_stages
-from fxprune.calibration.text import CalibrationSpec, calibration_set
+from fxprune.calibration.text import CalibrationSpec, texts_of
 from fxprune.channels.locate import require_lifted
 from fxprune.core.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.core.groups import ExpertGroup
@@ -40,7 +40,6 @@ from fxprune.core.progress import track
 from fxprune.models.loading import resolve_dtype
 from fxprune.models.methods import check_method
 from fxprune.runtimes.matmul import multiplies_bfloat16, product_rate
-from fxprune.runtimes.runners import text_maker
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
@@ -73,7 +72,7 @@ __all__ = [
 ]
 
 NO_SPEED_UP = "zeros alone make no dense kernel faster; ONNX Runtime computes them like any other number"
-_HOW_TO_MEASURE = "to measure it: fxprune prune --measure-speed, or fxprune export of both forms and fxprune bench"
+_HOW_TO_MEASURE = "to measure it: fxprune sparsify --measure-speed, or fxprune export of both forms and fxprune bench"
 _LOWER = (torch.bfloat16, torch.float16)
 
 
@@ -265,7 +264,19 @@ class SparsePass(Pass):
         self.device_bytes = device_bytes
 
     prunes: ClassVar[bool] = True
+    keeps_shapes: ClassVar[bool] = True
+    verb: ClassVar[str] = "sparsify"
     needs_data: ClassVar[bool] = True
+
+    def why_not_streamed(self) -> str:
+        """See the base: what needs all weights at once."""
+        if self.calibration == "self" and self.needs_data:
+            return "streaming cannot sample text from a model that does not fit in memory; name a text file"
+        if self.allocation != "uniform":
+            return f"allocation={self.allocation} needs the whole model in memory; streaming prunes uniformly"
+        if self.distil_epochs:
+            return "distillation needs the whole model in memory: leave distil_epochs out when streaming"
+        return "" if self.needs_data else f"{self.name} needs no calibration; streaming is for methods that do"
 
     def loss_reader(self) -> str:
         """See the base; the options that read the loss."""
@@ -380,15 +391,8 @@ class SparsePass(Pass):
         return forward_precision(self.forward_dtype, dtype_of(program), device)
 
     def _tokens(self, program: Program) -> tuple[Tensor, Mapping[str, Any]]:
-        assert program.source is not None
         device = program.interface.example_inputs["input_ids"].device
-        texts = calibration_set(
-            self.calibration_spec(),
-            tokenizer=program.source.tokenizer,
-            runner=text_maker(program) if program.interface.causal else None,
-            config=program.source.config,
-            device=device,
-        )
+        texts = texts_of(program, self.calibration_spec(), device)
         return texts.tokens.to(device), texts.description
 
     def engine_options(self, program: Program, device: torch.device | None = None) -> EngineOptions:

@@ -27,8 +27,8 @@ from fxprune.core.errors import CalibrationError, NotFiniteError, TrainingError,
 from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.precision import coarsest, is_low, main_dtype
 from fxprune.core.widened import Widened
+from fxprune.flows.steps import prune_program
 from fxprune.flows.streaming_run import prune_streaming
-from fxprune.flows.workflow import prune_program
 from fxprune.passes.verify import Verify
 from fxprune.tracing.trace import trace
 from tests.conftest import TINY_LINES

@@ -188,7 +188,7 @@ def test_sparse_then_slim(
     source, sparse = tmp_path / "model", tmp_path / "sparse"
     written(CASES["bfloat16 Qwen2"], tiny_tokenizer, source)
     args = ("--method", "magnitude", "--sparsity", 0.5, "--out", sparse)
-    assert run_command(monkeypatch, capsys, "prune", source, *args)[0] == 0
+    assert run_command(monkeypatch, capsys, "sparsify", source, *args)[0] == 0
     options = {**CASES["bfloat16 Qwen2"].options, "calibration": str(calibration(CASES["hybrid"], tmp_path))}
     args = ("--method", "channel", *command(options), "--guard", "none", "--out", tmp_path / "slim")
     status, out, err = run_command(monkeypatch, capsys, "prune", sparse, *args)

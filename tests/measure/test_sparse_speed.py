@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fxprune.core.errors import PostconditionError, PreconditionError, UsageError
 from fxprune.core.pipeline import build_pass
 from fxprune.exporters.report import markdown_summary
-from fxprune.flows.assessment import Wanted
-from fxprune.flows.pruning import Destination, prune_model
+from fxprune.flows.recipe import Destination
+from fxprune.flows.wanted import Wanted
 from fxprune.measure.sparse_speed import measure_sparse_speed
 from fxprune.tracing.trace import trace
 from fxprune.weights.base import NO_SPEED_UP
+from tests.commands import done
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,9 +53,9 @@ def test_the_speed_of_zeros_is_measured_and_told(
         found.append(measure_sparse_speed(program, threads=threads, repeats=2, prefills=(6,), decodes=2, past=4))
         return found[-1]
 
-    monkeypatch.setattr("fxprune.flows.pruning.measure_sparse_speed", quickly)
+    monkeypatch.setattr("fxprune.flows.assessment.measure_sparse_speed", quickly)
     place = Destination(tmp_path / "out")
-    report = prune_model(str(tmp_path / "dense"), "magnitude", {"pattern": "1:4"}, place, wanted=Wanted(speed=True))
+    report = done(str(tmp_path / "dense"), "magnitude", {"pattern": "1:4"}, place, wanted=Wanted(speed=True))
     assert [entry["case"] for entry in report["speed"]] == ["prefill-6", "decode-2@4"]
     linears = 4 * 16 * 16 + 3 * 16 * 24
     assert found[0].zeros >= linears * 3 // 4
@@ -74,7 +75,7 @@ def test_the_speed_of_zeros_is_measured_and_told(
 def test_without_measuring_the_report_says_how(pruned: Program) -> None:
     sentence = pruned.results["sparsity"]["speed"]
     assert sentence.startswith(NO_SPEED_UP)
-    assert "fxprune prune --measure-speed" in sentence
+    assert "fxprune sparsify --measure-speed" in sentence
 
 
 def test_only_zeros_that_are_there_are_timed(pruned: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_only_zeros_that_are_there_are_timed(pruned: Program, monkeypatch: pytes
 
 
 def test_what_has_no_zeros_or_no_runtime_is_refused_before_any_work(tmp_path: Path) -> None:
-    timed = partial(prune_model, str(tmp_path / "nowhere"), wanted=Wanted(speed=True))
+    timed = partial(done, str(tmp_path / "nowhere"), wanted=Wanted(speed=True))
     with pytest.raises(UsageError, match="leave --device meta out"):
         timed("magnitude", {}, Destination(tmp_path / "out", device="meta"))
     assert list(tmp_path.iterdir()) == []

@@ -81,8 +81,8 @@ HEADS = {
     "t5": "lm_head.weight",
     "vit": "classifier.weight",
 }
-NO_TEXT = "magnitude, magnitude-units, random"
-NO_LOSS = "alps, flap, magnitude, magnitude-units, osscar, random, sparsegpt, wanda, wanda-sp"
+NO_TEXT = "prune with one of magnitude, random"
+NO_LOSS = "prune with one of flap, magnitude, osscar, random, wanda-sp"
 
 
 def built(name: str) -> PreTrainedModel:
@@ -202,8 +202,8 @@ def test_methods_that_read_activations_calibrate_on_text(
 ) -> None:
     out = tmp_path / "out"
     status, _, err = run(
-        "prune", directory(name), "--method", method, f"--{target}", 0.2, "--out", out,
-        "--calibration", text, "--samples", 12, "--seq-len", 16,
+        "prune" if target == "ratio" else "sparsify", directory(name), "--method", method, f"--{target}", 0.2,
+        "--out", out, "--calibration", text, "--samples", 12, "--seq-len", 16,
     )  # fmt: skip
     assert status == 0, err
     report = json.loads((out / "report.json").read_text())
@@ -220,7 +220,7 @@ def test_zeros_need_no_text_and_leave_the_head_dense(
 ) -> None:
     for name in ("reward", "vit", "answers"):
         out = tmp_path / name
-        status, _, err = run("prune", directory(name), "--method", "magnitude", "--sparsity", 0.5, "--out", out)
+        status, _, err = run("sparsify", directory(name), "--method", "magnitude", "--sparsity", 0.5, "--out", out)
         assert status == 0, err
         state = fxprune.load(out).state_dict()
         assert bool((state[HEADS[name]] != 0).all())
@@ -235,17 +235,21 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
         (name, ("prune", "--method", method, "--ratio", 0.2), f"{method} reads the loss of a language model.*{NO_LOSS}")
         for name, method in (("reward", "channel"), ("masked", "fisher"), ("t5", "taylor"), ("tokens", "depth"))
     ),
-    ("decoder", ("prune", "--method", "l0", "--ratio", 0.2), f"l0 reads the loss.*Qwen3Model does not.*{NO_LOSS}"),
-    ("vit", ("prune", "--ratio", 0.2), f"channel reads the loss.*use one of {NO_TEXT}$"),
-    ("vit", ("prune", "--method", "wanda-sp", "--ratio", 0.2), f"reads pixel_values: use one of {NO_TEXT}$"),
-    ("vit", ("prune", "--method", "wanda", "--sparsity", 0.5), f"reads pixel_values: use one of {NO_TEXT}$"),
-    ("vit", ("prune", "--method", "magnitude", "--ratio", 0.2, "--reconstruct", "bias"), "reads pixel_values"),
+    ("decoder", ("learn", "--ratio", 0.2), f"l0 reads the loss.*Qwen3Model does not.*{NO_LOSS}"),
+    ("vit", ("prune", "--ratio", 0.2), f"channel reads the loss.*use fxprune {NO_TEXT}$"),
+    ("vit", ("prune", "--method", "wanda-sp", "--ratio", 0.2), f"reads pixel_values: use fxprune {NO_TEXT}$"),
+    ("vit", ("sparsify", "--method", "wanda"), "reads pixel_values: use fxprune sparsify with one of magnitude$"),
+    ("vit", ("prune", "--method", "magnitude", "--ratio", 0.2, "--option", "reconstruct=bias"), "reads pixel_values"),
     (
         "reward",
-        ("prune", "--method", "wanda", "--sparsity", 0.5, "--option", "distil_epochs=1"),
+        ("sparsify", "--method", "wanda", "--sparsity", 0.5, "--option", "distil_epochs=1"),
         "distil_epochs of wanda reads the loss",
     ),
-    ("reward", ("prune", "--method", "wanda", "--sparsity", 0.5, "--allocation", "loss"), "allocation=loss of wanda"),
+    (
+        "reward",
+        ("sparsify", "--method", "wanda", "--sparsity", 0.5, "--option", "allocation=loss"),
+        "allocation=loss of wanda",
+    ),
     ("masked", ("prune", "--method", "wanda-sp", "--ratio", 0.2), "writes none that could be sampled.*--calibration"),
     ("masked", ("prune", "--method", "wanda-sp", "--ratio", "0.1,0.2"), "writes none that could be sampled"),
     ("reward", ("prune", "--method", "magnitude", "--ratio", 0.2, "--ppl", "python"), "--ppl needs a language model"),
@@ -268,8 +272,8 @@ def test_what_a_head_cannot_do_is_refused_before_any_work(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    for module in ("pruning", "exporting", "budget_run"):
-        monkeypatch.setattr(f"fxprune.{module}.load_model", load)
+    for module in ("steps", "exporting"):
+        monkeypatch.setattr(f"fxprune.flows.{module}.load_model", load)
     out = tmp_path / "out"
     status, _, err = run(command[0], directory(name), *command[1:], "--out", out)
     assert status in {1, 2}
@@ -314,7 +318,7 @@ def test_streaming_a_classifier_gives_what_memory_gives(
     for more in ((), ("--stream",)):
         out = tmp_path / f"out{len(more)}"
         status, _, err = run(
-            "prune", directory("classifier"), "--method", "wanda", "--sparsity", 0.5, "--out", out,
+            "sparsify", directory("classifier"), "--method", "wanda", "--sparsity", 0.5, "--out", out,
             "--calibration", text, "--samples", 8, "--seq-len", 16, *more,
         )  # fmt: skip
         assert status == 0, err

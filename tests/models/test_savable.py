@@ -18,9 +18,10 @@ from fxprune.core.errors import FxpruneError, OutputError, PreconditionError, Tr
 from fxprune.core.pass_base import Pass, PassResult
 from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.flows.exporting import ExportRequest, run_export
-from fxprune.flows.pruning import Destination, prune_model, stream_model
-from fxprune.flows.workflow import prune_program, run_pruning
+from fxprune.flows.recipe import Destination
+from fxprune.flows.steps import carry_out, prune_program
 from fxprune.tracing.trace import trace
+from tests.commands import done
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +127,7 @@ def test_a_class_of_which_no_checkpoint_can_be_loaded_is_pruned_but_not_saved(tm
     assert "OwnClass" in program.source.unsavable
     work = Calibrated()
     with pytest.raises(PreconditionError, match=r"OwnClass.*can be pruned and exported"):
-        run_pruning(program, work, out=tmp_path / "slim")
+        carry_out(program, [work], out=tmp_path / "slim")
     assert not work.ran
     slim = prune_program(program, "magnitude-units", {"ratio": 0.2})
     exported = build_pass("export_onnx", {"out": str(tmp_path / "onnx")})(slim).program
@@ -149,8 +150,7 @@ PLACES = {"the input": "model", "what holds it": ".", "inside it": "model/slim",
 @pytest.mark.parametrize("flow", ["prune", "sparse", "budgets", "stream", "export", "save"])
 def test_an_output_is_never_an_input(flow: str, place: str, checkpoint: Path) -> None:
     """Overwriting allowed or not, whichever way it is named."""
-    from fxprune.flows.assessment import Wanted
-    from fxprune.flows.budget_run import prune_budgets
+    from fxprune.flows.wanted import Wanted
 
     link = checkpoint.parent / "link"
     if not link.exists():
@@ -168,10 +168,10 @@ def test_an_output_is_never_an_input(flow: str, place: str, checkpoint: Path) ->
             assert not work.ran
 
     flows: dict[str, Callable[[], object]] = {
-        "prune": lambda: prune_model(str(checkpoint), "magnitude-units", {"ratio": 0.2}, where),
-        "sparse": lambda: prune_model(str(checkpoint), "magnitude", {"sparsity": 0.5}, where),
-        "budgets": lambda: prune_budgets(str(checkpoint), "magnitude-units", {"ratio": [0.1, 0.2]}, where, Wanted()),
-        "stream": lambda: stream_model(str(checkpoint), "wanda", {"sparsity": 0.5, "calibration": "x.txt"}, where),
+        "prune": lambda: done(str(checkpoint), "magnitude-units", {"ratio": 0.2}, where),
+        "sparse": lambda: done(str(checkpoint), "magnitude", {"sparsity": 0.5}, where),
+        "budgets": lambda: done(str(checkpoint), "magnitude-units", {"ratio": [0.1, 0.2]}, where, Wanted()),
+        "stream": lambda: done(str(checkpoint), "wanda", {"sparsity": 0.5, "calibration": "x.txt"}, where, stream=True),
         "export": lambda: run_export(str(checkpoint), ExportRequest(out, overwrite=True), lambda _: None),
         "save": save,
     }
@@ -200,7 +200,7 @@ def test_a_pass_that_is_left_with_nothing_says_why_before_it_works(tmp_path: Pat
     program = located(bloom())
     step = build_pass("magnitude-units", {"ratio": 0.1, "kinds": ["attention"]})
     with pytest.raises(FxpruneError, match="alibi"):
-        run_pruning(program, step, out=tmp_path / "slim")
+        carry_out(program, [step], out=tmp_path / "slim")
     assert prune_program(program, "magnitude-units", {"ratio": 0.1, "kinds": ["attention"]}).plan  # not saved: fine
 
 

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import fxprune
 from fxprune import load
-from fxprune.cli.l0 import clear_state, learned_options, with_state
-from fxprune.core.errors import CalibrationError, CheckpointError, PreconditionError, TrainingError, UsageError
+from fxprune.core.errors import (
+    CalibrationError,
+    CheckpointError,
+    OutputError,
+    PreconditionError,
+    TrainingError,
+    UsageError,
+)
 from fxprune.core.pipeline import Pipeline, build_pass, load_pipeline
 from fxprune.learned import start as l0_start
 from fxprune.learned.finish import Finished, choose
@@ -277,17 +284,9 @@ def test_the_command_prunes_keeps_its_training_and_says_what_is_wrong(
     text.write_text("\n".join(TINY_LINES * 12))
     out = tmp_path / "slim"
     fixed = ["--calibration", text, "--samples", 12, "--seq-len", 12, "--steps", 5, "--batch", 2, "--lora-rank", 2]
-    fixed += [
-        "--option",
-        "held_out=2",
-        "--option",
-        "start_samples=4",
-        "--round-to",
-        8,
-        "--lora-targets",
-        "q_proj,up_proj",
-    ]
-    command = ["prune", tiny_llama_dir, "--method", "l0", "--ratio", 0.3, "--out", out, "--guard", "none", *fixed]
+    more = ("held_out=2", "start_samples=4", "round_to=8", "lora_targets=q_proj,up_proj")
+    fixed += [part for option in more for part in ("--option", option)]
+    command = ["learn", tiny_llama_dir, "--ratio", 0.3, "--out", out, "--guard", "none", *fixed]
     status, _, said = run_command(monkeypatch, capsys, *command)
     assert status == 0, said
     state = tmp_path / "slim.training"
@@ -300,24 +299,27 @@ def test_the_command_prunes_keeps_its_training_and_says_what_is_wrong(
     assert "How it was learned" in page
     assert "LoRA of rank 2, 5 steps" in page
     assert load(out) is not None
+    again = {"calibration": str(text), "samples": 12, "seq_len": 12, "guard": "none", "restart": True, "out": out}
     with pytest.raises(UsageError, match="before the 0.3"):  # what is wrong costs no training
-        clear_state("l0", with_state("l0", {"ratio": 0.3, "warm_up": 0.9}, out))
+        fxprune.learn(tiny_llama_dir, ratio=0.3, warm_up=0.9, overwrite=True, **again)
     assert list(state.glob("state*"))
-    clear_state("l0", with_state("l0", {"ratio": 0.3}, out))
+    with pytest.raises(OutputError, match="overwrite"):  # nor does an output that is in the way
+        fxprune.learn(tiny_llama_dir, ratio=0.3, held_out=2, **again)
+    assert list(state.glob("state*"))
+    build_pass("l0", {"ratio": 0.3, "state": str(state)}).forget()
     assert not list(state.glob("state*"))
-    with pytest.raises(UsageError, match="--restart goes with"):
-        clear_state("channel", with_state("channel", {}, out))
-    with pytest.raises(UsageError, match="given twice"):
-        learned_options({}, targets=None, further=["samples=9"], others=["samples"])
-    assert "state" not in with_state("l0", {"state": "none"}, out)
+    for other in ({"state": "none", "out": None}, {"out": None}):
+        with pytest.raises(UsageError, match="l0 keeps nothing"):
+            fxprune.learn(tiny_llama_dir, ratio=0.3, held_out=2, **{**again, **other})
     for wrong, why in (
-        (["--warm-up", "0.9"], "before the 0.3 that is asked for"),
+        (["--option", "warm_up=0.9"], "before the 0.3 that is asked for"),
         (["--ratio", "0.1,0.2"], "one target at a time"),
         (["--option", "nonsense"], "give NAME=VALUE"),
         (["--option", "colour=red"], "unknown option 'colour'"),
-        (["--distillation", "none", "--post-data", "x.json"], "how many post_steps"),
+        (["--option", "samples=9"], "given twice"),
+        (["--option", "distillation=none", "--post-data", "x.json"], "how many post_steps"),
     ):
-        arguments = ["prune", tiny_llama_dir, "--method", "l0", "--ratio", 0.3, "--out", tmp_path / "no", *fixed]
+        arguments = ["learn", tiny_llama_dir, "--ratio", 0.3, "--out", tmp_path / "no", *fixed]
         for flag in wrong[::2]:  # what a case says stands alone
             if flag in arguments and flag != "--option":
                 place = arguments.index(flag)

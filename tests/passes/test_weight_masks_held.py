@@ -23,7 +23,7 @@ from fxprune.core.plan import Plan
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.exporters.report import markdown_summary
 from fxprune.flows.reporting import report_of
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.steps import prune_program
 from fxprune.learned.lora_product import LoraProduct
 from fxprune.passes.slim import Slim
 from fxprune.structured.reconstruction import moments_of_gram, reconstruct
@@ -407,7 +407,7 @@ def test_the_command_line_holds_masks_and_zeros(
     AutoModelForCausalLM.from_pretrained(sparse).save_pretrained(bare)
     for file in sparse.glob("tokenizer*"):
         (bare / file.name).write_bytes(file.read_bytes())
-    code, _, error = run("prune", bare, *common, "--hold-zeros", "--out", tmp_path / "held")
+    code, _, error = run("prune", bare, *common, "--option", "hold_zeros=true", "--out", tmp_path / "held")
     assert code == 0, error
     _, masks = held(tmp_path / "held")
     assert len(masks) == LINEARS

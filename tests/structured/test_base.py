@@ -16,11 +16,13 @@ from fxprune.core.errors import CalibrationError, PostconditionError, Preconditi
 from fxprune.core.groups import AttentionGroup, MlpGroup
 from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.plan import Plan
-from fxprune.flows.pruning import Destination, pass_of, prune_model
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.recipe import Destination
+from fxprune.flows.steps import prune_program
+from fxprune.flows.verbs import method_of
 from fxprune.structured import base as structured_pass
 from fxprune.structured.base import StructuredPass
 from fxprune.structured.curves import score_curve
+from tests.commands import done
 from tests.families import located
 
 if TYPE_CHECKING:
@@ -228,15 +230,19 @@ def test_no_plan_is_a_broken_promise() -> None:
 
 
 def test_magnitude_means_units_with_a_size_and_weights_without() -> None:
-    assert pass_of("magnitude", {"ratio": 0.2}) == "magnitude-units"
-    assert pass_of("magnitude", {"target_bytes": 10**6, "seed": 1}) == "magnitude-units"
-    assert pass_of("magnitude", {"sparsity": 0.5}) == "magnitude"
-    assert pass_of("flap", {"ratio": 0.2}) == "flap"
+    assert method_of("magnitude", "prune") == "magnitude-units"
+    assert method_of("magnitude-units", "prune") == "magnitude-units"
+    assert method_of("magnitude", "sparsify") == "magnitude"
+    assert method_of("flap", "prune") == "flap"
+    with pytest.raises(UsageError, match="use fxprune sparsify --method wanda"):
+        method_of("wanda", "prune")
+    with pytest.raises(UsageError, match="use fxprune learn --method l0"):
+        method_of("l0", "prune")
 
 
 def test_magnitude_with_a_ratio_writes_a_slim_checkpoint(tiny_llama_dir: Path, tmp_path: Path) -> None:
     options = {"ratio": 0.2, "round_to": 4}
-    report = prune_model(str(tiny_llama_dir), "magnitude", options, Destination(tmp_path / "slim"))
+    report = done(str(tiny_llama_dir), method_of("magnitude", "prune"), options, Destination(tmp_path / "slim"))
     assert report["params"]["removed_share_blocks"] > 0.2 - 1e-9  # exactly 0.2, but for rounding
     assert all(rung["passed"] for rung in report["verify"])
     assert (tmp_path / "slim" / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ from fxprune.evaluation.perplexity import perplexity
 from fxprune.evaluation.scoring import Scorer
 from fxprune.exporters.onnx import onnx_refusal
 from fxprune.exporters.ort import OrtRunner
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.steps import prune_program
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
 from fxprune.verification.compare import compare_runners
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from fxprune.channels.front_end import LOCATE
 from fxprune.core.pipeline import Pipeline, build_pass
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.steps import prune_program
 from fxprune.runtimes.runners import GraphRunner, position_ids_from_mask
 from fxprune.tracing.trace import trace
 

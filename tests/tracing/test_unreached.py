@@ -23,7 +23,7 @@ from transformers import (
 from fxprune.channels.front_end import LOCATE
 from fxprune.checkpoints.checkpoint import load
 from fxprune.core.pipeline import Pipeline, build_pass
-from fxprune.flows.workflow import prune_program
+from fxprune.flows.steps import prune_program
 from fxprune.models.skeleton import build_skeleton, layer_config_path, layer_list
 from fxprune.tracing.trace import trace
 from fxprune.tracing.unreached import find_shared

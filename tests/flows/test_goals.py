@@ -20,11 +20,10 @@ from fxprune.core.errors import CalibrationError, OutputError, UsageError
 from fxprune.core.pipeline import build_pass
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.exporters.report import read_report
-from fxprune.flows import budget_run
-from fxprune.flows.assessment import Wanted
-from fxprune.flows.budget_run import prune_budgets
-from fxprune.flows.pruning import Destination, prune_model
+from fxprune.flows import goals, steps
+from fxprune.flows.recipe import Destination, Recipe
 from fxprune.flows.slim_speed import speed_plan
+from fxprune.flows.wanted import Wanted
 from fxprune.measure.bench_gate import JUDGED_PRECISION, GatedCase, Verdict
 from fxprune.measure.latency_build import Measurement, table_of, variants_of
 from fxprune.measure.latency_table import identity_of, save_table
@@ -32,7 +31,7 @@ from fxprune.measure.speed import Bound, SpeedResult, prefill
 from fxprune.models.manifest import read_manifest
 from fxprune.structured.base import StructuredPass
 from fxprune.structured.timed_plans import PlanTimer
-from tests.commands import run_command
+from tests.commands import done, run_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +77,7 @@ def wanted(text: Path) -> Wanted:
 def pruned(model: Path, text: Path, wanted: Wanted) -> Path:
     """Two budgets; read-only, copy it to change."""
     out = model.parent / "out"
-    prune_budgets(str(model), "wanda-sp", options(text), Destination(out), wanted)
+    done(str(model), "wanda-sp", options(text), Destination(out), wanted)
     return out
 
 
@@ -133,9 +132,9 @@ def test_the_report_over_all_has_a_curve_and_nested_plans(pruned: Path) -> None:
 
 
 def test_plans_that_are_not_nested_are_not_called_so() -> None:
-    assert budget_run._nested([{"a": [0, 1, 2]}, {"a": [0, 2], "b": [1]}])
-    assert not budget_run._nested([{"a": [0, 1]}, {"a": [2]}])
-    assert not budget_run._nested([{"a": [0, 1]}, {}])
+    assert goals._nested([{"a": [0, 1, 2]}, {"a": [0, 2], "b": [1]}])
+    assert not goals._nested([{"a": [0, 1]}, {"a": [2]}])
+    assert not goals._nested([{"a": [0, 1]}, {}])
 
 
 def test_what_is_finished_is_not_done_again(
@@ -146,7 +145,7 @@ def test_what_is_finished_is_not_done_again(
     before = {path: path.stat().st_mtime_ns for path in out.glob("ratio-*/*")}
     (out / "ratio-0.3" / "budget.json").unlink()  # as if it had been interrupted
     kept = {path: time for path, time in before.items() if path.parent.name == "ratio-0.15"}
-    prune_budgets(str(model), "wanda-sp", options(text), Destination(out), wanted)
+    done(str(model), "wanda-sp", options(text), Destination(out), wanted)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     again = read_report(out / "ratio-0.3" / "report.json")
     assert again["groups"] == read_report(pruned / "ratio-0.3" / "report.json")["groups"]
@@ -154,25 +153,25 @@ def test_what_is_finished_is_not_done_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("everything is finished: no model is needed")
 
-    monkeypatch.setattr(budget_run, "load_model", refuse)
-    report = prune_budgets(str(model), "wanda-sp", options(text), Destination(out), wanted)
+    monkeypatch.setattr(steps, "load_model", refuse)
+    report = done(str(model), "wanda-sp", options(text), Destination(out), wanted)
     assert [entry["name"] for entry in report["budgets"]["entries"]] == ["ratio-0.15", "ratio-0.3"]
     # Other options, or another text under the same name, give other results.
     with pytest.raises(OutputError, match="ratio-0.15 was made with other options"):
-        prune_budgets(str(model), "wanda-sp", options(text, seed=1), Destination(out), wanted)
+        done(str(model), "wanda-sp", options(text, seed=1), Destination(out), wanted)
     text2 = dataclasses.replace(wanted, windows=2)
     with pytest.raises(OutputError, match="allow it to be replaced"):
-        prune_budgets(str(model), "wanda-sp", options(text), Destination(out), text2)
+        done(str(model), "wanda-sp", options(text), Destination(out), text2)
     with pytest.raises(AssertionError, match="no model is needed"):
-        prune_budgets(str(model), "wanda-sp", options(text, seed=1), Destination(out, overwrite=True), wanted)
+        done(str(model), "wanda-sp", options(text, seed=1), Destination(out, overwrite=True), wanted)
 
 
 def test_a_tighter_budget_leaves_those_before_it_as_they_are(model: Path, text: Path, wanted: Wanted) -> None:
     def digests(**changes: Any) -> list[str]:
         step = build_pass("wanda-sp", options(text, **changes))
         assert isinstance(step, StructuredPass)
-        facts = budget_run._facts(str(model), step, Destination(text.parent), wanted)
-        return [budget.digest for budget in budget_run._budgets(step, facts)]
+        facts = goals._facts(Recipe(str(model), (step,), Destination(text.parent), wanted))
+        return [wish.digest for wish in goals._wishes(step, facts)]
 
     one = digests()
     assert digests(ratio=[0.15, 0.3, 0.45])[:2] == one
@@ -190,7 +189,7 @@ def test_another_output_is_left_alone(model: Path, text: Path, wanted: Wanted, t
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="not empty"):
-            prune_budgets(str(model), "wanda-sp", options(text), Destination(tmp_path, overwrite=overwrite), wanted)
+            done(str(model), "wanda-sp", options(text), Destination(tmp_path, overwrite=overwrite), wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -209,21 +208,21 @@ def test_budgets_in_the_wrong_order_are_told_before_any_work(
 ) -> None:
     given = {name: value for name, value in options(text, **changes).items() if value is not None}
     with pytest.raises(UsageError, match=message):
-        prune_budgets("nowhere", "wanda-sp", given, Destination(tmp_path / "out"), wanted)
+        done("nowhere", "wanda-sp", given, Destination(tmp_path / "out"), wanted)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_and_methods_are_checked_before_any_work(text: Path, tmp_path: Path) -> None:
     place = Destination(tmp_path / "out")
     with pytest.raises(CalibrationError, match="cannot read"):
-        prune_budgets("nowhere", "wanda-sp", options(text), place, Wanted(guard=str(tmp_path / "missing.txt")))
+        done("nowhere", "wanda-sp", options(text), place, Wanted(guard=str(tmp_path / "missing.txt")))
     with pytest.raises(CalibrationError, match="cannot read"):
-        prune_model("nowhere", "wanda-sp", options(text, ratio=0.2), place, wanted=Wanted(ppl=["missing.txt"]))
-    with pytest.raises(UsageError, match="2 targets"):
-        prune_model("nowhere", "wanda-sp", options(text), place)
+        done("nowhere", "wanda-sp", options(text, ratio=0.2), place, wanted=Wanted(ppl=["missing.txt"]))
+    with pytest.raises(UsageError, match="say where they go"):
+        done("nowhere", "wanda-sp", options(text), Destination(None))
     far = dataclasses.replace(place, device="meta")
     with pytest.raises(UsageError, match="leave --device meta out"):
-        prune_model("nowhere", "wanda-sp", options(text, ratio=0.2), far, wanted=Wanted(speed=True))
+        done("nowhere", "wanda-sp", options(text, ratio=0.2), far, wanted=Wanted(speed=True))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def test_bad_targets_are_told(run: Run, model: Path, table: Path, tmp_path: Path
     status, _, err = run(*timed, "--target-speedup", 30, "--threads", 1)
     assert status == 1
     assert "a speed-up of" in err
-    status, _, err = run(*timed, "--target-speedup", 1.3, "--threads", 1, "--mix", "decode=1")
+    status, _, err = run(*timed, "--target-speedup", 1.3, "--threads", 1, "--option", "mix=decode=1")
     assert status == 2
     assert "'decode' names 0 of the measured cases" in err
     assert list(tmp_path.iterdir()) == []
@@ -326,14 +325,14 @@ def test_bad_targets_are_told(run: Run, model: Path, table: Path, tmp_path: Path
         (("--target-speedup", "1.3", "--table", "missing.json"), "cannot be read as a latency table"),
         (("--target-speedup", "0.9", "--table", "missing.json"), "larger than 1"),
         (("--ratio", "0.2", "--table", "t.json"), "--target-speedup and --table go together"),
-        (("--ratio", "0.2", "--mix", "decode=1"), "--mix weighs the cases of --target-speedup"),
-        (("--target-speedup", "1.3", "--table", "t.json", "--mix", "decode"), "give CASE=NUMBER"),
-        (("--ratio", "0.2", "--keep", "*.mlp"), "give PATTERN=NUMBER"),
-        (("--ratio", "0.2", "--keep", "*.mlp=2"), "must lie in [0, 1]"),
-        (("--ratio", "0.2", "--keep", "a=1", "--keep", "a=1"), "a is given twice"),
-        (("--ratio", "0.2", "--kinds", "mlp,"), "give attention, mlp or attention,mlp"),
-        (("--ratio", "0.2", "--kinds", "experts"), "kinds are attention and mlp"),
-        (("--ratio", "0.2", "--reconstruct", "magic"), "reconstruct"),
+        (("--ratio", "0.2", "--option", "mix=decode=1"), "--mix weighs the cases of --target-speedup"),
+        (("--target-speedup", "1.3", "--table", "t.json", "--option", "mix=decode"), "give mix=PATTERN=VALUE"),
+        (("--ratio", "0.2", "--option", "keep=*.mlp"), "give keep=PATTERN=VALUE"),
+        (("--ratio", "0.2", "--option", "keep=*.mlp=2"), "must lie in [0, 1]"),
+        (("--ratio", "0.2", "--option", "keep=a=1", "--option", "keep=a=1"), "a is given twice"),
+        (("--ratio", "0.2", "--option", "kinds=mlp,"), "there is an empty name between the commas"),
+        (("--ratio", "0.2", "--option", "kinds=experts"), "kinds are attention and mlp"),
+        (("--ratio", "0.2", "--option", "reconstruct=magic"), "reconstruct"),
         (("--ratio", "0.3,0.2"), "must grow"),
     ],
 )
@@ -349,7 +348,17 @@ def test_options_that_make_no_sense_are_usage_errors(
 def test_one_budget_with_limits_by_module(run: Run, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "slim"
     status, _, err = run(
-        model, "--method", "magnitude", "--target-params", "8.5k", "--kinds", "mlp", "--keep", "*mlp*=0.5", "--out", out
+        model,
+        "--method",
+        "magnitude",
+        "--target-params",
+        "8.5k",
+        "--option",
+        "kinds=mlp",
+        "--option",
+        "keep=*mlp*=0.5",
+        "--out",
+        out,
     )
     assert status == 0, err
     report = read_report(out / "report.json")
