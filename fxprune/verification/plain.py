@@ -228,7 +228,8 @@ class PlainLadder:
     def exact_difference(self, reference: Form, candidate: Form, wide: torch.dtype) -> float:
         """See `fxprune.verification.rounding.Measured`."""
         cases = self._cases_in(wide)
-        return self._largest(*(self.graph(widened(form, wide)[0]) for form in (reference, candidate)), cases, cases)
+        graphs = [self.graph(widened(form, wide)[0]) for form in (reference, candidate)]
+        return self._largest(graphs[0], graphs[1], cases, cases)
 
     def _cases_in(self, wide: torch.dtype) -> _Cases:
         """The cases, for graphs in float64 in float64; what runs a graph in float32 widens its inputs itself."""
