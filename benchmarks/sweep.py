@@ -22,6 +22,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -69,7 +70,7 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
             try:
                 model = getattr(transformers, auto).from_config(config).eval()
                 randomise(model)
-                model = model.to(torch.bfloat16)
+                model = _in_bfloat16(model)
                 _run(model)
             except Exception as error:  # noqa: BLE001 - classes raise anything for sizes that do not fit together
                 reason = f"{type(error).__name__}: {error}"
@@ -78,6 +79,19 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     except Exception as error:  # noqa: BLE001 - as above
         reason = f"{type(error).__name__}: {error}"
     return None, reason
+
+
+def _in_bfloat16(model: Any) -> Any:
+    """The model in bfloat16, but for the parameters that its class keeps in float32 whatever is asked for."""
+    import torch  # noqa: PLC0415
+
+    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    patterns = [re.compile(rf"(^|\.){re.escape(name).replace(re.escape('*'), '.*')}($|\.)") for name in kept]
+    model = model.to(torch.bfloat16)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+    return model
 
 
 def _run(model: Any) -> None:
@@ -91,6 +105,9 @@ def _run(model: Any) -> None:
         inputs = {"pixel_values": torch.randn(2, channels, size, size, dtype=model.dtype)}
     else:
         ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))
+        eos = getattr(model.config, "eos_token_id", None)
+        if isinstance(eos, int):
+            ids[:, -1] = eos  # where some classifiers look
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids

@@ -69,6 +69,8 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
         lambda name, _: bool(re.search(r"head_dim|dim_head|kv_channels|d_head|head_size|d_kv", name)),
         lambda *_: HEAD_DIM,
     ),
+    # An indexer cuts the scores of each head at zero: of few heads, all are cut for many tokens, which then tie.
+    (lambda name, _: bool(re.search(r"^index(er)?_.*heads$", name)), lambda value, _: min(value, 16)),
     (lambda name, _: "head" in name and "size" not in name and "dim" not in name and "per_n" not in name, _heads),
     (lambda name, _: bool(_HIDDEN.search(name)), lambda *_: HIDDEN),
     (lambda name, value: bool(_WIDTH.search(name)) and value > 8, lambda *_: WIDTH),
@@ -115,12 +117,14 @@ class Attempt:
         fill: whether numbers of heads and experts whose default is None are given.
         rope_part: whether the rotary part of a head is half of it.
         own_depth: whether the model is as deep as the class's default.
+        rope_by_kind: whether every kind of layer is given positions of its own.
     """
 
     kv_heads: bool = True
     fill: bool = False
     rope_part: bool = True
     own_depth: bool = False
+    rope_by_kind: bool = False
 
 
 _ATTEMPTS = (
@@ -130,6 +134,7 @@ _ATTEMPTS = (
     Attempt(rope_part=False),
     Attempt(fill=True, rope_part=False, kv_heads=False),
     Attempt(own_depth=True),
+    Attempt(rope_by_kind=True),
 )
 _FILLED = {
     "head_dim": HEAD_DIM,
@@ -138,6 +143,7 @@ _FILLED = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LINEAR, _FULL, _SLIDING, _CONVOLUTION = "linear_attention", "full_attention", "sliding_attention", "conv"
 
@@ -192,11 +198,15 @@ def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: in
     if not attempt.rope_part:
         values |= {name: HEAD_DIM for name in values if _ROPE_PART.search(name)}
     values |= _nested(config_class, default, attempt)
-    values |= {name: value for name, value in _given(known - fields.keys(), depth, attempt).items() if name in known}
+    given = _given(known - fields.keys(), depth, attempt, convolves=any("conv" in name for name in known))
+    values |= {name: value for name, value in given.items() if name in known}
     values |= {name: token for name, token in _TOKENS.items() if name in known}
     if "is_decoder" in known:
         values["is_decoder"] = True
     config = config_class(**values)
+    if attempt.rope_by_kind and "rope_parameters" in known:
+        values["rope_parameters"] = {kind: dict(_ROPE) for kind in getattr(config, "layer_types", None) or ()}
+        config = config_class(**values)
     if _only_linear(config):
         values |= {name: value for name, value in _some_attention(depth).items() if name in known}
         config = config_class(**values)
@@ -214,7 +224,7 @@ def _nested(config_class: Any, default: Any, attempt: Attempt) -> dict[str, Any]
     return values
 
 
-def _given(unset: set[str], depth: int, attempt: Attempt) -> dict[str, Any]:
+def _given(unset: set[str], depth: int, attempt: Attempt, *, convolves: bool) -> dict[str, Any]:
     """Values for fields whose default is None, as far as the attempt gives them any."""
     values: dict[str, Any] = {}
     if attempt.kv_heads and "num_key_value_heads" in unset:
@@ -222,7 +232,7 @@ def _given(unset: set[str], depth: int, attempt: Attempt) -> dict[str, Any]:
     if attempt.fill:
         values |= {name: value for name, value in _FILLED.items() if name in unset}
         if "layer_types" in unset:
-            other = _CONVOLUTION if any("conv" in name for name in unset) else _SLIDING
+            other = _CONVOLUTION if convolves else _SLIDING
             values["layer_types"] = ([other, _FULL] * depth)[:depth]
     return values
 

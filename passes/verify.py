@@ -90,10 +90,10 @@ class Verify(Pass):
         ladder = LanguageModelLadder(program, lambda tokens: _name_overflow(program, tokens))
         rungs = ladder.climb(reexport=self.reexport) if self.graph else []
         if self.checkpoint is None and self.onnx is None and self.genai is None:
-            return rungs, []
+            return rungs, ladder.warnings
         deployed = DeployedForms(ladder)
         rungs += deployed.climb(checkpoint=self.checkpoint, onnx=self.onnx, genai=self.genai)
-        return rungs, deployed.warnings
+        return rungs, ladder.warnings
 
     def _plain(self, program: Program) -> list[Rung]:
         return climb_plain(

@@ -21,7 +21,7 @@ _WHOLE = 11
 """Tokens of a whole sequence: no multiple of a chunk, or the graph would miss how the rest of one is padded."""
 
 
-def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
+def sample_inputs(model: nn.Module, length: int | None = None, *, cache: bool = True) -> dict[str, Any]:
     """Make up a small sample of a Hugging Face model's deployable form.
 
     Causal language models get tokens, a left-padded mask, positions and, if it grows with the tokens, a cache; encoders
@@ -30,6 +30,7 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     Args:
         model: a `PreTrainedModel`, on any device, meta included.
         length: tokens of a causal language model that gets no cache; a few when None.
+        cache: whether a causal language model gets one if it can.
 
     Returns:
         Keyword arguments of `model.forward`.
@@ -60,15 +61,15 @@ def sample_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]
     if not generates():
         mask = _left_padded(BATCH, NEW, device)
         return {"input_ids": random_tokens(config, NEW, device), "attention_mask": mask, **no_cache, **named}
-    cache = growing_cache(model) if "past_key_values" in parameters else None
-    past, new = (0, length or _WHOLE) if cache is None else (PAST, NEW)
+    filled = growing_cache(model) if cache and "past_key_values" in parameters else None
+    past, new = (0, length or _WHOLE) if filled is None else (PAST, NEW)
     inputs = {
         "input_ids": random_tokens(config, new, device),
         "attention_mask": _left_padded(BATCH, past + new, device),
     }
     if "position_ids" in parameters:
         inputs["position_ids"] = torch.arange(past, past + new, device=device).repeat(BATCH, 1)
-    rest = no_cache if cache is None else {"past_key_values": cache, **_asked_for_cache(parameters, config)}
+    rest = no_cache if filled is None else {"past_key_values": filled, **_asked_for_cache(parameters, config)}
     inputs = {name: tensor for name, tensor in inputs.items() if _takes(parameters, name)}
     return {**inputs, **rest, **named}
 

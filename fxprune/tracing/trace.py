@@ -15,13 +15,16 @@ import torch
 
 from fxprune.core.errors import TraceError, UsageError
 from fxprune.core.program import Program, Source
+from fxprune.models.loading import max_positions
 from fxprune.models.savable import require_plain, unsavable_reason, unwrapped
+from fxprune.tracing.cache import NEW, PAST
 from fxprune.tracing.export import export_hugging_face, export_plain
 from fxprune.tracing.flatten import flatten
 from fxprune.tracing.found_masks import masks_of_model
+from fxprune.tracing.lengths import unheld_length
 from fxprune.tracing.sample import sample_inputs
 from fxprune.tracing.unreached import find_shared, find_unreached
-from fxprune.tracing.whole_sequences import fixed_length, holds_elsewhere, of_one_length
+from fxprune.tracing.whole_sequences import fixed_length, holds_elsewhere, of_one_length, require_causal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 _LOGGER = logging.getLogger(__name__)
+_MOST_SAID = 200
+"""Characters of a library's own words in a message."""
 _LOW = {torch.float16, torch.bfloat16}
 
 
@@ -90,8 +95,8 @@ def trace(
             f"{type(model).__name__} is a plain nn.Module: pass example_inputs= (a tuple or a dict of tensors)"
         )
     try:
-        inputs = sample_inputs(model) if example_inputs is None else dict(example_inputs)
-        exported = export_hugging_face(model, inputs) if hugging_face else export_plain(model, (), inputs)
+        given = None if example_inputs is None else dict(example_inputs)
+        exported, inputs = _export_sample(model, length) if given is None else _export_given(model, given, hugging_face)
         causal = hugging_face and _is_causal(model, inputs)
         graph_module, interface = flatten(exported, inputs)
         fixed = None
@@ -101,10 +106,12 @@ def trace(
                 fixed = inputs["input_ids"].shape[1]
             if fixed is not None and length is not None and example_inputs is None:
                 # Another length may unroll other rounds without an equation that tells: it stays fixed.
-                inputs, fixed = sample_inputs(model, length), length
+                inputs, fixed = sample_inputs(model, length, cache=False), length
                 graph_module, interface = flatten(export_hugging_face(model, inputs), inputs)
     except Exception as error:  # models and torch.export raise dozens of types; the cause stays attached
         raise _untraceable(model, error, sampled=example_inputs is None) from error
+    if fixed is not None:
+        require_causal(model, graph_module, interface)
     if causal and "logits" in interface.outputs:
         interface = replace(interface if fixed is None else of_one_length(interface, fixed), causal=True)
     source = None
@@ -126,14 +133,49 @@ def trace(
 
 def _untraceable(model: nn.Module, error: Exception, *, sampled: bool) -> TraceError:
     """What failed and what to do; `sampled` is whether the example inputs were made up."""
-    said = f"{type(error).__name__}: {error}".strip()
+    said = f"{type(error).__name__}: {_first_line(error)}"
     way = (
         "Pass example_inputs= (forward arguments by name) that the model runs with and that need no "
         "data-dependent control flow."
         if sampled
         else "Check that model(**example_inputs) runs, and that its forward has no data-dependent control flow."
     )
-    return TraceError(f"torch.export could not trace {type(model).__name__}: {said}\n{way}")
+    return TraceError(f"torch.export could not trace {type(model).__name__}: {said}. {way}")
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says first; its explanations are in the cause."""
+    line = next((each.strip() for each in str(error).splitlines() if each.strip()), "no message")
+    return (line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}...").rstrip(".")
+
+
+def _export_given(
+    model: nn.Module, inputs: dict[str, Any], hugging_face: bool
+) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """Export with the inputs that were given; returns them too."""
+    return export_hugging_face(model, inputs) if hugging_face else export_plain(model, (), inputs), inputs
+
+
+def _export_sample(model: nn.Module, length: int | None) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """Export with a made-up sample: whole sequences where a cache does not go into a graph, or not for every length.
+
+    Returns:
+        The program, and the sample that it was exported with.
+    """
+    inputs = sample_inputs(model)
+    if "past_key_values" not in inputs:
+        return export_hugging_face(model, inputs), inputs
+    try:
+        exported = export_hugging_face(model, inputs)
+        limit = unheld_length(exported, NEW, PAST, max_positions(model.config)) if _is_causal(model, inputs) else None
+        if limit is None:
+            return exported, inputs
+        why = f"it takes another path for {limit} tokens"
+    except Exception as error:  # noqa: BLE001 - models and torch.export raise dozens of types
+        why = _first_line(error)
+    _LOGGER.info("%s has no graph with a cache (%s): it is traced on whole sequences", type(model).__name__, why)
+    whole = sample_inputs(model, length, cache=False)
+    return export_hugging_face(model, whole), whole
 
 
 def _restore_tables(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from fxprune.core.errors import TraceError
 from fxprune.tracing.outputs import named_results
 from fxprune.tracing.sample import random_tokens
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from fxprune.core.program import Interface
 
-__all__ = ["fixed_length", "holds_elsewhere", "of_one_length"]
+__all__ = ["fixed_length", "holds_elsewhere", "of_one_length", "require_causal"]
 
 
 _ELSEWHERE = (3, 23, 41)
@@ -99,3 +100,29 @@ def of_one_length(interface: Interface, length: int) -> Interface:
         for name, of in interface.dynamic_axes.items()
     }
     return replace(interface, dynamic_axes=axes, fixed_length=length)
+
+
+def require_causal(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> None:
+    """Raise if tokens of a graph for one length depend on the padding behind them, with which shorter text is run."""
+    examples = interface.example_inputs
+    ids = examples.get("input_ids")
+    if ids is None or ids.is_meta or "logits" not in interface.outputs:
+        return
+    length = ids.shape[1]
+    half = length // 2
+    padded = {
+        name: torch.nn.functional.pad(each[:, :half], (0, length - half)) if each.shape == ids.shape else each
+        for name, each in examples.items()
+    }
+    with torch.no_grad():
+        whole, part = (
+            dict(zip(interface.outputs, graph_module(*given.values()), strict=True))["logits"][:, :half]
+            for given in (examples, padded)
+        )
+    mask = examples.get("attention_mask")
+    seen = torch.ones_like(ids[:, :half], dtype=torch.bool) if mask is None else mask[:, :half].bool()
+    if float((whole - part)[seen].abs().max()) > _UNLIKE * float(whole[seen].abs().max()):
+        raise TraceError(
+            f"{type(model).__name__} has a graph for {length} tokens only, and it reads tokens ahead, so that shorter "
+            "text cannot be run with padding behind it; give example_inputs= with which its code runs every length"
+        )

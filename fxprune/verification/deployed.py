@@ -8,7 +8,7 @@ slim ─┬─ reloaded checkpoint
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,15 +34,9 @@ __all__ = ["DeployedForms"]
 
 @dataclass
 class DeployedForms:
-    """The rungs of deployed forms.
-
-    Attributes:
-        ladder: of the graph forms.
-        warnings: what users must know, found on the way.
-    """
+    """The rungs of deployed forms; what users must know is added to the warnings of the ladder of the graph forms."""
 
     ladder: LanguageModelLadder
-    warnings: list[str] = field(default_factory=list)
 
     def climb(self, *, checkpoint: Path | str | None, onnx: Path | str | None, genai: Path | str | None) -> list[Rung]:
         """The rungs of the forms that there are; options as those of `fxprune.passes.verify.Verify`.
@@ -89,7 +83,7 @@ class DeployedForms:
 
     def _unlike_itself(self, prompt: Tensor, tokens: int) -> str:
         """Why the original model's own cache is nothing to hold a checkpoint to; empty if it is."""
-        if self.ladder.program.interface.cache:
+        if self.ladder.program.interface.cache and not self.ladder.forgetful:
             return ""
         original = self.ladder.program.references["eager"].module
         runners = EagerRunner(original, "without its cache", cache=False), EagerRunner(original, "with its cache")
@@ -120,7 +114,7 @@ class DeployedForms:
     def _tokenizer_rungs(self, genai: Any, tokenizer: Any) -> list[Rung]:
         """Whether the runtime's tokenizer reads and writes as the model's; what users must know is in `warnings`."""
         found = resolve("fxprune.exporters.genai_tokenizer:compare_tokenizers")(genai, tokenizer)
-        self.warnings += found.warnings
+        self.ladder.warnings += found.warnings
         rungs = []
         for name, verb, differ, cases, detail in (
             ("tokens of onnxruntime-genai = tokenizer's", "tokenise", found.texts, found.encoded, found.warnings),
