@@ -38,6 +38,8 @@ from fxprune.tracing.projections import Projection, grouped_products, projection
 from fxprune.tracing.weight_masks import masks_of_projections
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.fx import GraphModule, Node
 
     from fxprune.core.program import Program
@@ -128,6 +130,19 @@ def _install(lifted: GraphModule, match: Projection, weight: Any, bias: Any) -> 
     return name
 
 
+def _warn_of_zeros(zeros: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Say where zeros are that nothing holds."""
+    removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
+    _LOGGER.warning(
+        "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
+        "hold_zeros (--hold-zeros) keeps them as they are",
+        removed,
+        len(zeros),
+        next(iter(zeros)),
+    )
+    return {"linears": list(zeros), "weights": removed}
+
+
 class LiftLinears(Pass):
     """Turn every projection into a call of an `nn.Linear` (see the module's docstring for the graph).
 
@@ -156,15 +171,7 @@ class LiftLinears(Pass):
         if zeros and self.hold_zeros:
             masks |= zeros
         elif zeros:
-            removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
-            details["zeros_without_masks"] = {"linears": list(zeros), "weights": removed}
-            _LOGGER.warning(
-                "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
-                "hold_zeros (--hold-zeros) keeps them as they are",
-                removed,
-                len(zeros),
-                next(iter(zeros)),
-            )
+            details["zeros_without_masks"] = _warn_of_zeros(zeros)
         if masks:
             details["masked_linears"] = len(masks)
         program = program.with_reference("traced", program.graph_module)

@@ -29,7 +29,6 @@ from fxprune.slimming.writer import line_of, unclear
 from fxprune.tracing.lifted import with_parameters
 from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
-from fxprune.tracing.unit_masks import ExpertChannelMask, LayerGate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -189,14 +188,8 @@ class GraphBuilder(SelectingWriter):
         mask = get_attribute(self.old, str(call.node.target))
         source = call.node.args[0]
         assert isinstance(source, Node)
-        if isinstance(mask, LayerGate):
-            if float(mask.mask) not in {0.0, 1.0}:
-                raise PlanError(f"{call.node.target}: a layer is in or out, its gate is {float(mask.mask):.3g}")
-            return self._operand(source if float(mask.mask) == 0 else call.node.args[1])
         if not isinstance(mask, ChannelMask):
-            if isinstance(mask, ExpertChannelMask) and not bool(((mask.mask == 0) | (mask.mask == 1)).all()):
-                raise PlanError(f"{call.node.target}: soft gates of expert channels cannot be folded; round them")
-            return self.new[source]
+            return self._other_mask(call, mask, source)
         grid = self.grid(source)
         kept = grid.line(len(grid.shape) - 1)
         values = mask.per_channel()

@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from fxprune.core.errors import PlanError
 from fxprune.slimming.writer import Writer, line_of, unclear
+from fxprune.tracing.unit_masks import ExpertChannelMask, LayerGate
 
 if TYPE_CHECKING:
     from fxprune.channels.call import Call
     from fxprune.core.channel_ids import IdArray
     from fxprune.slimming.grid import Grid
+    from fxprune.tracing.masks import UnitMask
 
 __all__ = ["SelectingWriter", "narrow_experts"]
 
@@ -33,6 +36,16 @@ aten = torch.ops.aten
 
 class SelectingWriter(Writer):
     """Writes nodes of a new graph whose operands keep different units, or whose arguments count channels."""
+
+    def _other_mask(self, call: Call, mask: UnitMask, source: Node) -> Any:
+        """A mask of experts, their channels or a layer disappears; these cannot be soft."""
+        if isinstance(mask, LayerGate):
+            if float(mask.mask) not in {0.0, 1.0}:
+                raise PlanError(f"{call.node.target}: a layer is in or out, its gate is {float(mask.mask):.3g}")
+            return self._operand(source if float(mask.mask) == 0 else call.node.args[1])
+        if isinstance(mask, ExpertChannelMask) and not bool(((mask.mask == 0) | (mask.mask == 1)).all()):
+            raise PlanError(f"{call.node.target}: soft gates of expert channels cannot be folded; round them")
+        return self.new[source]
 
     def _make_contiguous(self, node: Node) -> None:
         """Numbers become complex in pairs: a part of a narrower tensor may lie at odd addresses."""
