@@ -110,7 +110,7 @@ def test_figures_of_the_page_are_those_measured(way: Way) -> None:
     measured = [way.lines_that_run, way.code, way.lines]
     assert len(said) == 3
     for text, true in zip(said, measured, strict=True):
-        assert abs(text - true) <= 0.03 * true
+        assert abs(text - true) <= 0.05 * true
 
 
 @pytest.mark.parametrize(
