@@ -58,6 +58,7 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     """A tiny model that runs on a sample of its own, in bfloat16, or None with the reason."""
     import torch  # noqa: PLC0415 - the parent process stays light
     import transformers  # noqa: PLC0415
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     from benchmarks.sweep_sizes import tiny_configs  # noqa: PLC0415
@@ -65,8 +66,13 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
 
     reason = "no configuration"
     try:
-        for config in tiny_configs(CONFIG_MAPPING[model_type]):
+        for config in tiny_configs(CONFIG_MAPPING[model_type], decoder=auto == "AutoModelForCausalLM"):
             torch.manual_seed(0)
+            if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = 0  # no class has a default for it, all published models do
+            names = getattr(modeling_auto, AUTO[auto])[model_type]
+            if not isinstance(names, str):
+                config.architectures = [names[0]]  # a type with several classes asks which
             try:
                 model = getattr(transformers, auto).from_config(config).eval()
                 randomise(model)
@@ -99,9 +105,10 @@ def _run(model: Any) -> None:
     import torch  # noqa: PLC0415
 
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 32)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", 32)
         size = size if isinstance(size, int) else 32
-        channels = getattr(model.config, "num_channels", 3)
+        channels = getattr(vision, "num_channels", 3)
         inputs = {"pixel_values": torch.randn(2, channels, size, size, dtype=model.dtype)}
     else:
         ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -117,6 +124,15 @@ def _run(model: Any) -> None:
         raise ValueError("its output is not finite")
 
 
+def _fails(model: Any) -> str:
+    """Why the class itself does not run; some get other dtypes when they are loaded. Empty if it runs."""
+    try:
+        _run(model)
+    except Exception as error:  # noqa: BLE001 - classes raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     """What becomes of one class."""
     from fxprune.core.errors import FxpruneError  # noqa: PLC0415
@@ -129,7 +145,10 @@ def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            _prune(_as_published(model, Path(scratch) / "dense"), method, row, Path(scratch))
+            loaded = _as_published(model, Path(scratch) / "dense")
+            if reason := _fails(loaded.model):
+                return row | {"status": "unbuilt", "reason": f"as it is loaded, {_one_line(reason)}"}
+            _prune(loaded, method, row, Path(scratch))
         row["status"] = "pruned"
     except FxpruneError as error:
         row |= {"status": "refused", "error": type(error).__name__, "reason": _one_line(str(error))}

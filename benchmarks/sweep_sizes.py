@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Attempt", "tiny_configs"]
 
@@ -85,6 +85,17 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
 ]
 
 
+def _is_stages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(type(each) is int for each in value)
+
+
+def _stages(name: str, values: Sequence[int]) -> list[int]:
+    """What a field says of each stage of a hierarchy: heads in the ratios of the default, and few blocks."""
+    if "head" in name and all(value % values[0] == 0 for value in values):
+        return [2 * value // values[0] for value in values]
+    return [min(value, _LEAST_DEPTH) for value in values] if name.endswith("depths") else list(values)
+
+
 def _own_fields(config_class: type) -> dict[str, Any]:
     """The fields that a class gives a default of its own, with the defaults; what is None is derived, and left out."""
     found = {}
@@ -118,6 +129,7 @@ class Attempt:
         rope_part: whether the rotary part of a head is half of it.
         own_depth: whether the model is as deep as the class's default.
         rope_by_kind: whether every kind of layer is given positions of its own.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
     """
 
     kv_heads: bool = True
@@ -125,6 +137,7 @@ class Attempt:
     rope_part: bool = True
     own_depth: bool = False
     rope_by_kind: bool = False
+    decoder: bool = True
 
 
 _ATTEMPTS = (
@@ -148,11 +161,12 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LINEAR, _FULL, _SLIDING, _CONVOLUTION = "linear_attention", "full_attention", "sliding_attention", "conv"
 
 
-def tiny_configs(config_class: type) -> Iterator[Any]:
+def tiny_configs(config_class: Any, *, decoder: bool = True) -> Iterator[Any]:
     """Tiny configurations of a class, the likeliest first; those that the class refuses are left out.
 
     Args:
         config_class: a `PreTrainedConfig` class.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
 
     Yields:
         Configurations; every kind of layer of the default one comes at least once, in at most eight layers.
@@ -164,7 +178,7 @@ def tiny_configs(config_class: type) -> Iterator[Any]:
     none = True
     for attempt in _ATTEMPTS:
         try:
-            config = _tiny(config_class, attempt)
+            config = _tiny(config_class, dataclasses.replace(attempt, decoder=decoder))
         except Exception as error:  # noqa: BLE001 - configuration classes raise anything
             first = first or error
             continue
@@ -190,6 +204,7 @@ def _tiny(config_class: Any, attempt: Attempt) -> Any:
 def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: int, attempt: Attempt) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     values = {name: _integer(name, value, fields) for name, value in fields.items() if type(value) is int}
+    values |= {name: _stages(name, value) for name, value in fields.items() if _is_stages(value)}
     if attempt.own_depth:
         values |= {name: value for name, value in fields.items() if _DEPTH.search(name)}
     else:
@@ -201,7 +216,7 @@ def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: in
     given = _given(known - fields.keys(), depth, attempt, convolves=any("conv" in name for name in known))
     values |= {name: value for name, value in given.items() if name in known}
     values |= {name: token for name, token in _TOKENS.items() if name in known}
-    if "is_decoder" in known:
+    if attempt.decoder and "is_decoder" in known:
         values["is_decoder"] = True
     config = config_class(**values)
     if attempt.rope_by_kind and "rope_parameters" in known:

@@ -21,7 +21,7 @@ from fxprune.tracing.cache import NEW, PAST
 from fxprune.tracing.export import export_hugging_face, export_plain
 from fxprune.tracing.flatten import flatten
 from fxprune.tracing.found_masks import masks_of_model
-from fxprune.tracing.lengths import unheld_length
+from fxprune.tracing.lengths import starts_from_nothing, unheld_length
 from fxprune.tracing.sample import sample_inputs
 from fxprune.tracing.unreached import find_shared, find_unreached
 from fxprune.tracing.whole_sequences import fixed_length, holds_elsewhere, of_one_length, require_causal
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+    from fxprune.core.program import Interface
+
+    _Exported = tuple[torch.export.ExportedProgram, dict[str, Any], tuple[torch.fx.GraphModule, Interface]]
 
 __all__ = ["trace"]
 
@@ -96,9 +100,11 @@ def trace(
         )
     try:
         given = None if example_inputs is None else dict(example_inputs)
-        exported, inputs = _export_sample(model, length) if given is None else _export_given(model, given, hugging_face)
+        exported, inputs, flat = (
+            _export_sample(model, length) if given is None else _export_given(model, given, hugging_face)
+        )
         causal = hugging_face and _is_causal(model, inputs)
-        graph_module, interface = flatten(exported, inputs)
+        graph_module, interface = flat
         fixed = None
         if causal and _runs_whole_sequences(inputs):
             fixed = fixed_length(exported)
@@ -149,33 +155,35 @@ def _first_line(error: Exception) -> str:
     return (line if len(line) <= _MOST_SAID else f"{line[:_MOST_SAID]}...").rstrip(".")
 
 
-def _export_given(
-    model: nn.Module, inputs: dict[str, Any], hugging_face: bool
-) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """Export with the inputs that were given; returns them too."""
-    return export_hugging_face(model, inputs) if hugging_face else export_plain(model, (), inputs), inputs
+def _export_given(model: nn.Module, inputs: dict[str, Any], hugging_face: bool) -> _Exported:
+    """Export with the inputs that were given."""
+    exported = export_hugging_face(model, inputs) if hugging_face else export_plain(model, (), inputs)
+    return exported, inputs, flatten(exported, inputs)
 
 
-def _export_sample(model: nn.Module, length: int | None) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """Export with a made-up sample: whole sequences where a cache does not go into a graph, or not for every length.
-
-    Returns:
-        The program, and the sample that it was exported with.
-    """
+def _export_sample(model: nn.Module, length: int | None) -> _Exported:
+    """Export with a made-up sample: whole sequences where a cache does not go into a graph, or not for every length."""
     inputs = sample_inputs(model)
     if "past_key_values" not in inputs:
-        return export_hugging_face(model, inputs), inputs
+        return _export_given(model, inputs, hugging_face=True)
     try:
-        exported = export_hugging_face(model, inputs)
-        limit = unheld_length(exported, NEW, PAST, max_positions(model.config)) if _is_causal(model, inputs) else None
-        if limit is None:
-            return exported, inputs
-        why = f"it takes another path for {limit} tokens"
+        found = _export_given(model, inputs, hugging_face=True)
+        why = _unheld(model, found) if _is_causal(model, inputs) else ""
+        if not why:
+            return found
     except Exception as error:  # noqa: BLE001 - models and torch.export raise dozens of types
         why = _first_line(error)
     _LOGGER.info("%s has no graph with a cache (%s): it is traced on whole sequences", type(model).__name__, why)
-    whole = sample_inputs(model, length, cache=False)
-    return export_hugging_face(model, whole), whole
+    return _export_given(model, sample_inputs(model, length, cache=False), hugging_face=True)
+
+
+def _unheld(model: nn.Module, found: _Exported) -> str:
+    """Why a graph with a cache does not hold for every number of tokens; empty if it does."""
+    exported, _, flat = found
+    limit = unheld_length(exported, NEW, PAST, max_positions(model.config))
+    if limit is not None:
+        return f"it takes another path for {limit} tokens"
+    return "" if starts_from_nothing(model, *flat) else "it computes something else without a past than with one"
 
 
 def _restore_tables(model: nn.Module) -> None:

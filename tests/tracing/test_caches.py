@@ -307,3 +307,26 @@ def test_a_graph_for_one_length_that_reads_ahead_is_refused_in_a_sentence() -> N
     with pytest.raises(TraceError, match="for 11 tokens only, and it reads tokens ahead.*example_inputs=") as found:
         fxprune.trace(transformers.CpmAntForCausalLM(config).eval())
     assert "\n" not in str(found.value)
+
+
+def test_a_model_that_asks_whether_there_is_a_past_is_traced_on_whole_sequences() -> None:
+    """With a past, its code widens the mask by the tokens of an image; a prompt of text starts without one."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GitConfig(
+        vision_config=vision | {"image_size": 16, "patch_size": 8},
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = transformers.GitForCausalLM(config).eval()
+    program = fxprune.trace(model)
+    assert not program.interface.cache
+    assert program.interface.fixed_length is None
+    runners = EagerRunner(model, cache=False), GraphRunner(program.graph_module, program.interface)
+    rung = compare_runners("", *runners, vocabulary=61, tolerance=1e-4, device=torch.device("cpu"), longer=24)
+    assert rung.passed, rung

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 
 from fxprune.core.errors import TraceError
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, Past, Runner, greedy
@@ -256,3 +266,28 @@ def test_a_number_of_chunks_that_left_no_equation_fixes_the_length() -> None:
     torch.manual_seed(0)
     program = trace(FalconH1ForCausalLM(config).eval())
     assert program.interface.fixed_length == program.interface.example_inputs["input_ids"].shape[1]
+
+
+def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -> None:
+    config = BartConfig(
+        vocab_size=61,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+    )
+    assert "decoder_input_ids" not in sample_inputs(BartForSequenceClassification(config))
+    assert "decoder_input_ids" in sample_inputs(BartForConditionalGeneration(config))
+
+
+def test_the_size_of_images_is_the_vision_parts_or_any() -> None:
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_channels=1)
+    assert sample_inputs(ResNetForImageClassification(resnet))["pixel_values"].shape == (2, 1, 224, 224)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = SiglipConfig(vision_config=vision | {"image_size": 24, "patch_size": 8}, text_config=vision)
+    model = SiglipForImageClassification(siglip).eval()
+    assert sample_inputs(model)["pixel_values"].shape == (2, 3, 24, 24)
+    assert trace(model).interface.outputs == ("logits",)
