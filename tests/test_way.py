@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 MOST_THAT_RUN = 3_000
 """Lines of code in functions that a plain Llama runs from `trace` to `verify`: what can be read in one sitting."""
-MOST_IN_FILES = 4_000
+MOST_IN_FILES = 4_100
 """Lines of code in the files that these functions are in: what serves one odd operator has a file of its own."""
 
 
