@@ -203,7 +203,7 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
 
 def _same_bits(slim: Any, program: Any, torch: Any) -> None:
     from fxprune.core.tensors import same_bits  # noqa: PLC0415
-    from fxprune.tracing.graphs import state_tensors  # noqa: PLC0415
+    from fxprune.tracing.lifted_graphs import state_tensors  # noqa: PLC0415
 
     state = slim.state_dict()
     dtypes = {tensor.dtype for name, tensor in slim.named_parameters() if tensor.is_floating_point()}

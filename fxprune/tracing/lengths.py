@@ -12,16 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxprune.tracing.cache import BATCH, PAST
+from fxprune.tracing.outputs import named_results
+from fxprune.tracing.sample import left_padded, random_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["unheld_length"]
+    from fxprune.core.program import Interface
+
+__all__ = ["starts_from_nothing", "unheld_length"]
 
 _TORCH = Path(torch.__file__).parent
 _NEW = (2, 4, 16)
 """Numbers of new tokens that are asked about; one alone is a case that torch decides without noting it."""
+_UNLIKE_IN_SINGLE, _UNLIKE_IN_HALF = 1e-3, 0.05
+"""Share of the largest logit by which graph and model may differ that run the same operators on a few tokens."""
 _MOST = 2**20
 """Tokens in all that are asked about where a model names no longest sequence."""
 
@@ -68,3 +77,30 @@ def _cases(longest: int) -> Iterator[tuple[int, int]]:
         for fresh in _NEW:
             if total <= longest and total - fresh >= 2:
                 yield total - fresh, fresh
+
+
+def starts_from_nothing(model: nn.Module, graph_module: torch.fx.GraphModule, interface: Interface) -> bool:
+    """Whether a graph with a cache gives for a prompt, with an empty one, what the model gives for it.
+
+    The sample has a past, and code that asks whether there is one has its answer baked into the graph.
+    """
+    caches = {entry.input for entry in interface.cache}
+    ids = interface.example_inputs.get("input_ids")
+    texts = {*interface.inputs} - caches <= {"input_ids", "attention_mask", "position_ids"}
+    if ids is None or ids.is_meta or not caches or not texts or "logits" not in interface.outputs:
+        return True
+    tokens, mask = random_tokens(model.config, PAST, ids.device), left_padded(BATCH, PAST, ids.device)
+    made = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "position_ids": torch.arange(PAST, device=ids.device).repeat(BATCH, 1),
+    }
+    empty = {name: interface.example_inputs[name][:, :, :0] for name in caches}
+    given = {name: made[name] for name in interface.inputs if name in made}
+    with torch.no_grad(), named_results(model.config):
+        got = graph_module(*(({**given, **empty})[name] for name in interface.inputs))
+        wanted = model(**given, use_cache=False).logits
+    seen = mask.bool()
+    error = (dict(zip(interface.outputs, got, strict=True))["logits"] - wanted)[seen].abs().max()
+    allowed = _UNLIKE_IN_HALF if wanted.dtype in {torch.bfloat16, torch.float16} else _UNLIKE_IN_SINGLE
+    return not float(error) > allowed * float(wanted[seen].abs().max())

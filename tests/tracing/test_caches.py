@@ -18,7 +18,7 @@ from fxprune.exporters.onnx import onnx_refusal
 from fxprune.exporters.ort import OrtRunner
 from fxprune.flows.steps import prune_program
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
-from fxprune.verification.ladder import compare_runners
+from fxprune.verification.compare import compare_runners
 from tests.families import randomise
 
 if TYPE_CHECKING:

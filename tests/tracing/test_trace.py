@@ -21,7 +21,10 @@ from transformers import (
 
 from fxprune.core.errors import TraceError
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, Past, Runner, greedy
-from fxprune.tracing.trace import _fixed_length, _ListsAsSlices, sample_inputs, trace
+from fxprune.tracing.on_meta import ListsAsSlices
+from fxprune.tracing.sample import sample_inputs
+from fxprune.tracing.trace import trace
+from fxprune.tracing.whole_sequences import fixed_length
 from tests.families import FAMILIES, STEPS, build, located, steps
 
 
@@ -189,7 +192,7 @@ def test_inputs_that_are_handed_back_untouched_are_no_outputs() -> None:
 )
 def test_lists_of_positions_are_slices_where_they_are_runs(index: Any, is_run: bool) -> None:
     x = torch.arange(24).reshape(2, 3, 4) if index != [0, 2] else torch.arange(24).reshape(4, 3, 2)
-    with _ListsAsSlices():
+    with ListsAsSlices():
         found = x[index]
     assert torch.equal(found, x[index])
     assert (found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_run
@@ -241,8 +244,7 @@ def test_a_loop_over_chunks_that_one_length_has_unrolled_is_seen_in_its_equation
 ) -> None:
     axes = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
     exported = torch.export.export(module, (torch.ones(2, 11, dtype=torch.long),), dynamic_shapes=(axes,), strict=False)
-    fixed = _fixed_length(exported)
-    assert (None if fixed is None else fixed.length) == length
+    assert fixed_length(exported) == length
 
 
 def test_a_configuration_that_wants_no_cache_is_traced_with_one() -> None:

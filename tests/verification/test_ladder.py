@@ -24,14 +24,9 @@ from fxprune.structured.reconstruct_consumers import add_biases
 from fxprune.tracing.graphs import copy_graph_module
 from fxprune.tracing.nodes import get_attribute
 from fxprune.tracing.trace import trace
-from fxprune.verification.ladder import (
-    Rung,
-    compare_modules,
-    compare_runners,
-    first_difference,
-    reexported,
-    tolerance_for,
-)
+from fxprune.verification.compare import compare_modules, compare_runners
+from fxprune.verification.differences import first_difference
+from fxprune.verification.ladder import Rung, reexported, tolerance_for
 from fxprune.verification.reference import without_units
 from fxprune.verification.text import compare_greedy
 from tests.families import FAMILIES, located, located_plain, random_plan
