@@ -153,7 +153,7 @@ def test_the_whole_way(run: Run, directory: Callable[[str], Path], name: str, tm
     assert f"({kind})" in shown
     slim, onnx = tmp_path / "slim", tmp_path / "onnx"
     # The others have no field for their heads' width, and T5 one table of position biases for the heads of all layers.
-    kinds = () if name in {"classifier", "decoder"} else ("--kinds", "mlp")
+    kinds = () if name in {"classifier", "decoder"} else ("--option", "kinds=mlp")
     options = ("--method", "magnitude", "--ratio", 0.2, "--uniform", *kinds)
     status, shown, err = run("prune", dense, *options, "--out", slim)
     assert status == 0, err
