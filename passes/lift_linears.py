@@ -135,7 +135,7 @@ def _warn_of_zeros(zeros: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
     _LOGGER.warning(
         "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
-        "hold_zeros (--hold-zeros) keeps them as they are",
+        "hold_zeros (--option hold_zeros=true) keeps them as they are",
         removed,
         len(zeros),
         next(iter(zeros)),

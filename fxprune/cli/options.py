@@ -57,7 +57,7 @@ def targets_of(texts: Mapping[str, str | None], *, table: object, mix: Mapping[s
         raise UsageError(f"give one target, not {' and '.join(named[name] for name in found)}")
     timed = "target_speedup" in found
     if mix is not None and not timed:
-        raise UsageError("--mix weighs the cases of --target-speedup; leave it out")
+        raise UsageError("mix weighs the cases of --target-speedup; leave it out")
     if timed != (table is not None):
         raise UsageError("--target-speedup and --table go together; fxprune bench MODEL --table FILE makes a table")
     if table is not None:
