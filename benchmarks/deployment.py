@@ -46,7 +46,7 @@ from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
 from fxprune.verification.approximation import measure_difference
-from fxprune.verification.ladder import compare_runners
+from fxprune.verification.compare import compare_runners
 from fxprune.verification.reference import without_units
 from tests.zoo import located
 

@@ -29,7 +29,7 @@ from fxprune.evaluation.perplexity import file_perplexity
 from fxprune.measure.speed import machine, peak_rss_bytes
 from fxprune.models.default_model import default_model_path
 from fxprune.runtimes.runners import EagerRunner
-from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.lifted_graphs import state_tensors
 from fxprune.tracing.trace import trace
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,7 +27,7 @@ from fxprune.measure.speed import machine
 from fxprune.models.default_model import default_model_path
 from fxprune.runtimes.matmul import fast_products
 from fxprune.runtimes.runners import EagerRunner
-from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.lifted_graphs import state_tensors
 from fxprune.tracing.trace import trace
 
 BLOCK = 128

@@ -22,6 +22,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -57,6 +58,7 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     """A tiny model that runs on a sample of its own, in bfloat16, or None with the reason."""
     import torch  # noqa: PLC0415 - the parent process stays light
     import transformers  # noqa: PLC0415
+    from transformers.models.auto import modeling_auto  # noqa: PLC0415
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: PLC0415
 
     from benchmarks.sweep_sizes import tiny_configs  # noqa: PLC0415
@@ -64,12 +66,17 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
 
     reason = "no configuration"
     try:
-        for config in tiny_configs(CONFIG_MAPPING[model_type]):
+        for config in tiny_configs(CONFIG_MAPPING[model_type], decoder=auto == "AutoModelForCausalLM"):
             torch.manual_seed(0)
+            if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+                config.decoder_start_token_id = 0  # no class has a default for it, all published models do
+            names = getattr(modeling_auto, AUTO[auto])[model_type]
+            if not isinstance(names, str):
+                config.architectures = [names[0]]  # a type with several classes asks which
             try:
                 model = getattr(transformers, auto).from_config(config).eval()
                 randomise(model)
-                model = model.to(torch.bfloat16)
+                model = _in_bfloat16(model)
                 _run(model)
             except Exception as error:  # noqa: BLE001 - classes raise anything for sizes that do not fit together
                 reason = f"{type(error).__name__}: {error}"
@@ -80,17 +87,34 @@ def runnable(auto: str, model_type: str) -> tuple[Any, str]:
     return None, reason
 
 
+def _in_bfloat16(model: Any) -> Any:
+    """The model in bfloat16, but for the parameters that its class keeps in float32 whatever is asked for."""
+    import torch  # noqa: PLC0415
+
+    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    patterns = [re.compile(rf"(^|\.){re.escape(name).replace(re.escape('*'), '.*')}($|\.)") for name in kept]
+    model = model.to(torch.bfloat16)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+    return model
+
+
 def _run(model: Any) -> None:
     """One forward pass of the class itself, as its users would call it."""
     import torch  # noqa: PLC0415
 
     if model.main_input_name == "pixel_values":
-        size = getattr(model.config, "image_size", 32)
+        vision = getattr(model.config, "vision_config", model.config)
+        size = getattr(vision, "image_size", 32)
         size = size if isinstance(size, int) else 32
-        channels = getattr(model.config, "num_channels", 3)
+        channels = getattr(vision, "num_channels", 3)
         inputs = {"pixel_values": torch.randn(2, channels, size, size, dtype=model.dtype)}
     else:
         ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))
+        eos = getattr(model.config, "eos_token_id", None)
+        if isinstance(eos, int):
+            ids[:, -1] = eos  # where some classifiers look
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids
@@ -98,6 +122,15 @@ def _run(model: Any) -> None:
         output = model(**inputs)
     if not all(bool(t.isfinite().all()) for t in output.values() if isinstance(t, torch.Tensor)):
         raise ValueError("its output is not finite")
+
+
+def _fails(model: Any) -> str:
+    """Why the class itself does not run; some get other dtypes when they are loaded. Empty if it runs."""
+    try:
+        _run(model)
+    except Exception as error:  # noqa: BLE001 - classes raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
@@ -112,7 +145,10 @@ def measure(auto: str, model_type: str, method: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            _prune(_as_published(model, Path(scratch) / "dense"), method, row, Path(scratch))
+            loaded = _as_published(model, Path(scratch) / "dense")
+            if reason := _fails(loaded.model):
+                return row | {"status": "unbuilt", "reason": f"as it is loaded, {_one_line(reason)}"}
+            _prune(loaded, method, row, Path(scratch))
         row["status"] = "pruned"
     except FxpruneError as error:
         row |= {"status": "refused", "error": type(error).__name__, "reason": _one_line(str(error))}
@@ -167,7 +203,7 @@ def _prune(loaded: Any, method: str, row: dict[str, Any], scratch: Path) -> None
 
 def _same_bits(slim: Any, program: Any, torch: Any) -> None:
     from fxprune.core.tensors import same_bits  # noqa: PLC0415
-    from fxprune.tracing.graphs import state_tensors  # noqa: PLC0415
+    from fxprune.tracing.lifted_graphs import state_tensors  # noqa: PLC0415
 
     state = slim.state_dict()
     dtypes = {tensor.dtype for name, tensor in slim.named_parameters() if tensor.is_floating_point()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["Attempt", "tiny_configs"]
 
@@ -69,6 +69,8 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
         lambda name, _: bool(re.search(r"head_dim|dim_head|kv_channels|d_head|head_size|d_kv", name)),
         lambda *_: HEAD_DIM,
     ),
+    # An indexer cuts the scores of each head at zero: of few heads, all are cut for many tokens, which then tie.
+    (lambda name, _: bool(re.search(r"^index(er)?_.*heads$", name)), lambda value, _: min(value, 16)),
     (lambda name, _: "head" in name and "size" not in name and "dim" not in name and "per_n" not in name, _heads),
     (lambda name, _: bool(_HIDDEN.search(name)), lambda *_: HIDDEN),
     (lambda name, value: bool(_WIDTH.search(name)) and value > 8, lambda *_: WIDTH),
@@ -81,6 +83,17 @@ _RULES: list[tuple[Callable[[str, int], bool], Callable[[int, Mapping[str, Any]]
     (lambda _, value: value > 1000, lambda *_: HIDDEN),
     (lambda _, value: value > HIDDEN, lambda *_: HIDDEN),
 ]
+
+
+def _is_stages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(type(each) is int for each in value)
+
+
+def _stages(name: str, values: Sequence[int]) -> list[int]:
+    """What a field says of each stage of a hierarchy: heads in the ratios of the default, and few blocks."""
+    if "head" in name and all(value % values[0] == 0 for value in values):
+        return [2 * value // values[0] for value in values]
+    return [min(value, _LEAST_DEPTH) for value in values] if name.endswith("depths") else list(values)
 
 
 def _own_fields(config_class: type) -> dict[str, Any]:
@@ -115,12 +128,16 @@ class Attempt:
         fill: whether numbers of heads and experts whose default is None are given.
         rope_part: whether the rotary part of a head is half of it.
         own_depth: whether the model is as deep as the class's default.
+        rope_by_kind: whether every kind of layer is given positions of its own.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
     """
 
     kv_heads: bool = True
     fill: bool = False
     rope_part: bool = True
     own_depth: bool = False
+    rope_by_kind: bool = False
+    decoder: bool = True
 
 
 _ATTEMPTS = (
@@ -130,6 +147,7 @@ _ATTEMPTS = (
     Attempt(rope_part=False),
     Attempt(fill=True, rope_part=False, kv_heads=False),
     Attempt(own_depth=True),
+    Attempt(rope_by_kind=True),
 )
 _FILLED = {
     "head_dim": HEAD_DIM,
@@ -138,15 +156,17 @@ _FILLED = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LINEAR, _FULL, _SLIDING, _CONVOLUTION = "linear_attention", "full_attention", "sliding_attention", "conv"
 
 
-def tiny_configs(config_class: type) -> Iterator[Any]:
+def tiny_configs(config_class: Any, *, decoder: bool = True) -> Iterator[Any]:
     """Tiny configurations of a class, the likeliest first; those that the class refuses are left out.
 
     Args:
         config_class: a `PreTrainedConfig` class.
+        decoder: whether a class that is an encoder unless told otherwise is told so.
 
     Yields:
         Configurations; every kind of layer of the default one comes at least once, in at most eight layers.
@@ -158,7 +178,7 @@ def tiny_configs(config_class: type) -> Iterator[Any]:
     none = True
     for attempt in _ATTEMPTS:
         try:
-            config = _tiny(config_class, attempt)
+            config = _tiny(config_class, dataclasses.replace(attempt, decoder=decoder))
         except Exception as error:  # noqa: BLE001 - configuration classes raise anything
             first = first or error
             continue
@@ -184,6 +204,7 @@ def _tiny(config_class: Any, attempt: Attempt) -> Any:
 def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: int, attempt: Attempt) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     values = {name: _integer(name, value, fields) for name, value in fields.items() if type(value) is int}
+    values |= {name: _stages(name, value) for name, value in fields.items() if _is_stages(value)}
     if attempt.own_depth:
         values |= {name: value for name, value in fields.items() if _DEPTH.search(name)}
     else:
@@ -192,11 +213,15 @@ def _built(config_class: Any, default: Any, fields: Mapping[str, Any], depth: in
     if not attempt.rope_part:
         values |= {name: HEAD_DIM for name in values if _ROPE_PART.search(name)}
     values |= _nested(config_class, default, attempt)
-    values |= {name: value for name, value in _given(known - fields.keys(), depth, attempt).items() if name in known}
+    given = _given(known - fields.keys(), depth, attempt, convolves=any("conv" in name for name in known))
+    values |= {name: value for name, value in given.items() if name in known}
     values |= {name: token for name, token in _TOKENS.items() if name in known}
-    if "is_decoder" in known:
+    if attempt.decoder and "is_decoder" in known:
         values["is_decoder"] = True
     config = config_class(**values)
+    if attempt.rope_by_kind and "rope_parameters" in known:
+        values["rope_parameters"] = {kind: dict(_ROPE) for kind in getattr(config, "layer_types", None) or ()}
+        config = config_class(**values)
     if _only_linear(config):
         values |= {name: value for name, value in _some_attention(depth).items() if name in known}
         config = config_class(**values)
@@ -214,7 +239,7 @@ def _nested(config_class: Any, default: Any, attempt: Attempt) -> dict[str, Any]
     return values
 
 
-def _given(unset: set[str], depth: int, attempt: Attempt) -> dict[str, Any]:
+def _given(unset: set[str], depth: int, attempt: Attempt, *, convolves: bool) -> dict[str, Any]:
     """Values for fields whose default is None, as far as the attempt gives them any."""
     values: dict[str, Any] = {}
     if attempt.kv_heads and "num_key_value_heads" in unset:
@@ -222,7 +247,7 @@ def _given(unset: set[str], depth: int, attempt: Attempt) -> dict[str, Any]:
     if attempt.fill:
         values |= {name: value for name, value in _FILLED.items() if name in unset}
         if "layer_types" in unset:
-            other = _CONVOLUTION if any("conv" in name for name in unset) else _SLIDING
+            other = _CONVOLUTION if convolves else _SLIDING
             values["layer_types"] = ([other, _FULL] * depth)[:depth]
     return values
 

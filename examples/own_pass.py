@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 
 import fxprune
-from fxprune import Pass, PassResult, Pipeline, Plan, Program
+from fxprune import Pass, PassResult, Pipeline, Plan, PreconditionError, Program
 from fxprune.checkpoints.load_model import load_model
-from fxprune.core.errors import PreconditionError
 from fxprune.core.pipeline import build_pass
 from fxprune.models.default_model import default_model_path
 

@@ -8,6 +8,7 @@ takes most of the stock exporter's time, does not run.
 from __future__ import annotations
 
 import logging
+import re
 import time
 import warnings
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from fxprune.exporters import onnx_passes
 from fxprune.exporters.onnx_files import write_graph
 from fxprune.exporters.onnx_graph import prepare_graph
 from fxprune.exporters.onnx_ops import translation_table
+from fxprune.tracing.nodes import module_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,6 +40,8 @@ __all__ = ["Fusions", "OnnxExport", "export_onnx", "onnx_refusal"]
 Fusions = Literal["auto", "none", "cpu"]
 
 _DEFAULT_OPSET = 20
+_MOST_SAID = 120
+"""Characters of a library's own words in a message; all of them are in its cause."""
 _OPSETS = range(18, 23)
 """torchlib starts at 18; from 23 on, ONNX Runtime's CPU provider fails for batches of more than one."""
 
@@ -134,8 +138,9 @@ def onnx_refusal(program: Program, *, genai: bool = False) -> str:
     length = program.interface.fixed_length
     if length is not None:
         return (
-            f"{name} cannot be exported to ONNX: its code loops over tokens or chunks of them, so that its graph holds "
-            f"for sequences of {length} tokens only; use the checkpoint with transformers"
+            f"{name} cannot be exported to ONNX: its code loops over tokens or chunks of them, or takes another path "
+            f"for other lengths, so that its graph holds for sequences of {length} tokens only; use the checkpoint "
+            "with transformers"
         )
     if genai and (program.source is None or not program.interface.cache):
         what = "has no cache of keys and values in its graph" if program.interface.causal else "is none"
@@ -218,13 +223,36 @@ def _convert(
     try:
         return _translate(exported, opset, table)
     except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ExportError(
-            f"torch.onnx could not translate the graph: {cause}\n"
-            "An operator without a translation needs one in fxprune.exporters.onnx_ops.translation_table."
-        ) from error
+        raise ExportError(_untranslated(error, exported)) from error
+
+
+_FAILED_NODE = re.compile(r"translating node %(\w+) : .*?\[target=(?:torch\.ops\.)?([\w.]+)\]")
+
+
+def _untranslated(error: BaseException, exported: ExportedProgram) -> str:
+    """What torch.onnx could not translate, where it comes from, and what to do, in a sentence.
+
+    Args:
+        error: what torch.onnx raised; the operator is named by one of its causes.
+        exported: the graph that it was given.
+    """
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    found = next((match for each in chain if (match := _FAILED_NODE.search(str(each)))), None)
+    if found is None:
+        said = " ".join(str(chain[-1]).split())[:_MOST_SAID]
+        return f"torch.onnx could not translate the graph ({said}); use the checkpoint with transformers"
+    name, operator = found.groups()
+    # A part of a decomposed operator has a name of its own: any use of the operator tells where it comes from.
+    nodes = list(exported.graph.nodes)
+    alike = [node for node in nodes if node.name == name] or [node for node in nodes if operator in str(node.target)]
+    where = f" in {module}" if alike and (module := module_of(alike[0])) else ""
+    said = "" if type(chain[-1]).__name__ == "DispatchError" else f" ({' '.join(str(chain[-1]).split())[:_MOST_SAID]})"
+    return (
+        f"torch.onnx has no translation for {operator}{where}{said}; use the checkpoint with transformers, or give the "
+        "operator one in fxprune.exporters.onnx_ops.translation_table"
+    )
 
 
 def _translate(exported: ExportedProgram, opset: int, table: Mapping[Any, Any]) -> ir.Model:

@@ -28,6 +28,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from fxprune.exporters import onnx_ops
+from fxprune.exporters.onnx_complex import complex_to_real
+from fxprune.exporters.onnx_constants import fold_numbers
 from fxprune.tracing.graphs import erase_dead
 
 if TYPE_CHECKING:
@@ -69,10 +71,15 @@ def prepare_graph(
     }
     for node in list(graph.nodes):
         _functionalize(node)
+    numbers = fold_numbers(prepared)
+    real = complex_to_real(prepared)
+    if real:
+        _propagate(prepared, example_inputs)
     if not any(parameter.dtype is torch.bfloat16 for parameter in graph_module.parameters()):
         rewrites = {"bfloat16": _compute_in_float32} | rewrites
     # A copy is no no-op where an operator still writes into its input.
     counts = {} if any(map(_writes, graph.nodes)) else {"no_ops": _apply(prepared, _remove_no_op)}
+    counts |= {"complex": real, "numbers": numbers}
     counts |= {name: _apply(prepared, rewrite) for name, rewrite in rewrites.items()}
     graph.lint()
     prepared.recompile()

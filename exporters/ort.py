@@ -35,6 +35,7 @@ _DTYPES = {
 }
 _ADVICE = {
     "External data": "its weights file is not beside it, move the two together",
+    "cannot get file size": "its weights file is not beside it, move the two together",  # as onnxruntime 1.22 says it
     "NOT_IMPLEMENTED": "the provider has no kernel for this data type, export the model in float32",
     "INVALID_PROTOBUF": "the file is damaged or no ONNX file, export the graph again",
 }

@@ -28,7 +28,8 @@ from fxprune.core.plan import Plan
 from fxprune.core.program import Source
 from fxprune.runtimes.runners import GraphRunner
 from fxprune.tracing.pytree_form import program_of_exported
-from fxprune.verification.ladder import compare_modules, compare_runners, tolerance_for
+from fxprune.verification.compare import compare_modules, compare_runners
+from fxprune.verification.ladder import tolerance_for
 from fxprune.weights.base import SparsePass
 
 if TYPE_CHECKING:

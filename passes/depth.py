@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxprune.channels.accounting import lm_heads, macs_per_token
+from fxprune.channels.accounting import macs_per_token
+from fxprune.channels.block_linears import lm_heads
 from fxprune.core.errors import PlanError, PreconditionError, UsageError
 from fxprune.core.groups import LayerGroup
 from fxprune.core.plan import Plan
@@ -34,8 +35,8 @@ from fxprune.slimming.slim import slim_graph
 from fxprune.structured.base import StructuredPass
 from fxprune.structured.targets import budgets_of, cost_model
 from fxprune.tracing.lifted import is_projection
-from fxprune.tracing.masks import LayerGate
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,129 +22,47 @@ from __future__ import annotations
 
 import logging
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
 
 from fxprune.core.errors import PostconditionError
 from fxprune.core.pass_base import Pass, PassResult
+from fxprune.tracing.found_masks import masks_of_zeros
 from fxprune.tracing.graphs import copy_graph_module, erase_dead
-from fxprune.tracing.lifted import Origin, make_grouped, make_linear
-from fxprune.tracing.weight_masks import masks_of_projections, masks_of_zeros
+from fxprune.tracing.lifted import make_grouped, make_linear
+from fxprune.tracing.other_projections import OTHER_PRODUCTS, match_other
+from fxprune.tracing.projections import Projection, grouped_products, projection_of, weight_behind
+from fxprune.tracing.weight_masks import masks_of_projections
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch.fx import GraphModule, Node
+
     from fxprune.core.program import Program
 
 __all__ = ["LiftLinears", "lift_graph"]
 
 _LOGGER = logging.getLogger(__name__)
 aten = torch.ops.aten
-_TRANSPOSE = {aten.t.default, aten.numpy_T.default}
 
 
-@dataclass(frozen=True)
-class _Projection:
-    """What a projection node computes: `x @ weight.T + bias`, for each expert's rows where there are offsets."""
-
-    x: Node
-    weight: str
-    transposed: bool  # the parameter is stored (in, out)
-    bias: str | None
-    offsets: Node | None = None
-    op: Any = None
-
-    @property
-    def dimensions(self) -> int:
-        """How many axes the weight must have."""
-        return 2 if self.offsets is None else 3
-
-    @property
-    def origin(self) -> Origin:
-        """What the module stands for; a bias that is added later stands beside the weight."""
-        added = f"{self.weight.removesuffix('weight')}bias" if self.weight.endswith("weight") else f"{self.weight}_bias"
-        return Origin(self.weight, self.bias or added, self.transposed)
-
-
-def _parameter(node: Any) -> str | None:
-    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
-
-
-def _uncast(node: Any) -> Any:
-    """The node behind casts to the dtype that it already has."""
-    while isinstance(node, Node) and node.target is aten.to.dtype and len(node.args) > 1:
-        source = node.args[0]
-        if not isinstance(source, Node) or "val" not in source.meta or source.meta["val"].dtype is not node.args[1]:
-            break
-        node = source
-    return node
-
-
-def _weight(node: Any, axes: int = 2) -> tuple[str, bool] | None:
-    """The parameter of so many axes behind a weight operand, and whether its last two are seen swapped."""
-    node = _uncast(node)
-    if (name := _parameter(node)) is not None:
-        return name, False
-    if not isinstance(node, Node) or node.op != "call_function":
-        return None
-    last = {axes - 2, axes - 1}
-    swaps = axes == 2 and node.target in _TRANSPOSE
-    swaps |= node.target is aten.transpose.int and {axis % axes for axis in node.args[1:3]} == last  # type: ignore[operator]
-    swaps |= axes == 2 and node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
-    name = _parameter(_uncast(node.args[0])) if swaps else None
-    return None if name is None else (name, True)
-
-
-def _added_bias(product: Node) -> Any:
-    """The parameter that is added to a product and to nothing else."""
-    users = list(product.users)
-    if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
-        return None
-    bias = next((operand for operand in users[0].args if operand is not product), None)
-    value = bias.meta.get("val") if isinstance(bias, Node) and bias.op == "get_attr" else None
-    same = isinstance(value, torch.Tensor) and tuple(value.shape) == tuple(product.meta["val"].shape[-1:])
-    return bias if same else None
-
-
-def _match(node: Node) -> _Projection | None:
+def _match(node: Node) -> Projection | None:
     """See a node as a projection, or None with refusal 1 or 2."""
     if node.op != "call_function":
         return None
-    if node.target is aten.linear.default:
-        x, w, *rest = node.args
-        weight, bias = _weight(w), (rest[0] if rest else node.kwargs.get("bias"))
-        turned = False
-    elif node.target is aten.addmm.default and not node.kwargs:
-        bias, x, w = node.args
-        weight, turned = _weight(w), True
-    elif node.target in {aten.matmul.default, aten.mm.default}:
-        x, w = node.args
-        weight, bias, turned = _weight(w), _added_bias(node), True
-    elif node.target in grouped_products() and len(node.args) == 3:
-        x, w, offsets = node.args
-        weight = _weight(w, axes=3)
-        if weight is None or not isinstance(x, Node) or not isinstance(offsets, Node):
-            return None
-        return _Projection(x, weight[0], not weight[1], None, offsets, node.target)
-    else:
-        return None
-    name = None if bias is None else _parameter(bias)
-    if weight is None or not isinstance(x, Node) or (bias is not None and name is None):
-        return None
-    return _Projection(x, weight[0], turned != weight[1], name)
+    if node.target is not aten.linear.default:
+        other = node.target in OTHER_PRODUCTS or node.target in grouped_products()
+        return match_other(node) if other else None
+    x, w, *rest = node.args
+    weight, bias = weight_behind(w), (rest[0] if rest else node.kwargs.get("bias"))
+    return projection_of(x, weight, bias, turned=False)
 
 
-def grouped_products() -> set[Any]:
-    """The operators that multiply each expert's rows by its weight; transformers registers one of them itself."""
-    found = {aten._grouped_mm.default}
-    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
-        found.add(torch.ops.transformers.grouped_mm_fallback.default)
-    return found
-
-
-def _module_name(root: nn.Module, match: _Projection) -> str:
+def _module_name(root: nn.Module, match: Projection) -> str:
     """Where the Linear goes: the module that holds exactly its parameters, or a name beside the weight."""
     owner, _, leaf = match.weight.rpartition(".")
     if match.bias is not None and match.bias != f"{owner}.bias":
@@ -200,7 +118,7 @@ def lift_graph(graph_module: GraphModule) -> tuple[GraphModule, list[str]]:
     return copy_graph_module(lifted), list(dict.fromkeys(names))
 
 
-def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) -> str:
+def _install(lifted: GraphModule, match: Projection, weight: Any, bias: Any) -> str:
     name = _module_name(lifted, match)
     owner, _, leaf = name.rpartition(".")
     if isinstance(getattr(lifted.get_submodule(owner), leaf, None), nn.Linear):  # one weight, two biases
@@ -210,6 +128,19 @@ def _install(lifted: GraphModule, match: _Projection, weight: Any, bias: Any) ->
     else:
         lifted.add_submodule(name, make_linear(weight.t() if match.transposed else weight, bias, match.origin))
     return name
+
+
+def _warn_of_zeros(zeros: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Say where zeros are that nothing holds."""
+    removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
+    _LOGGER.warning(
+        "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
+        "hold_zeros (--option hold_zeros=true) keeps them as they are",
+        removed,
+        len(zeros),
+        next(iter(zeros)),
+    )
+    return {"linears": list(zeros), "weights": removed}
 
 
 class LiftLinears(Pass):
@@ -240,15 +171,7 @@ class LiftLinears(Pass):
         if zeros and self.hold_zeros:
             masks |= zeros
         elif zeros:
-            removed = sum(mask.numel() - int(mask.sum()) for mask in zeros.values())
-            details["zeros_without_masks"] = {"linears": list(zeros), "weights": removed}
-            _LOGGER.warning(
-                "%d weights in %d Linears (%s first) are zero and no mask holds them: later passes may fill them; "
-                "hold_zeros (--hold-zeros) keeps them as they are",
-                removed,
-                len(zeros),
-                next(iter(zeros)),
-            )
+            details["zeros_without_masks"] = _warn_of_zeros(zeros)
         if masks:
             details["masked_linears"] = len(masks)
         program = program.with_reference("traced", program.graph_module)

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fxprune.channels.locate import NormIndex, elements_per_index, require_lifted, unique_name, with_channels
+from fxprune.channels.locate import LocatePass, NormIndex, elements_per_index, unique_name
 from fxprune.core.groups import AttentionGroup, collect_slices, common_owner
 from fxprune.core.parts import parts_of
-from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fxprune.core.channel_ids import AttentionSite, ChannelMap, IdArray
-    from fxprune.core.groups import UnitSlice
+    from fxprune.core.groups import Group, UnitSlice
     from fxprune.core.program import Program
 
     _Slices = tuple[UnitSlice, ...] | None
@@ -114,25 +113,16 @@ def _owned(
         yield site, slices, () if mine is None else next(shared), mine, part
 
 
-class LocateAttention(Pass):
+class LocateAttention(LocatePass):
     """Name the heads of every attention (see the module's docstring for the graph and the refusals)."""
 
     name = "locate_attention"
+    finds = (AttentionGroup,)
 
-    def requires(self, program: Program) -> None:
-        """Projections are lifted.
-
-        Raises:
-            PreconditionError: they are not.
-        """
-        require_lifted(program, self.name)
-
-    def call(self, program: Program) -> PassResult:
-        """Add an `AttentionGroup` for every attention; `details["refused"]` lists the others with reasons."""
-        program = with_channels(program)
+    def locate(self, program: Program, kept: tuple[Group, ...], refused: dict[str, str]) -> list[AttentionGroup]:
+        """An `AttentionGroup` for every attention; those that are refused are listed with reasons."""
         channels = program.channels
         assert channels is not None
-        refused: dict[str, str] = {}
         sites: list[tuple[AttentionSite, IdArray]] = []
         norms = NormIndex(channels)
         for site in channels.attentions:
@@ -142,7 +132,6 @@ class LocateAttention(Pass):
                 sites.append((site, classes))
             else:
                 refused[site.module or site.node] = reason
-        kept = tuple(group for group in program.groups if not isinstance(group, AttentionGroup))
         groups: list[AttentionGroup] = []
         for site, slices, shared, sharing, parts in _owned(program, channels, sites):
             if slices is None or shared is None:
@@ -162,5 +151,4 @@ class LocateAttention(Pass):
                     name, len(groups), slices, shared, sharing, parts=parts, head_dim=head_dim, node=site.node
                 )
             )
-        details = {"groups": len(groups), "refused": refused}
-        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
+        return groups

@@ -22,19 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fxprune.channels.locate import (
+    LocatePass,
     NormIndex,
     alike,
     between_linears,
     elements_per_index,
     expert_axes,
     pinned_reason,
-    require_lifted,
     unique_name,
-    with_channels,
 )
 from fxprune.core.groups import HiddenGroup, collect_slices, common_owner
 from fxprune.core.parts import parts_of
-from fxprune.core.pass_base import Pass, PassResult
 from fxprune.slimming.norms import find_rms_norm
 from fxprune.tracing.unreached import meets_width
 
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from fxprune.core.channel_ids import ChannelMap, IdArray, NormSite
+    from fxprune.core.groups import Group
     from fxprune.core.program import Program
 
 __all__ = ["LocateHidden"]
@@ -68,22 +67,14 @@ def _multiple(program: Program, names: list[str]) -> int:
     return max((16 // tensors[name].element_size() for name in names), default=1)
 
 
-class LocateHidden(Pass):
+class LocateHidden(LocatePass):
     """Name the channels of residual streams and latents (see the module's docstring for graph and refusals)."""
 
     name = "locate_hidden"
+    finds = (HiddenGroup,)
 
-    def requires(self, program: Program) -> None:
-        """Projections are lifted.
-
-        Raises:
-            PreconditionError: they are not.
-        """
-        require_lifted(program, self.name)
-
-    def call(self, program: Program) -> PassResult:
-        """Add a `HiddenGroup` for every normalised dimension; `details["refused"]` lists the others with reasons."""
-        program = with_channels(program)
+    def locate(self, program: Program, kept: tuple[Group, ...], refused: dict[str, str]) -> list[HiddenGroup]:
+        """A `HiddenGroup` for every stream and latent; near misses are listed with reasons."""
         channels = program.channels
         assert channels is not None
         norm_index = NormIndex(channels)
@@ -91,8 +82,6 @@ class LocateHidden(Pass):
         candidates = [c for c in alike(channels, between_linears(channels) & normed) if normed[c].all()]
         nodes = {node.name: node for node in program.graph_module.graph.nodes}
         elements, experts = elements_per_index(program), expert_axes(channels)
-        refused: dict[str, str] = {}
-        kept = tuple(group for group in program.groups if not isinstance(group, HiddenGroup))
         groups: list[HiddenGroup] = []
         all_slices, all_parts = collect_slices(channels, candidates, elements), parts_of(channels, candidates)
         for classes, slices, parts in zip(candidates, all_slices, all_parts, strict=True):
@@ -115,5 +104,4 @@ class LocateHidden(Pass):
             modules = tuple(dict.fromkeys(norm.module for norm in norms))
             multiple = _multiple(program, [s.parameter for s in slices if s.parameter in experts])
             groups.append(HiddenGroup(name, len(groups), slices, parts=parts, norms=modules, multiple=multiple))
-        details = {"groups": len(groups), "refused": refused}
-        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
+        return groups

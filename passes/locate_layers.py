@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from fxprune.channels.locate import require_lifted, unique_name
+from fxprune.channels.locate import LocatePass, unique_name
 from fxprune.core.groups import LayerGroup
-from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fxprune.core.groups import Group
     from fxprune.core.program import Program
 
 __all__ = ["LocateLayers", "layer_nodes"]
@@ -127,23 +127,15 @@ def _members(program: Program, layers: Mapping[int, list[Node]]) -> dict[int, di
     return found
 
 
-class LocateLayers(Pass):
+class LocateLayers(LocatePass):
     """Name the layers of every stack (see the module's docstring for the graph and the refusals)."""
 
     name = "locate_layers"
+    finds = (LayerGroup,)
+    reads_channels = False
 
-    def requires(self, program: Program) -> None:
-        """Projections are lifted.
-
-        Raises:
-            PreconditionError: they are not.
-        """
-        require_lifted(program, self.name)
-
-    def call(self, program: Program) -> PassResult:
-        """Add a `LayerGroup` for every stack; `details["refused"]` lists layers that must stay, with reasons."""
-        refused: dict[str, str] = {}
-        kept = tuple(group for group in program.groups if not isinstance(group, LayerGroup))
+    def locate(self, program: Program, kept: tuple[Group, ...], refused: dict[str, str]) -> list[LayerGroup]:
+        """A `LayerGroup` for every stack; layers that must stay are listed with reasons."""
         groups: list[LayerGroup] = []
         output = next(node for node in program.graph_module.graph.nodes if node.op == "output")
         caches = _cache_nodes(program)
@@ -171,5 +163,4 @@ class LocateLayers(Pass):
                     caches=tuple(cached[index] for index in found),
                 )
             )
-        details = {"groups": len(groups), "refused": refused}
-        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
+        return groups

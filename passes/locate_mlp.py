@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fxprune.channels.locate import (
+    LocatePass,
     NormIndex,
     activation_sites,
     alike,
@@ -27,13 +28,10 @@ from fxprune.channels.locate import (
     elements_per_index,
     expert_axes,
     pinned_reason,
-    require_lifted,
     unique_name,
-    with_channels,
 )
 from fxprune.core.groups import Group, MlpGroup, collect_slices, common_owner
 from fxprune.core.parts import parts_of
-from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,22 +63,14 @@ def _computed_anew(program: Program) -> set[str]:
     return {name for name, _ in program.graph_module.named_buffers()} - set(original.module.state_dict())
 
 
-class LocateMlp(Pass):
+class LocateMlp(LocatePass):
     """Name the channels of every MLP (see the module's docstring for the graph and the refusals)."""
 
     name = "locate_mlp"
+    finds = (MlpGroup,)
 
-    def requires(self, program: Program) -> None:
-        """Projections are lifted.
-
-        Raises:
-            PreconditionError: they are not.
-        """
-        require_lifted(program, self.name)
-
-    def call(self, program: Program) -> PassResult:
-        """Add an `MlpGroup` for every MLP; `details["refused"]` lists the near misses with reasons."""
-        program = with_channels(program)
+    def locate(self, program: Program, kept: tuple[Group, ...], refused: dict[str, str]) -> list[MlpGroup]:
+        """An `MlpGroup` for every MLP; near misses are listed with reasons."""
         channels = program.channels
         assert channels is not None
         elements = elements_per_index(program)
@@ -93,10 +83,8 @@ class LocateMlp(Pass):
                 wanted[channels.of_axis(axis)] = False  # what experts read is for locate_experts to name
         # Channels under a norm and without an activation are a residual stream, or a latent: locate_hidden's.
         candidates = [c for c in alike(channels, wanted) if not normed[c].any() or (activation[c] >= 0).all()]
-        refused: dict[str, str] = {}
         anew = _computed_anew(program)
-        kept = tuple(group for group in program.groups if not isinstance(group, MlpGroup))
-        groups: list[Group] = []
+        groups: list[MlpGroup] = []
         all_slices, all_parts = collect_slices(channels, candidates, elements), parts_of(channels, candidates)
         for classes, slices, parts in zip(candidates, all_slices, all_parts, strict=True):
             reason = _refusal(channels, classes, normed, activation)
@@ -114,5 +102,4 @@ class LocateMlp(Pass):
             op = channels.activations[activation[classes].min()].op
             name = unique_name(name, MlpGroup.kind, (*kept, *groups))
             groups.append(MlpGroup(name, len(groups), slices, parts=parts, activation=op, gated=rows > 1))
-        details = {"groups": len(groups), "refused": refused}
-        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
+        return groups

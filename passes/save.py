@@ -32,11 +32,11 @@ from fxprune.core.program import Form
 from fxprune.models.savable import require_savable
 from fxprune.runtimes.runners import position_ids_from_mask
 from fxprune.slimming.norms import rms_norms
-from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.lifted_graphs import state_tensors
 from fxprune.tracing.masks import has_masks
 from fxprune.tracing.nodes import module_of
 from fxprune.tracing.weight_masks import masks_of_state
-from fxprune.verification.ladder import in_double
+from fxprune.verification.rounding import in_double
 
 if TYPE_CHECKING:
     from fxprune.core.program import Program

@@ -15,7 +15,7 @@ from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.slimming.builder import GraphBuilder
 from fxprune.slimming.cut import decide
-from fxprune.verification.ladder import in_double
+from fxprune.verification.rounding import in_double
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

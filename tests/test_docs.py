@@ -42,13 +42,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS: Any = typer.main.get_command(app)
-VERBS = "sparsify" in COMMANDS.commands
-"""Whether the command line has the verbs; blocks that are marked `verbs` wait for them."""
 SMALL = ["--samples", "4", "--seq-len", "32"]
 QUICK = {"prune": [*SMALL, "--guard", "none"], "sparsify": SMALL}
 """What is added to commands that run."""
 DEFAULT_METHODS = {"prune": "channel", "sparsify": "sparsegpt", "learn": "l0"}
-MARK = re.compile(r"(?P<verbs>verbs)? ?(?:(?P<run>run)|too long: (?P<long>\S.+)|not ours: (?P<foreign>\S.+))?")
+MARK = re.compile(r"(?:(?P<run>run)|too long: (?P<long>\S.+)|not ours: (?P<foreign>\S.+))?")
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,9 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page) if not block.lang
 
 
 def of(language: str) -> Any:
-    """The blocks of a language, as parameters; those that wait for the verbs are skipped."""
-    wait = pytest.mark.skip(reason="the command line has no verbs yet: no command `sparsify`")
+    """The blocks of a language, as parameters."""
     return [
-        pytest.param(block, id=str(block), marks=[wait] if block.mark("verbs") and not VERBS else [])
+        pytest.param(block, id=str(block))
         for block in BLOCKS
         if block.language == language and not block.mark("foreign")
     ]
@@ -262,8 +259,6 @@ def test_commands_in_sentences_have_these_options() -> None:
         for text in re.findall(r"`fxprune ([^`]*)`", prose):
             words = shlex.split(" ".join(text.replace("\\|", "|").split()))
             if not words or not words[0].islower() or words[0].startswith("-"):
-                continue
-            if not VERBS and words[0] in {"sparsify", "learn", "explain"}:
                 continue
             options = {name for parameter in COMMANDS.commands[words[0]].params for name in parameter.opts}
             options |= {name for parameter in COMMANDS.commands[words[0]].params for name in parameter.secondary_opts}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxprune
 from fxprune.cli.main import main
@@ -42,28 +43,39 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_quickstart_saves_a_model_that_loads(run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path) -> None:
-    shown = run("quickstart.py", tiny_llama_dir, text, tmp_path / "slim")
+@pytest.fixture(params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest, tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """The tiny Llama in a precision that people bring."""
+    if request.param == "float32":
+        return tiny_llama_dir
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=request.param)
+    loaded.save_pretrained(tmp_path / request.param)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def test_quickstart_saves_a_model_that_loads(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    shown = run("quickstart.py", model, text, tmp_path / "slim")
     assert "model.layers.0.self_attn [attention]: 6 query heads on 2 KV heads of 10, read by o_proj" in shown
     assert "slim = masked: max abs error" in shown
     counted = re.search(r"([\d,]+) -> ([\d,]+) parameters", shown)
     assert counted is not None
     dense, slim = (int(number.replace(",", "")) for number in counted.groups())
     assert slim < dense
-    assert sum(p.numel() for p in fxprune.load(tmp_path / "slim").parameters()) == slim
+    loaded = fxprune.load(tmp_path / "slim")
+    assert sum(p.numel() for p in loaded.parameters()) == slim
+    assert loaded.dtype is AutoModelForCausalLM.from_pretrained(model).dtype
 
 
-def test_sparsegpt_saves_what_plain_transformers_loads(
-    run: Run, tiny_llama_dir: Path, text: Path, tmp_path: Path
-) -> None:
-    shown = run("sparsegpt.py", tiny_llama_dir, text, tmp_path / "sparse")
+def test_sparsegpt_saves_what_plain_transformers_loads(run: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    shown = run("sparsegpt.py", model, text, tmp_path / "sparse")
     assert "14 Linears, 50.0% of their weights removed" in shown
     assert "zeros in the first one: 50.0%" in shown
     assert len((EXAMPLES / "sparsegpt.py").read_text().splitlines()) < 30
 
 
-def test_own_pass_runs_and_verifies(run: Run, tiny_llama_dir: Path) -> None:
-    assert "slim = masked: max abs error" in run("own_pass.py", tiny_llama_dir)
+def test_own_pass_runs_and_verifies(run: Run, model: Path) -> None:
+    assert "slim = masked: max abs error" in run("own_pass.py", model)
 
 
 def test_slim_runs_in_a_torch_fx_pass_manager(run: Run) -> None:

@@ -13,7 +13,7 @@ from fxprune.core.errors import CheckpointError
 from fxprune.passes.save import Save
 from fxprune.passes.verify import Verify
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy
-from fxprune.tracing.graphs import state_tensors
+from fxprune.tracing.lifted_graphs import state_tensors
 from tests.proof import slimmed
 from tests.test_zoo import PAIRS
 from tests.zoo import ZOO, kinds_of, located

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fxprune.calibration.engine import require_length, text_samples
 from fxprune.core.errors import NotFiniteError
-from fxprune.tracing.graphs import copy_graph_module, erase_dead, source_of_logits
+from fxprune.tracing.graphs import copy_graph_module, erase_dead
+from fxprune.tracing.lifted_graphs import source_of_logits
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxprune.core.errors import PreconditionError, UsageError
 from fxprune.tracing.graphs import copy_graph_module
-from fxprune.tracing.masks import LayerGate
+from fxprune.tracing.unit_masks import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from fxprune.calibration.stages import cut_stages
 from fxprune.core.errors import CalibrationError, NotFiniteError, PreconditionError, UsageError
 from fxprune.core.progress import track
 from fxprune.runtimes.matmul import fast_products
-from fxprune.tracing.graphs import linear_calls
+from fxprune.tracing.lifted_graphs import linear_calls
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fxprune.calibration.distillation import token_kl
-from fxprune.channels.accounting import lm_heads
 from fxprune.channels.attention_shapes import POINTWISE, only_operand, op_name
+from fxprune.channels.block_linears import lm_heads
 from fxprune.core.errors import NotFiniteError, PreconditionError
-from fxprune.core.precision import Widened, coarsest, is_low
+from fxprune.core.precision import coarsest, is_low
+from fxprune.core.widened import Widened
 from fxprune.runtimes.matmul import fast_products
 from fxprune.tracing.nodes import get_attribute
 

@@ -23,7 +23,7 @@ from fxprune.calibration.gram import Gram, GramSum
 from fxprune.calibration.loss_gradients import backpropagate_loss
 from fxprune.core.errors import NotFiniteError, PreconditionError
 from fxprune.runtimes.matmul import fast_products
-from fxprune.tracing.graphs import linear_calls
+from fxprune.tracing.lifted_graphs import linear_calls
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

@@ -14,28 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxprune.channels.attention_shapes import (
-    MOVEMENT,
-    POINTWISE,
     AttentionShape,
     attention_shapes,
     attribute_of,
     grouped_rows,
     is_grouped,
-    only_operand,
     op_name,
     parameter_products,
     propagated_shapes,
     traced_shapes,
+)
+from fxprune.channels.block_linears import (
+    block_linear_parameters,
+    block_linear_tensors,
+    expert_tensors,
+    identity,
+    lm_heads,
+    unique,
 )
 from fxprune.core.errors import PreconditionError
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.lifted import is_projection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "AttentionShape",
@@ -43,49 +48,29 @@ __all__ = [
     "MacsChange",
     "ParameterChange",
     "attention_shapes",
-    "block_linear_parameters",
     "bytes_of_weights",
     "bytes_read_per_step",
     "compare_macs",
     "compare_parameters",
     "count_parameters",
     "linear_parameters_by_name",
-    "lm_heads",
     "macs_per_token",
     "mask_sparsity",
     "removed_share",
 ]
 
-_PARTS = frozenset(("chunk", "split", "split_with_sizes", "unbind"))
-_SHAPE_READERS = ("sym_", "_assert", "size")
 
 # ---- parameters and bytes ------------------------------------------------------------------------------------------
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for two names of one tensor, also when they are two `Parameter` objects on one storage."""
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.numel() == 0:
-        return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-
-
-def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    seen: set[tuple[Any, ...]] = set()
-    for tensor in tensors:
-        key = _identity(tensor)
-        if key not in seen:
-            seen.add(key)
-            yield tensor
-
-
 def count_parameters(module: nn.Module) -> int:
     """Number of parameter elements; tensors that share storage (tied embeddings) count once. Buffers do not count."""
-    return sum(parameter.numel() for parameter in _unique(module.parameters()))
+    return sum(parameter.numel() for parameter in unique(module.parameters()))
 
 
 def bytes_of_weights(module: nn.Module) -> int:
     """Bytes that the parameters take in memory, in their own dtypes; shared tensors count once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in _unique(module.parameters()))
+    return sum(parameter.numel() * parameter.element_size() for parameter in unique(module.parameters()))
 
 
 def bytes_read_per_step(module: nn.Module) -> int:
@@ -94,9 +79,9 @@ def bytes_read_per_step(module: nn.Module) -> int:
     This is `bytes_of_weights` less the tables from which only single rows are looked up (embeddings that are not tied
     to an output projection), and less the experts that the token is not sent to, where their number is known.
     """
-    share = {_identity(weight): Fraction(0) for weight in _lookup_tables(module)}
-    share |= {_identity(weight): part for weight, part in _expert_shares(module)}
-    read = (p.numel() * p.element_size() * share.get(_identity(p), Fraction(1)) for p in _unique(module.parameters()))
+    share = {identity(weight): Fraction(0) for weight in _lookup_tables(module)}
+    share |= {identity(weight): part for weight, part in _expert_shares(module)}
+    read = (p.numel() * p.element_size() * share.get(identity(p), Fraction(1)) for p in unique(module.parameters()))
     return round(sum(read))
 
 
@@ -108,7 +93,7 @@ def _expert_shares(module: nn.Module) -> Iterator[tuple[Tensor, Fraction]]:
             assert isinstance(grouped, GroupedLinear)
             yield grouped.weight, min(rows / grouped.experts, Fraction(1))
     elif (per_token := _experts_per_token(module)) is not None:
-        for _, weight in _expert_tensors(module):
+        for _, weight in expert_tensors(module):
             if weight.ndim >= 3:
                 yield weight, Fraction(per_token, weight.shape[0])
 
@@ -117,8 +102,8 @@ def _lookup_tables(module: nn.Module) -> list[Tensor]:
     if not isinstance(module, GraphModule):
         embeddings = [child.weight for child in module.modules() if isinstance(child, nn.Embedding)]
         owners = (child for child in module.modules() if not isinstance(child, nn.Embedding))
-        others = {_identity(tensor) for child in owners for tensor in child.parameters(recurse=False)}
-        return [weight for weight in embeddings if _identity(weight) not in others]
+        others = {identity(tensor) for child in owners for tensor in child.parameters(recurse=False)}
+        return [weight for weight in embeddings if identity(weight) not in others]
     lookups: list[Tensor] = []
     others = set()
     for node in module.graph.nodes:
@@ -127,13 +112,13 @@ def _lookup_tables(module: nn.Module) -> list[Tensor]:
             if isinstance(child, nn.Embedding):
                 lookups.append(child.weight)
             else:
-                others |= {_identity(tensor) for tensor in child.parameters()}
+                others |= {identity(tensor) for tensor in child.parameters()}
         elif node.op == "get_attr" and isinstance(value := attribute_of(module, str(node.target)), nn.Parameter):
             if all(op_name(user) == "embedding" for user in node.users):
                 lookups.append(value)
             else:
-                others.add(_identity(value))
-    return [weight for weight in lookups if _identity(weight) not in others]
+                others.add(identity(value))
+    return [weight for weight in lookups if identity(weight) not in others]
 
 
 def linear_parameters_by_name(module: nn.Module) -> dict[str, int]:
@@ -148,43 +133,7 @@ def linear_parameters_by_name(module: nn.Module) -> dict[str, int]:
         for name, child in module.named_modules()
         if is_projection(child)
     }
-    return found | {name: tensor.numel() for name, tensor in _expert_tensors(module)}
-
-
-def block_linear_parameters(module: nn.Module, *, outputs: Sequence[str] | None = None) -> int:
-    """Elements of weight and bias of all projections except the output projection; shared tensors count once.
-
-    Projections are `nn.Linear`s and, for experts, `GroupedLinear`s. A module without a graph holds the experts of a
-    mixture as plain parameters: there, the matrices of a module that says how many experts it has (`num_experts`) count
-    when their first axis is that long (the experts' weights, and the router). Experts that are held in any other way,
-    and biases of experts, are not counted.
-
-    Args:
-        module: any module.
-        outputs: see `lm_heads`.
-    """
-    return sum(tensor.numel() for tensor in _unique(_block_linear_tensors(module, outputs)))
-
-
-def _block_linear_tensors(module: nn.Module, outputs: Sequence[str] | None) -> list[Tensor]:
-    heads = set(lm_heads(module, outputs=outputs))
-    return [
-        tensor
-        for name, child in module.named_modules()
-        if is_projection(child) and name not in heads
-        for tensor in child.parameters(recurse=False)
-    ] + [tensor for _, tensor in _expert_tensors(module)]
-
-
-def _expert_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights of experts and routers in a module without a graph: as long as their owner says it has experts."""
-    for name, child in module.named_modules():
-        experts = getattr(child, "num_experts", None)
-        if not isinstance(experts, int) or isinstance(child, nn.Linear | nn.Embedding | GroupedLinear):
-            continue
-        own = {n: p for n, p in child.named_parameters(prefix=name, recurse=False) if p.ndim and p.shape[0] == experts}
-        axes = max((parameter.ndim for parameter in own.values()), default=0)  # with one less, it is a bias
-        yield from ((name, parameter) for name, parameter in own.items() if parameter.ndim == axes >= 2)
+    return found | {name: tensor.numel() for name, tensor in expert_tensors(module)}
 
 
 def _experts_per_token(module: nn.Module) -> int | None:
@@ -207,7 +156,7 @@ def mask_sparsity(module: nn.Module, *, outputs: Sequence[str] | None = None) ->
     Raises:
         PreconditionError: the module has no block Linear, or its weights are on the meta device.
     """
-    weights = [tensor for tensor in _unique(_block_linear_tensors(module, outputs)) if tensor.ndim >= 2]
+    weights = [tensor for tensor in unique(block_linear_tensors(module, outputs)) if tensor.ndim >= 2]
     total = sum(weight.numel() for weight in weights)
     if not total:
         raise PreconditionError(
@@ -224,69 +173,6 @@ def mask_sparsity(module: nn.Module, *, outputs: Sequence[str] | None = None) ->
 def removed_share(dense: float, slim: float) -> float | None:
     """The share of `dense` that is gone in `slim`, or None when there was nothing to remove (`dense` is 0)."""
     return 1.0 - slim / dense if dense else None
-
-
-# ---- the output projection -----------------------------------------------------------------------------------------
-
-
-def lm_heads(module: nn.Module, *, outputs: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Qualified names of the Linears that make the module's output: for a language model, its `lm_head`.
-
-    In a graph module it is the `call_module` Linear from which an output follows by movement and pointwise ops alone;
-    with output names given, that output is `"logits"`, without them any output counts, as long as the Linear feeds
-    nothing else (a value projection whose result is also returned as cache is not a head). In another module it is
-    what `get_output_embeddings()` returns, or else the Linears that share their weight with an embedding.
-
-    Args:
-        module: any module.
-        outputs: names of the graph's outputs in order (`Interface.outputs`).
-    """
-    if isinstance(module, GraphModule):
-        found = dict.fromkeys(_graph_heads(module, outputs))
-        return tuple(found)
-    getter = getattr(module, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    if head is not None:
-        return tuple(name for name, child in linears if child is head)
-    tables = {_identity(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
-    return tuple(name for name, child in linears if _identity(child.weight) in tables)
-
-
-def _graph_heads(module: GraphModule, outputs: Sequence[str] | None) -> Iterator[str]:
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
-    values = output.args[0] if isinstance(output.args[0], tuple | list) else (output.args[0],)
-    if outputs is not None and "logits" in outputs:
-        # By position: a graph with fewer layers has fewer caches among its outputs, after the logits.
-        roots, named_logits = [values[list(outputs).index("logits")]], True
-    else:
-        roots, named_logits = list(output.all_input_nodes), False
-    for root in roots:
-        node = root if isinstance(root, Node) else None
-        while node is not None and not _is_linear(module, node):
-            node = _before(node)
-        if node is not None and (named_logits or _feeds_only_outputs(node)):
-            yield str(node.target)
-
-
-def _before(node: Node) -> Node | None:
-    """What an output's values come from by movement, pointwise ops, or taking a part (the ends of a span's answer)."""
-    if op_name(node) in _PARTS and isinstance(node.args[0], Node):
-        return node.args[0]
-    return only_operand(node)
-
-
-def _feeds_only_outputs(node: Node) -> bool:
-    pending, seen = [node], {node}
-    while pending:
-        for user in pending.pop().users:
-            if user.op == "output" or user in seen or op_name(user).startswith(_SHAPE_READERS):
-                continue
-            if op_name(user) not in MOVEMENT | POINTWISE | _PARTS:
-                return False
-            seen.add(user)
-            pending.append(user)
-    return True
 
 
 # ---- MACs ----------------------------------------------------------------------------------------------------------
@@ -393,7 +279,7 @@ def _grouped_macs(module: GraphModule, shapes: Mapping[Any, tuple[int, ...]]) ->
 def _expert_macs(module: nn.Module) -> tuple[int, tuple[str, ...]]:
     """MACs per token of the mixtures of a module without a graph, and the names of matrices that are not counted."""
     per_token = _experts_per_token(module)
-    known = dict(_expert_tensors(module))
+    known = dict(expert_tensors(module))
     owners = {name.rpartition(".")[0] for name in known}
     macs, uncounted = 0, []
     for name, child in module.named_modules():
@@ -485,7 +371,3 @@ def compare_macs(
 ) -> MacsChange:
     """Count the MACs per token of two forms of a model; outputs as for `lm_heads`, the dense form's if they differ."""
     return MacsChange(macs_per_token(dense, outputs=dense_outputs or outputs), macs_per_token(slim, outputs=outputs))
-
-
-def _is_linear(module: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from fxprune.channels.accounting import block_linear_parameters, count_parameters, macs_per_token, removed_share
+from fxprune.channels.accounting import count_parameters, macs_per_token, removed_share
 from fxprune.channels.attention_shapes import grouped_rows, propagated_shapes
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.groups import LayerGroup
 from fxprune.tracing.lifted import is_projection
 from fxprune.tracing.nodes import get_attribute, module_of

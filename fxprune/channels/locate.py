@@ -1,8 +1,8 @@
-"""What the locate passes share: the channel map of a program and the sizes behind its parameter axes."""
+"""What the locate passes share: their form, the channel map of a program, and what they ask of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy.sparse import csc_matrix
@@ -10,9 +10,10 @@ from scipy.sparse import csc_matrix
 from fxprune.channels.walk import trace_channels
 from fxprune.core.errors import PreconditionError
 from fxprune.core.groups import signatures
+from fxprune.core.pass_base import Pass, PassResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fxprune.core.program import Program
 
 __all__ = [
+    "LocatePass",
     "NormIndex",
     "activation_sites",
     "alike",
@@ -38,6 +40,46 @@ def require_lifted(program: Program, name: str) -> None:
     """Raise `PreconditionError` when the program's projections have not been lifted."""
     if not any(event.name == "lift_linears" for event in program.history):
         raise PreconditionError(f"{name} works on Linear modules: run lift_linears first")
+
+
+class LocatePass(Pass):
+    """What finds groups of some kinds in a lifted program, and says what it refuses and why.
+
+    Attributes:
+        finds: the kinds of groups; those that an earlier run has found are replaced.
+        reads_channels: whether it needs the channel map.
+    """
+
+    finds: ClassVar[tuple[type[Group], ...]]
+    reads_channels: ClassVar[bool] = True
+
+    def requires(self, program: Program) -> None:
+        """Projections are lifted.
+
+        Raises:
+            PreconditionError: they are not.
+        """
+        require_lifted(program, self.name)
+
+    def call(self, program: Program) -> PassResult:
+        """Add the groups; `details["refused"]` lists what is none, with reasons."""
+        if self.reads_channels:
+            program = with_channels(program)
+        kept = tuple(group for group in program.groups if not isinstance(group, self.finds))
+        refused: dict[str, str] = {}
+        groups = self.locate(program, kept, refused)
+        details = {"groups": len(groups), "refused": refused}
+        return PassResult(program.replace(groups=(*kept, *groups)), modified=True, details=details)
+
+    def locate(self, program: Program, kept: tuple[Group, ...], refused: dict[str, str]) -> Sequence[Group]:
+        """The groups in graph order.
+
+        Args:
+            program: lifted, with its channel map where that is read.
+            kept: groups of other kinds, whose names are taken.
+            refused: gets near misses, with the reasons.
+        """
+        raise NotImplementedError
 
 
 def with_channels(program: Program) -> Program:

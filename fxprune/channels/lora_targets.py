@@ -5,9 +5,9 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from fxprune.channels.accounting import lm_heads
+from fxprune.channels.block_linears import lm_heads
 from fxprune.core.errors import UsageError
-from fxprune.tracing.graphs import linear_calls
+from fxprune.tracing.lifted_graphs import linear_calls
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

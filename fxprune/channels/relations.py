@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxprune.channels.call import Call
 
 __all__ = [
+    "axis_ids",
     "combine",
     "contract",
     "distinct_rows",
@@ -246,3 +247,11 @@ def _join_scores(call: Call, left: Tensor | None, right: Tensor | None, out: Ten
             AttentionSite(call.node.name, call.module, heads[order], outputs[order].reshape(-1))
         )
         return
+
+
+def axis_ids(ids: Tensor | None, axis: int) -> Tensor | None:
+    """The ids along one axis, (n,), when they do not vary along the others; None otherwise."""
+    if ids is None:
+        return None
+    rows, _ = distinct_rows(ids.movedim(axis, -1))
+    return torch.from_numpy(rows[0]) if len(rows) == 1 else None

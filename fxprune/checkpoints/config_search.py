@@ -23,7 +23,7 @@ from fxprune.models.config_fields import fields_of, get_field, nested_configs, p
 from fxprune.models.skeleton import BUILD_ERRORS, Shape, build_skeleton, config_with, layer_list, state_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +33,8 @@ __all__ = [
     "LayerMatch",
     "NoMatch",
     "UniformMatch",
+    "companion_added",
+    "companions",
     "find_layer_overrides",
     "find_uniform",
     "probe_fields",
@@ -267,12 +269,40 @@ def find_uniform(
             ]
             solutions = _solutions(effects, difference, partial=False)
         for solution in solutions:
-            overrides = {**given, **head_dim, **solution}
-            match = _proved(model_class, config, overrides, shapes, buffers=axes.buffers, objection=objection)
-            if isinstance(match, UniformMatch):
-                return match
-            reason = reason or match.reason
+            plain = {**given, **head_dim, **solution}
+            paired = (companion_added(plain, *pair) for pair in companions(base, solution))
+            for overrides in (plain, *paired):
+                match = _proved(model_class, config, overrides, shapes, buffers=axes.buffers, objection=objection)
+                if isinstance(match, UniformMatch):
+                    return match
+                reason = reason or match.reason
     return NoMatch(reason or f"no fields of {type(config).__name__} give the slim shapes")
+
+
+def companions(config: PreTrainedConfig, fields: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Fields that no shape need follow from but that go with one that shapes say.
+
+    A number of key/value heads says no shape where keys come from a latent, and is the number of heads all the same.
+    Such a field stands beside the other and has its dense value; a result must say whether it belongs.
+
+    Args:
+        config: the dense configuration.
+        fields: those that shapes say.
+
+    Yields:
+        A field of these, and one that may have its value.
+    """
+    for name in sorted(each for each in fields if "head" in each):
+        place, dense = name.rpartition(".")[0], get_field(config, name)
+        for other, value in fields_of(config):
+            beside = other.rpartition(".")[0] == place and "head" in other and other not in fields
+            if beside and type(value) is int and value == dense:
+                yield name, other
+
+
+def companion_added(fields: Mapping[str, Any], name: str, other: str) -> dict[str, Any]:
+    """The fields, and `other` with the value of `name` where that is one of them."""
+    return {**fields, **({other: fields[name]} if name in fields else {})}
 
 
 def _bases(config: PreTrainedConfig) -> Iterator[tuple[PreTrainedConfig, dict[str, int]]]:

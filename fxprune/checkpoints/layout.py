@@ -21,7 +21,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fxprune.checkpoints.config_search import NoMatch, UniformMatch, find_layer_overrides, find_uniform
+from fxprune.checkpoints.config_search import (
+    NoMatch,
+    UniformMatch,
+    companion_added,
+    companions,
+    find_layer_overrides,
+    find_uniform,
+)
 from fxprune.checkpoints.head_counts import find_head_counts
 from fxprune.checkpoints.trial import relative_error, runs_on_meta, tolerance_of
 from fxprune.core.errors import CheckpointError
@@ -55,7 +62,7 @@ from fxprune.models.skeleton import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -198,14 +205,26 @@ def classify(
         )
     layers = find_layer_overrides(model_class, config_with(config, pins), shapes)
     everywhere = {**pins, **layers.everywhere}
-    overrides, constants = _mixed(
-        model_class, config_with(layers.config, everywhere), layers.overrides, given, wanted, expected=expected
-    )
-    unpinned = {name: get_field(config, name) for name in pins}
+    try:
+        overrides, constants = _mixed(
+            model_class, config_with(layers.config, everywhere), layers.overrides, given, wanted, expected=expected
+        )
+    except CheckpointError:
+        for more in _with_companion(layers.config, everywhere, layers.overrides) if expected is not None else ():
+            try:
+                built = build_layered_skeleton(model_class, config_with(layers.config, more[0]), more[1], torch.float32)
+                constants = _constants(built, given, wanted, expected=expected, search=False)
+            except CheckpointError as error:
+                _LOGGER.info("%s with %s and %s: %s", model_class.__name__, *more, error)
+            else:
+                everywhere, overrides = more
+                break
+        else:
+            raise
     return Layout(
         "mixed",
         match.reason,
-        _finished(config_with(layers.config, unpinned), model_class, given),
+        _finished(config_with(layers.config, {name: get_field(config, name) for name in pins}), model_class, given),
         given,
         config_overrides=everywhere,
         layer_overrides=overrides,
@@ -413,6 +432,16 @@ def _mixed(
             _LOGGER.info("%s with %s: %s", model_class.__name__, fields, error)
     fields, skeleton, search = trials[-1]
     return fields, _constants(skeleton, given, wanted, expected=expected, search=search)
+
+
+def _with_companion(
+    config: PreTrainedConfig, everywhere: Mapping[str, float], overrides: Mapping[int, Mapping[str, int]]
+) -> Iterator[tuple[dict[str, float], dict[int, dict[str, int]]]]:
+    """The fields of all layers and of each one as shapes say them, with one more that goes with one of them."""
+    found = {*everywhere, *(name for fields in overrides.values() for name in fields)}
+    for pair in companions(config, found):
+        layers = {layer: companion_added(fields, *pair) for layer, fields in overrides.items()}
+        yield companion_added(everywhere, *pair), layers
 
 
 def _constants(

@@ -6,7 +6,6 @@ Texts become values here, with messages that name the option; whether a value is
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from fxprune.core.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["parse_amounts", "parse_options", "parse_shares", "several", "targets_of"]
+__all__ = ["parse_amounts", "parse_options", "several", "targets_of"]
 
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))([kmg]?)", re.ASCII | re.IGNORECASE)
@@ -41,30 +40,7 @@ def parse_amounts(option: str, text: str) -> float | list[float]:
     return found if len(found) > 1 else found[0]
 
 
-def parse_shares(option: str, texts: Sequence[str], what: str) -> dict[str, float]:
-    """Read `NAME=NUMBER` options.
-
-    Args:
-        option: as the user typed it, for messages.
-        texts: one each.
-        what: what stands before the sign, for messages.
-
-    Raises:
-        UsageError: there is no `=`, a name comes twice, or what follows is no finite number.
-    """
-    found: dict[str, float] = {}
-    for text in texts:
-        name, _, value = text.strip().rpartition("=")
-        number = _NUMBER.fullmatch(value.strip())
-        if not name or number is None or number[2] or not math.isfinite(float(number[1])):
-            raise UsageError(f"{option} {text!r}: give {what}=NUMBER, such as {what}=0.5")
-        if name in found:
-            raise UsageError(f"{option}: {name} is given twice")
-        found[name] = float(number[1])
-    return found
-
-
-def targets_of(texts: Mapping[str, str | None], *, table: object, mix: str | None) -> dict[str, Any]:
+def targets_of(texts: Mapping[str, str | None], *, table: object, mix: Mapping[str, Any] | None) -> dict[str, Any]:
     """The target that was given, and what belongs to a speed-up.
 
     Args:
@@ -81,13 +57,13 @@ def targets_of(texts: Mapping[str, str | None], *, table: object, mix: str | Non
         raise UsageError(f"give one target, not {' and '.join(named[name] for name in found)}")
     timed = "target_speedup" in found
     if mix is not None and not timed:
-        raise UsageError("--mix weighs the cases of --target-speedup; leave it out")
+        raise UsageError("mix weighs the cases of --target-speedup; leave it out")
     if timed != (table is not None):
         raise UsageError("--target-speedup and --table go together; fxprune bench MODEL --table FILE makes a table")
     if table is not None:
         found["table"] = str(table)
     if mix is not None:
-        found["mix"] = parse_shares("--mix", mix.split(","), "CASE")
+        found["mix"] = mix
     return found
 
 
@@ -100,7 +76,7 @@ def parse_options(method: str, texts: Sequence[str], given: Mapping[str, Any]) -
     """Read `--option NAME=VALUE`: a value is JSON, or else text.
 
     For an option that is a list, text with commas between is one, and repeating it adds to it (`include=*.q_proj`); for
-    one that maps patterns to values, the text is `PATTERN=VALUE` (`keep=*.mlp=0.5`).
+    one that maps names to values, the text is `NAME=VALUE` (`keep=*.mlp=0.5`, `mix=prefill-512=1,decode=2`).
 
     Args:
         method: whose options they are.
@@ -127,12 +103,13 @@ def parse_options(method: str, texts: Sequence[str], given: Mapping[str, Any]) -
             raise UsageError(f"--option {name}: it is given twice")
         kind = declared.get(name, "")
         if "Mapping[" in kind and not value.lstrip().startswith("{"):
-            pattern, sign, amount = value.rpartition("=")
-            if not sign or not pattern:
-                raise UsageError(f"--option {text!r}: give {name}=PATTERN=VALUE, such as {name}=*.mlp=0.5")
-            if pattern in found.get(name, {}):
-                raise UsageError(f"--option {name}: {pattern} is given twice")
-            found[name] = {**found.get(name, {}), pattern: _value(amount) if "float" in kind else amount}
+            for part in value.split(","):
+                pattern, sign, amount = part.strip().rpartition("=")
+                if not sign or not pattern:
+                    raise UsageError(f"--option {text!r}: give {name}=PATTERN=VALUE, such as {name}=*.mlp=0.5")
+                if pattern in found.get(name, {}):
+                    raise UsageError(f"--option {name}: {pattern} is given twice")
+                found[name] = {**found.get(name, {}), pattern: _value(amount)}
         elif "Sequence[str]" in kind and not value.lstrip().startswith("["):
             parts = [part.strip() for part in value.split(",")]
             if not all(parts):

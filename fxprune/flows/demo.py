@@ -17,18 +17,20 @@ from fxprune.core.pipeline import build_pass
 from fxprune.core.precision import coarsest, short_name
 from fxprune.core.registry import resolve
 from fxprune.core.stopwatch import Stopwatch
+from fxprune.flows.driver import check_recipe
+from fxprune.flows.recipe import Destination, Recipe
 from fxprune.flows.reporting import report_of
-from fxprune.flows.steps import prune_program
+from fxprune.flows.steps import carry_out, check_classes, open_program
 from fxprune.flows.workflow import perplexities
 from fxprune.measure.forms import cases_of, export_pair, measure_speed
 from fxprune.models.default_model import default_model_path
-from fxprune.models.methods import check_method, class_of_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from fxprune.core.program import Program
+    from fxprune.models.loading import LoadedModel
 
 __all__ = ["run_demo"]
 
@@ -69,28 +71,21 @@ def run_demo(
         FxpruneError: anything went wrong; an earlier output is whole.
     """
     prepare_output(out, overwrite=overwrite, inputs=[model])
-    if model:
-        check_method(build_pass("channel", {"ratio": ratio, **options}), *class_of_model(model))
+    step = build_pass("channel", {"ratio": ratio, **options})
     watch = Stopwatch()
     with staged_directory(out, overwrite=overwrite) as staging:
-        say(
-            "loading the model" if model else "loading the embedded SmolLM2-135M-Instruct (converted once, then cached)"
-        )
-        with watch.stage("load"):
-            loaded = load_model(model or str(default_model_path()))
-            if not model:
-                loaded = replace(loaded, name="SmolLM2-135M-Instruct")
-        say("tracing it to a graph and finding what belongs together")
-        program = front_end(loaded, watch)
+        recipe = Recipe(model or _embedded(watch, say), (step,), Destination(staging / "slim"))
+        check_recipe(recipe)
+        check_classes(recipe)
+        program = open_program(recipe, watch, say)
         show(program)
         say(f"pruning {ratio:.0%} of the block parameters, slimming, verifying, saving, reloading")
         labels = {"channel": "calibrating and choosing", "insert_masks": "inserting masks", "slim": "slimming"}
         labels |= {"verify": "verifying", "save": "saving"}
-        program = prune_program(
+        program = carry_out(
             program,
-            "channel",
-            {"ratio": ratio, **options},
-            out=staging / "slim",
+            recipe.passes,
+            out=recipe.place.out,
             on_pass=lambda step: say(f"  {labels.get(step.name, step.name)}"),
         )
         deployed = _deployable(program, staging / "slim", model or str(default_model_path()), say)
@@ -116,8 +111,8 @@ def run_demo(
                 del dense, slim
         sections = report_of(
             program,
-            method="channel",
-            seed=int(options.get("seed", 0)),
+            method=recipe.method,
+            seed=recipe.seed,
             seconds=watch.seconds,
             speed=[result.to_json() for result in results],
             quality=quality,
@@ -126,6 +121,12 @@ def run_demo(
         report: dict[str, Any] = _without_staging(sections, str(staging), str(out))
         resolve("fxprune.exporters.report_writer:write_report")(report, staging)
     return report
+
+
+def _embedded(watch: Stopwatch, say: Callable[[str], None]) -> LoadedModel:
+    say("loading the embedded SmolLM2-135M-Instruct (converted once, then cached)")
+    with watch.stage("load"):
+        return replace(load_model(str(default_model_path())), name="SmolLM2-135M-Instruct")
 
 
 def _deployable(program: Program, slim: Path, dense: str, say: Callable[[str], None]) -> Program:

@@ -64,7 +64,7 @@ def _check_stream(recipe: Recipe) -> None:
     if recipe.wanted.ppl or recipe.wanted.speed:
         raise UsageError("--ppl and --measure-speed run the whole model, which --stream never holds: do it later")
     if recipe.place.hold_zeros:
-        raise UsageError("--hold-zeros looks at all weights, and --stream has one block of them at a time")
+        raise UsageError("hold_zeros looks at all weights, and --stream has one block of them at a time")
     if recipe.place.dtype is not None:
         raise UsageError("--stream keeps the dtype of the shards; leave --dtype out")
 

@@ -47,7 +47,7 @@ _CHARACTERS_A_TOKEN = 12
 """More than a token has in any text worth the name: so much of a long text is tokenised at first."""
 ADVICE = (
     "the calibration text does not stand for all that the model should still do: use more calibration text "
-    "(--samples) or more varied text (--calibration FILE), or keep more of the heads (--keep '*attn*=0.8')"
+    "(--samples) or more varied text (--calibration FILE), or keep more of the heads (--option keep='*attn*=0.8')"
 )
 
 

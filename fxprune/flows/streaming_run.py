@@ -34,9 +34,9 @@ from fxprune.models.mixed_config import is_mixed_directory
 from fxprune.models.shard_reader import ShardReader
 from fxprune.models.skeleton import initialize_buffers
 from fxprune.models.stored_weights import StoredWeights
-from fxprune.tracing.graphs import own_projections
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.lifted import parameter_of
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 from fxprune.tracing.weight_masks import masks_of_projections, masks_of_state, read_masks
 from fxprune.weights.base import SparsePass, details_of, dtype_of

@@ -403,8 +403,8 @@ def bench(
         gate: whether the speed-ups are judged.
         target_speedup: what they are judged by; any above 1 when None.
         say: gets progress messages.
-        **options: the fields of `fxprune.flows.benchmarking.Workload` (`prefill`, `decode`, `past`, `repeats`,
-            `threads`, `dtype`, `batches`, `runtimes`, `footprint`).
+        **options: `prefill`, `decode`, `past`, `batch`, `repeats`, `threads`, `runtime`, `dtype`, `footprint`; see
+            `fxprune.flows.benchmarking.Workload`. Where the command takes several, a list or one value.
 
     Returns:
         The figures, with `gate` where one was asked for.
@@ -417,9 +417,14 @@ def bench(
 
     if not slim:
         raise UsageError("give at least two forms to compare")
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        several = name in {"prefill", "batch", "threads", "runtime"}
+        field = {"batch": "batches", "runtime": "runtimes"}.get(name, name)
+        given[field] = (value,) if several and isinstance(value, (int, str)) else value
     data, _ = run_bench(
         [str(dense), *(str(form) for form in slim)],
-        _fields(Workload, options),
+        _fields(Workload, given),
         Console(quiet=True),
         say or (lambda _: None),
         gated=gate or target_speedup is not None,

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.channels.accounting import block_linear_parameters, count_parameters, lm_heads, macs_per_token
+from fxprune.channels.accounting import count_parameters, macs_per_token
+from fxprune.channels.block_linears import block_linear_parameters, lm_heads
 from fxprune.core.errors import PlanError, PreconditionError
 from fxprune.core.groups import AttentionGroup, HiddenGroup, LayerGroup, MlpGroup
 from fxprune.measure.latency_table import block_shape

@@ -26,10 +26,11 @@ from fxprune.core.plan import Plan
 from fxprune.core.registry import resolve
 from fxprune.learned.hard_concrete import HardConcrete
 from fxprune.learned.unit_gates import GroupGates, HeadGates, UnitGates
-from fxprune.tracing.graphs import own_projections
 from fxprune.tracing.lifted import is_projection
-from fxprune.tracing.masks import ChannelMask, LayerGate
+from fxprune.tracing.lifted_graphs import own_projections
+from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -26,7 +26,8 @@ from fxprune.learned.gates import ProgramGates
 from fxprune.learned.lora_product import fuse_lora
 from fxprune.learned.recomputation import before_masks, by_block
 from fxprune.runtimes.matmul import fast_products
-from fxprune.tracing.graphs import erase_dead, own_projections
+from fxprune.tracing.graphs import erase_dead
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

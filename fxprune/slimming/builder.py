@@ -14,17 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from fxprune.channels.call import Weight
-from fxprune.channels.rules.base import CASTS, MOVEMENT, NORMS
-from fxprune.channels.rules.contraction import ATTENTION
+from fxprune.channels.rules.along_axes import NORMS
+from fxprune.channels.rules.attention import ATTENTION
+from fxprune.channels.rules.base import CASTS, MOVEMENT
 from fxprune.channels.rules.movement import CONCATENATIONS, SCATTERS
 from fxprune.channels.rules.spatial import CONVOLUTIONS
-from fxprune.core.errors import PlanError, UnsupportedOpError
-from fxprune.slimming.rewrite import Grid, Scaled, full_grid, grid_of, rewrite_movement, take
+from fxprune.core.errors import PlanError
+from fxprune.slimming.grid import Grid, full_grid, grid_of, take
+from fxprune.slimming.rewrite import rewrite_movement
+from fxprune.slimming.selections import SelectingWriter, narrow_experts
+from fxprune.slimming.writer import line_of, unclear
 from fxprune.tracing.lifted import with_parameters
-from fxprune.tracing.masks import ChannelMask, ExpertChannelMask, LayerGate
+from fxprune.tracing.masks import ChannelMask
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:
@@ -41,29 +44,21 @@ __all__ = ["GraphBuilder"]
 aten = torch.ops.aten
 
 
-class GraphBuilder:
+class GraphBuilder(SelectingWriter):
     """Writes the new graph node by node, as it is given the calls of the walk."""
 
     def __init__(self, graph_module: GraphModule, interface: Interface, channels: ChannelMap, cut: Cut) -> None:
+        super().__init__(interface, cut)
         self.old = graph_module
-        self.interface = interface
-        self.cut = cut
         self.keep = cut.keep
         self.nodes = {node.name: node for node in graph_module.graph.nodes}
         self.axes = {(axis.parameter, axis.axis): axis.ids() for axis in channels.axes}
-        self.graph = torch.fx.Graph()
         self.graph.set_codegen(graph_module.graph._codegen)
-        self.new: dict[Node, Any] = {}
-        self.grids: dict[Node, list[Grid]] = {}
         self.numbers: dict[Node, int] = {}
         self.modules: dict[str, nn.Module] = {}
-        self.tensors: dict[str, Tensor] = {}
         self.examples: dict[str, Tensor] = {}
         self.expected: dict[Node, list[tuple[int, ...]]] = {}
         self.folds: dict[Node, ChannelMask] = {}
-        self.selections: dict[tuple[Any, ...], tuple[Node, Grid]] = {}
-        self.selected: dict[Node, tuple[Node, Grid]] = {}  # for the node that is being written
-        self.call: Call | None = None  # the node that is being written
 
     # --- bookkeeping ------------------------------------------------------------------------------------------------
 
@@ -94,22 +89,6 @@ class GraphBuilder:
             written.meta = {key: value for key, value in node.meta.items() if key in {"nn_module_stack", "stack_trace"}}
         if isinstance(written, Node) and node.op != "get_attr" and any(isinstance(v, Tensor) for v in outputs):
             self.expected[written] = [grid.new_shape for grid in grids]
-
-    def _mapped(self, argument: Any) -> Any:
-        return torch.fx.node.map_aggregate(argument, self._operand)
-
-    def _operand(self, argument: Any) -> Any:
-        if isinstance(argument, Scaled):
-            assert self.call is not None
-            return self._scaled(self.call, argument.node, argument.old, argument.new)
-        if not isinstance(argument, Node):
-            return argument
-        node = argument
-        return self.selected[node][0] if node in self.selected else self.new[node]
-
-    def grid(self, node: Node) -> Grid:
-        """The grid of an operand with one result."""
-        return self.selected[node][1] if node in self.selected else self.grids[node][0]
 
     def _write(self, call: Call, grids: list[Grid]) -> Any:
         node = call.node
@@ -144,24 +123,6 @@ class GraphBuilder:
             self._rescale(copy, grids[0])
         return copy
 
-    def _make_contiguous(self, node: Node) -> None:
-        """Numbers become complex in pairs: a part of a narrower tensor may lie at odd addresses."""
-        with self.graph.inserting_before(node):
-            node.args = (self.graph.call_function(aten.contiguous.default, node.args),)
-
-    def _rescale(self, node: Node, grid: Grid) -> None:
-        """Give an RMS norm over fewer channels the epsilon that keeps it exact, and its normalised shape."""
-        args = list(node.args)
-        epsilon = self.cut.epsilons[self.call.node.name] if self.call is not None else 0.0
-        if node.target is aten.rms_norm.default:
-            args = [args[0], [grid.new_shape[-1]], args[2], epsilon]
-        else:
-            args = [epsilon if isinstance(argument, float) else argument for argument in args]
-        node.args = tuple(args)
-
-    def _copy(self, node: Node) -> Node:
-        return self.graph.node_copy(node, self._operand)
-
     # --- kinds of nodes ---------------------------------------------------------------------------------------------
 
     def _leaf(self, node: Node, grid: Grid) -> Node:
@@ -195,13 +156,7 @@ class GraphBuilder:
             return tensor
         narrow = take(tensor.detach(), [None if axis in own else positions for axis, positions in enumerate(kept)])
         for axis, indices in own.items():
-            rows = indices if kept[0] is None else indices[kept[0]]
-            shape = [1] * narrow.dim()
-            shape[0], shape[axis] = rows.shape
-            size = list(narrow.shape)
-            size[axis] = rows.shape[1]
-            index = torch.from_numpy(np.ascontiguousarray(rows)).to(narrow.device).reshape(shape).expand(size)
-            narrow = narrow.gather(axis, index)
+            narrow = narrow_experts(narrow, axis, indices if kept[0] is None else indices[kept[0]])
         return narrow
 
     def narrowed_like(self, projection: str, tensor: Tensor) -> Tensor:
@@ -233,14 +188,8 @@ class GraphBuilder:
         mask = get_attribute(self.old, str(call.node.target))
         source = call.node.args[0]
         assert isinstance(source, Node)
-        if isinstance(mask, LayerGate):
-            if float(mask.mask) not in {0.0, 1.0}:
-                raise PlanError(f"{call.node.target}: a layer is in or out, its gate is {float(mask.mask):.3g}")
-            return self._operand(source if float(mask.mask) == 0 else call.node.args[1])
         if not isinstance(mask, ChannelMask):
-            if isinstance(mask, ExpertChannelMask) and not bool(((mask.mask == 0) | (mask.mask == 1)).all()):
-                raise PlanError(f"{call.node.target}: soft gates of expert channels cannot be folded; round them")
-            return self.new[source]
+            return self._other_mask(call, mask, source)
         grid = self.grid(source)
         kept = grid.line(len(grid.shape) - 1)
         values = mask.per_channel()
@@ -253,53 +202,6 @@ class GraphBuilder:
                 raise PlanError(f"{call.node.target}: a soft gate must feed Linears only, not {readers[0].name}")
             self.folds[call.node] = mask
         return self.new[source]
-
-    def _count(self, call: Call, grid: Grid) -> Node:
-        """`histc` and `one_hot` over numbers of channels: as many bins as channels stay."""
-        node = call.node
-        args, target = list(node.args), node.target
-        assert callable(target)
-        if not grid.full:
-            old, new = grid.shape[-1], grid.new_shape[-1]
-            if node.target is aten.histc.default and args[1:] != [old, 0, old - 1]:
-                raise _unclear(call, f"its bins {args[1:]} are not one for each of {old} channels")
-            args[1:] = [new, 0, new - 1] if node.target is aten.histc.default else [new]
-        return self.graph.call_function(target, self._mapped(tuple(args)), self._mapped(node.kwargs))
-
-    def _convolution(self, call: Call) -> Node:
-        """A convolution of groups: as many stay as the channels that stay fill (one each, of a filter a channel)."""
-        node, x = self._copy(call.node), call.tensor_nodes()[0]
-        weight = call.parameter(1)
-        if weight is not None and call.argument("groups", 1) > 1:
-            arguments = call.node.target._schema.arguments  # type: ignore[union-attr]
-            rest = arguments[len(node.args) :]
-            given = [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in rest)]
-            position = [argument.name for argument in arguments].index("groups")
-            channels = self.grid(x).new_shape[1 - len(weight.shape)]
-            if channels % weight.shape[1]:
-                raise _unclear(call, f"{channels} channels do not fill groups of {weight.shape[1]}")
-            given[position] = channels // weight.shape[1]
-            node.args, node.kwargs = tuple(given), {}
-        return node
-
-    def _selection(self, call: Call, out: Grid) -> Node:
-        """Constant positions along an axis: those of what stays, counted among what stays of the source."""
-        node = self._copy(call.node)
-        source, axis, positions = call.tensor_nodes()[0], call.argument("dim"), call.constant(call.node.args[2])
-        mine = self.grid(source)
-        axis %= len(mine.shape)
-        if mine.new_shape[axis] == mine.shape[axis] and out.new_shape[axis] == out.shape[axis]:
-            return node
-        if positions is None:
-            raise _unclear(call, "its positions are computed")
-        stays, kept = (_line(call, grid, axis) for grid in (mine, out))
-        picked = positions.numpy() if kept is None else positions.numpy()[kept]
-        name = f"_kept_{call.node.name}_positions"
-        new = picked if stays is None else np.searchsorted(stays, picked)
-        self.tensors[name] = torch.as_tensor(new, device=self._device())
-        with self.graph.inserting_before(node):
-            node.args = (node.args[0], axis, self.graph.get_attr(name))
-        return node
 
     def _number(self, call: Call) -> Any:
         node = call.node
@@ -325,18 +227,6 @@ class GraphBuilder:
         target, args, kwargs = rewrite_movement(call, operands, grids, self.numbers)
         return self.graph.call_function(target, self._mapped(args), self._mapped(kwargs))
 
-    def _scaled(self, call: Call, number: Node, old: int, new: int) -> Node:
-        """A number like an old one but for a literal factor: batch times 6 heads becomes batch times 4."""
-        if number.target is operator.mul:
-            for literal, other in (number.args, number.args[::-1]):
-                if isinstance(literal, int) and literal * new % old == 0:
-                    return self.graph.call_function(operator.mul, (self._mapped(other), literal * new // old))
-            for inner, other in (number.args, number.args[::-1]):
-                if isinstance(inner, Node) and inner.target is operator.mul:
-                    factor = self._scaled(call, inner, old, new)
-                    return self.graph.call_function(operator.mul, (factor, self._mapped(other)))
-        raise _unclear(call, f"the computed size {number.name} has no literal factor that could turn {old} into {new}")
-
     def _narrow_for_cat(self, call: Call, operands: dict[Node, Grid], out: Grid) -> None:
         """Operands of a concatenation that carry no channels (paddings) shrink along the other axes with the rest."""
         if call.node.target is aten.stack.default or out.full:
@@ -344,48 +234,13 @@ class GraphBuilder:
         if call.node.target in SCATTERS:  # what is written into spans what the result does
             base = call.tensor_nodes()[0]
             if operands[base].full:
-                operands[base] = self._select(base, {axis: _line(call, out, axis) for axis in range(len(out.shape))})
+                operands[base] = self._select(base, {axis: line_of(call, out, axis) for axis in range(len(out.shape))})
             return
         dim = call.int_argument(1, "dim", 0) % len(out.shape)
         for operand, mine in operands.items():
             if mine.full and any(not other.full for other in operands.values()):
-                lines = {axis: _line(call, out, axis) for axis in range(len(out.shape)) if axis != dim}
+                lines = {axis: line_of(call, out, axis) for axis in range(len(out.shape)) if axis != dim}
                 operands[operand] = self._select(operand, lines)
-
-    def _select(self, operand: Node, lines: dict[int, IdArray | None]) -> Grid:
-        """Narrow an operand to some of its old positions, for the node that is being written and no other."""
-        key = (operand, *((axis, kept.tobytes()) for axis, kept in lines.items() if kept is not None))
-        if key not in self.selections:
-            grid, value = self.grid(operand), self.new[operand]
-            for axis, kept in lines.items():
-                if kept is None:
-                    continue
-                line = grid.line(axis)
-                index = f"_kept_{operand.name}_{axis}_{len(self.selections)}"
-                positions = kept if line is None else np.searchsorted(line, kept)
-                value = self._index(value, axis, positions, index, _period(operand, axis))
-                grid = grid.select(axis, kept)
-            self.selections[key] = value, grid
-        self.selected[operand] = self.selections[key]
-        return self.selections[key][1]
-
-    def _index(self, value: Any, axis: int, positions: IdArray, name: str, period: int | None) -> Node:
-        """Select positions of an axis; where it is batch times heads, the same heads of every row of the batch."""
-        call = self.graph.call_function
-        if period is None:
-            self.tensors[name] = torch.as_tensor(positions, device=self._device())
-            return call(aten.index_select.default, (value, axis, self.graph.get_attr(name)))
-        rows = positions.reshape(-1, max(1, int((positions < period).sum())))
-        if period == 1 or not np.array_equal(rows, rows[:1] + period * np.arange(len(rows))[:, None]):
-            assert self.call is not None
-            raise _unclear(self.call, f"it would keep fixed positions of axis {axis}, whose length may change")
-        self.tensors[name] = torch.as_tensor(rows[0], device=self._device())
-        split = call(aten.unflatten.int, (value, axis, [-1, period]))
-        chosen = call(aten.index_select.default, (split, axis + 1, self.graph.get_attr(name)))
-        return call(aten.flatten.using_ints, (chosen, axis, axis + 1))
-
-    def _device(self) -> torch.device:
-        return next(iter(self.interface.example_inputs.values())).device
 
     def _narrow_direct(self, call: Call, position: int) -> None:
         """A parameter that an operator reads as it is (a table, a convolution's weight) loses what is removed."""
@@ -404,7 +259,7 @@ class GraphBuilder:
             return
         first = self.grid(operands[0])
         if node.target in NORMS and first.shape[-1] != first.new_shape[-1] and node.name not in self.cut.epsilons:
-            raise _unclear(call, "its normalised axis would be narrowed")
+            raise unclear(call, "its normalised axis would be narrowed")
         if not _broadcasts(node.target):
             return
         matrices = _MATRIX_OPERANDS.get(node.target, ())
@@ -421,7 +276,7 @@ class GraphBuilder:
             if lines:
                 mine = self._select(operand, lines)
             if not matrices and mine.shape == out.shape and not _same(mine.mask, out.mask):
-                raise _unclear(call, "its operands keep different units")
+                raise unclear(call, "its operands keep different units")
 
 
 _MATRIX_OPERANDS: dict[Any, tuple[int, ...]] = {
@@ -441,28 +296,10 @@ _TABLES: dict[Any, int] = {
 _COUNTS = {aten.histc.default, aten.one_hot.default, aten.bincount.default}
 
 
-def _period(node: Node, axis: int) -> int | None:
-    """The literal factor of an axis whose length may change (heads, in batch times heads); None for a fixed length."""
-    value = node.meta.get("val")
-    size: Any = value.shape[axis] if isinstance(value, Tensor) else None
-    if not isinstance(size, torch.SymInt) or is_concrete_int(size):
-        return None
-    expression = size.node.expr  # such as 6*s, but also 6*s//s, which never changes
-    symbols = sorted(expression.free_symbols, key=str)
-    lengths = {expression.subs({s: 7 * number + 4 * index for index, s in enumerate(symbols)}) for number in (5, 9)}
-    return None if len(lengths) == 1 else int(expression.as_coeff_Mul()[0])
-
-
 def _broadcasts(target: Any) -> bool:
     """Whether an operator's operands line up with its result from the right."""
     pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     return pointwise or target in _MATRIX_OPERANDS or target in CASTS
-
-
-def _unclear(call: Call, why: str) -> UnsupportedOpError:
-    return UnsupportedOpError(
-        f"{call.op} in {call.module or 'the model'} (node {call.node.name}) cannot be slimmed: {why}"
-    )
 
 
 def _same(a: NDArray[np.bool_] | None, b: NDArray[np.bool_] | None) -> bool:
@@ -475,21 +312,14 @@ def _missing(call: Call, mine: Grid, axis: int, out: Grid, out_axis: int) -> dic
         return {}
     if mine.ragged(axis) and out.ragged(out_axis):
         return {}  # both keep other positions in different places: their masks are compared as a whole
-    wanted, line = _line(call, out, out_axis), _line(call, mine, axis)
+    wanted, line = line_of(call, out, out_axis), line_of(call, mine, axis)
     everything = np.arange(mine.shape[axis])
     wanted, line = (everything if found is None else found for found in (wanted, line))
     if np.array_equal(wanted, line):
         return {}
     if not np.isin(wanted, line).all():
-        raise _unclear(call, "its operands keep different units")
+        raise unclear(call, "its operands keep different units")
     return {axis: wanted}
-
-
-def _line(call: Call, grid: Grid, axis: int) -> IdArray | None:
-    try:
-        return grid.line(axis)
-    except ValueError as error:
-        raise _unclear(call, str(error)) from error
 
 
 def _flat(output: Any) -> list[Any]:

@@ -1,13 +1,12 @@
-"""Rewriting operators of a slimmed graph: which elements of a value stay, and which constants follow.
+"""Rewriting operators of a slimmed graph: which constants follow from the elements of a value that stay.
 
-What stays of a value must pack into a tensor. A movement operator's new constants are
-those for which `op(new input)` is the old output with the removed elements dropped. They are counts of what is kept;
-each rewrite is checked by running the operator on position numbers, so a wrong constant is an error, never a guess.
+A movement operator's new constants are those for which `op(new input)` is the old output with the removed elements
+dropped. They are counts of what is kept; each rewrite is checked by running the operator on position numbers, so a
+wrong constant is an error, never a guess.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,149 +15,26 @@ from torch import Tensor
 
 from fxprune.channels.call import run_movement
 from fxprune.core.errors import UnsupportedOpError
+from fxprune.slimming.grid import Grid, Scaled, new_sizes
+from fxprune.slimming.other_movement import OTHER_MOVEMENT, other_candidates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
     from fxprune.channels.call import Call
-    from fxprune.core.channel_ids import IdArray
 
-__all__ = ["Grid", "Scaled", "full_grid", "grid_of", "rewrite_movement", "take"]
+__all__ = ["rewrite_movement"]
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What stays of a value, packed into a smaller tensor.
+_SIZES: frozenset[Any] = frozenset({
+    aten.view.default, aten.view_copy.default, aten._unsafe_view.default, aten.reshape.default,
+    aten._reshape_copy.default, aten.expand.default, aten.expand_copy.default, aten.broadcast_to.default,
+})  # fmt: skip
+"""Operators whose second argument is the shape of the result."""
 
-    What stays must pack: every kept index of an axis keeps equally many indices of the next. Which ones may differ,
-    as when each KV head keeps other query heads.
-
-    Attributes:
-        shape: the old shape.
-        mask: which elements stay, of the old shape; None for all.
-        new_shape: the shape of what stays.
-    """
-
-    shape: tuple[int, ...]
-    mask: NDArray[np.bool_] | None
-    new_shape: tuple[int, ...]
-
-    @property
-    def full(self) -> bool:
-        """Whether everything stays."""
-        return self.mask is None
-
-    def narrow(self, tensor: Tensor) -> Tensor:
-        """Take what stays of a tensor of the old shape."""
-        if self.mask is None:
-            return tensor
-        return tensor[torch.from_numpy(self.mask).to(tensor.device)].reshape(self.new_shape)
-
-    def count_before(self, axis: int, position: int) -> int:
-        """How many positions before `position` stay along an axis; -1 when that depends on the axes before it."""
-        if self.mask is None:
-            return min(position, self.shape[axis])
-        line = np.asarray(self.mask.any(axis=tuple(range(axis + 1, self.mask.ndim))))
-        counts = np.unique(line[..., :position].sum(-1)[line.any(-1)])
-        return int(counts[0]) if len(counts) == 1 else -1
-
-    def line(self, axis: int) -> IdArray | None:
-        """The kept positions of an axis; None for all of them.
-
-        Raises:
-            ValueError: which positions stay depends on the other axes.
-        """
-        if self.mask is None or self.shape[axis] == self.new_shape[axis]:
-            return None
-        kept = self.mask.any(axis=tuple(other for other in range(self.mask.ndim) if other != axis))
-        if int(kept.sum()) != self.new_shape[axis]:
-            raise ValueError(f"axis {axis} of shape {self.shape} keeps different positions in different places")
-        return np.flatnonzero(kept)
-
-    def ragged(self, axis: int) -> bool:
-        """Whether an axis keeps different positions in different places."""
-        if self.mask is None:
-            return False
-        kept = self.mask.any(axis=tuple(other for other in range(self.mask.ndim) if other != axis))
-        return int(kept.sum()) != self.new_shape[axis]
-
-    def select(self, axis: int, kept: IdArray) -> Grid:
-        """The grid that keeps only some positions of an axis of what stays here."""
-        mask = np.ones(self.shape, dtype=bool) if self.mask is None else self.mask
-        line = np.zeros(self.shape[axis], dtype=bool)
-        line[kept] = True
-        shape = [1] * len(self.shape)
-        shape[axis] = -1
-        new_shape = (*self.new_shape[:axis], len(kept), *self.new_shape[axis + 1 :])
-        return Grid(self.shape, mask & line.reshape(shape), new_shape)
-
-
-def full_grid(shape: Sequence[int]) -> Grid:
-    """The grid that keeps everything."""
-    return Grid(tuple(shape), None, tuple(shape))
-
-
-def take(tensor: Tensor, kept: Sequence[IdArray | None]) -> Tensor:
-    """Take the kept positions of each axis of a parameter, in a contiguous tensor of its own."""
-    for axis, positions in enumerate(kept):
-        if positions is not None:
-            tensor = tensor.index_select(axis, torch.as_tensor(positions, device=tensor.device))
-    return tensor.contiguous()
-
-
-def grid_of(call: Call, ids: Tensor | None, keep: NDArray[np.bool_], shape: Sequence[int]) -> Grid:
-    """What stays of a value whose elements carry `ids`.
-
-    Raises:
-        UnsupportedOpError: what stays does not pack, so no tensor can hold it.
-    """
-    if ids is None or 0 in shape:
-        return full_grid(shape)
-    stays = keep[ids.numpy()]
-    if stays.all():
-        return full_grid(shape)
-    new_shape = []
-    for axis in range(stays.ndim):
-        line = stays.any(axis=tuple(range(axis + 1, stays.ndim)))
-        counts = np.unique(line.sum(-1)[line.any(-1)])
-        new_shape.append(int(counts[0]) if len(counts) == 1 else 0)
-    if int(stays.sum()) != int(np.prod(new_shape)) or 0 in new_shape:
-        raise UnsupportedOpError(
-            f"{call.op} in {call.module or 'the model'} (node {call.node.name}): what the plan keeps of this value of "
-            f"shape {tuple(shape)} does not pack into a tensor; keep the same number of units in every part"
-        )
-    return Grid(tuple(shape), stays, tuple(new_shape))
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A number computed in the graph that must become another: batch times heads, where heads went.
-
-    Attributes:
-        node: the old graph's number.
-        old: its value in the sample.
-        new: the value it must have.
-    """
-
-    node: torch.fx.Node
-    old: int
-    new: int
-
-
-def _new_sizes(sizes: Sequence[Any], extents: Sequence[int], value_of: Callable[[torch.fx.Node], Any]) -> list[Any]:
-    """Replace sizes by the new extents; -1, and numbers that have the new value already, follow by themselves."""
-    new_sizes: list[Any] = []
-    for size, new in zip(sizes, extents, strict=True):
-        if isinstance(size, torch.fx.Node):
-            old = value_of(size)
-            new_sizes.append(size if old == new else Scaled(size, old, new))
-        else:
-            new_sizes.append(size if size == -1 else new)
-    return new_sizes
+_SLICES = {aten.slice.Tensor, aten.slice_copy.Tensor, aten.slice_scatter.default}
 
 
 def _new_bounds(call: Call, source: Grid, args: list[Any]) -> list[Any]:
@@ -175,70 +51,17 @@ def _new_bounds(call: Call, source: Grid, args: list[Any]) -> list[Any]:
     return [*leading, dim, *bounds, *args[len(leading) + 3 :]]
 
 
-def _new_shifts(call: Call, source: Grid) -> list[int]:
-    """How far the axes of a `roll` go round: by as many positions as stay of those that come round."""
-    shifts = []
-    for shift, dim in zip(call.int_list_argument(1, "shifts"), call.int_list_argument(2, "dims"), strict=True):
-        size, new = source.shape[dim], source.new_shape[dim]
-        shifts.append(shift if size == new else new - source.count_before(dim % len(source.shape), -shift % size))
-    return shifts
-
-
-_SIZES: frozenset[Any] = frozenset({
-    aten.view.default, aten.view_copy.default, aten._unsafe_view.default, aten.reshape.default,
-    aten._reshape_copy.default, aten.expand.default, aten.expand_copy.default, aten.broadcast_to.default,
-})  # fmt: skip
-"""Operators whose second argument is the shape of the result."""
-
-_SPLITS: dict[Any, int | None] = dict.fromkeys(
-    (
-        aten.split.Tensor, aten.split.default, aten.split.sizes, aten.split_copy.Tensor, aten.unsafe_split.Tensor,
-        aten.split_with_sizes.default, aten.split_with_sizes_copy.default, aten.unsafe_split_with_sizes.default,
-        aten.chunk.default, aten.unsafe_chunk.default, aten.tensor_split.sections, aten.tensor_split.indices,
-    )
-) | {aten.vsplit.int: 0, aten.vsplit.array: 0, aten.dsplit.int: 2, aten.dsplit.array: 2}  # fmt: skip
-"""Operators that cut an axis into parts, and the axis where no argument says it."""
-
-
 def _candidates(
     call: Call, source: Grid, outputs: Sequence[Grid], value_of: Callable[[torch.fx.Node], Any]
 ) -> tuple[Any, list[Any]]:
     """New target and positional arguments of a movement operator, to be checked by the caller."""
-    args: list[Any] = list(call.node.args)
-    target: Any = call.node.target
-    out = outputs[0]
+    target, args = call.node.target, list(call.node.args)
+    if target in OTHER_MOVEMENT:
+        return other_candidates(call, source, outputs, value_of)
     if target in _SIZES:
-        args[1] = _new_sizes(args[1], out.new_shape, value_of)
-    elif target in {aten.repeat.default, aten.tile.default}:
-        padded = (1,) * (len(out.shape) - len(source.shape)) + source.new_shape
-        args[1] = [
-            new // old if isinstance(size, int) else size
-            for size, new, old in zip(args[1], out.new_shape, padded, strict=True)
-        ]
-    elif target is aten.repeat_interleave.self_int:
-        dim = call.int_argument(2, "dim", 0) % len(source.shape)
-        args[1] = out.new_shape[dim] // source.new_shape[dim]
-    elif target is aten.unflatten.int:
-        dim = call.int_argument(1, "dim", 0) % len(source.shape)
-        args[2] = _new_sizes(args[2], out.new_shape[dim : dim + len(args[2])], value_of)
-    elif target in {aten.slice.Tensor, aten.slice_copy.Tensor, aten.slice_scatter.default}:
+        args[1] = new_sizes(args[1], outputs[0].new_shape, value_of)  # type: ignore[arg-type]
+    if target in _SLICES:
         args = _new_bounds(call, source, args)
-    elif target in {aten.select.int, aten.select_copy.int, aten.select_scatter.default}:
-        leading = args[: 2 if target is aten.select_scatter.default else 1]
-        dim, index = call.argument("dim") % len(source.shape), call.argument("index")
-        args = [*leading, dim, source.count_before(dim, index % source.shape[dim])]
-    elif target is aten.roll.default:
-        args[1] = _new_shifts(call, source)
-    elif target in {aten.narrow.default, aten.narrow_copy.default}:
-        dim, start, length = (call.int_argument(position, "", 0) for position in (1, 2, 3))
-        dim %= len(source.shape)
-        first = source.count_before(dim, start)
-        args = [args[0], dim, first, source.count_before(dim, start + length) - first]
-    elif target in _SPLITS:
-        fixed = _SPLITS[target]
-        dim = call.argument("dim", 0) % len(source.shape) if fixed is None else fixed
-        target = aten.split_with_sizes.default
-        args = [args[0], [grid.new_shape[dim] for grid in outputs], dim]
     return target, args
 
 

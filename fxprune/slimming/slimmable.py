@@ -21,7 +21,7 @@ from fxprune.core.program import Event
 from fxprune.slimming.slim import slim_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fxprune.core.groups import Group
     from fxprune.core.pass_base import Pass
@@ -46,9 +46,15 @@ def without_unslimmable(program: Program, pruning: Pass) -> Program:
     for group in program.groups:
         if isinstance(group, AttentionGroup | MlpGroup) and group.kind in kinds:
             sorts.setdefault(_sort(group), []).append(group)
-    examples = [groups[0] for groups in sorts.values()]
-    if not _refusal(program, examples):
+    if not _refusal(program, [groups[0] for groups in sorts.values()]):
         return program
+    return _left_out(program, sorts, list(kinds), start)
+
+
+def _left_out(
+    program: Program, sorts: Mapping[tuple[str, ...], Sequence[Group]], kinds: list[str], start: float
+) -> Program:
+    """The program without the sorts of groups that are refused one by one, with an event that says why."""
     refused: dict[str, str] = {}
     for groups in sorts.values():
         reason = _refusal(program, groups[:1])
@@ -57,7 +63,7 @@ def without_unslimmable(program: Program, pruning: Pass) -> Program:
     if not refused:
         return program
     seconds = time.perf_counter() - start
-    event = Event("ask_slimmable", {"kinds": list(kinds)}, modified=True, seconds=seconds, details={"refused": refused})
+    event = Event("ask_slimmable", {"kinds": kinds}, modified=True, seconds=seconds, details={"refused": refused})
     rest = tuple(group for group in program.groups if group.name not in refused)
     return program.replace(groups=rest, history=(*program.history, event))
 

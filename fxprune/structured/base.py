@@ -36,7 +36,7 @@ from fxprune.calibration.engine import text_samples
 from fxprune.calibration.input_grams import input_grams
 from fxprune.calibration.overflow import naming_overflow
 from fxprune.calibration.text import CalibrationSpec, texts_of
-from fxprune.channels.accounting import block_linear_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import CalibrationError, PlanError, PostconditionError, PreconditionError, UsageError
 from fxprune.core.goals import Goal
 from fxprune.core.groups import AttentionGroup, MlpGroup

@@ -13,8 +13,9 @@ from fxprune.calibration.stages import cut_stages
 from fxprune.core.errors import UsageError
 from fxprune.core.progress import track
 from fxprune.structured.reconstruction import PairCollector, dense_ridge, moments_of_gram, reconstruct
-from fxprune.tracing.graphs import copy_graph_module, own_projections
+from fxprune.tracing.graphs import copy_graph_module
 from fxprune.tracing.lifted import make_linear, origin_of
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

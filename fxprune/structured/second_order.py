@@ -31,7 +31,7 @@ from fxprune.calibration.loss_head import LossHead, divergence
 from fxprune.core.errors import UsageError
 from fxprune.core.progress import track
 from fxprune.structured.obs import damped
-from fxprune.tracing.graphs import own_projections
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fxprune.channels.accounting import block_linear_parameters, count_parameters, macs_per_token
+from fxprune.channels.accounting import count_parameters, macs_per_token
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.budget import check_ratio
 from fxprune.core.errors import PlanError, UsageError
 from fxprune.core.groups import AttentionGroup

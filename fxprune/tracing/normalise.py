@@ -11,15 +11,19 @@ Nothing changes in what is computed; `traced = eager` is verified after it.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxprune.tracing.graphs import erase_dead
+from fxprune.tracing.nodes import functional_of
 from fxprune.tracing.normalise_products import lower_products
 from fxprune.tracing.normalise_writes import concatenate_pieces, functionalise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["normalise"]
 
@@ -27,13 +31,21 @@ aten = torch.ops.aten
 _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 
 
+_REWRITES: tuple[tuple[Callable[[Any], bool], Callable[[Graph], None]], ...] = (
+    (lambda target: functional_of(target) is not None, functionalise),
+    ({aten.slice_scatter.default}.__contains__, concatenate_pieces),
+    ({aten.einsum.default, aten.tensordot.default}.__contains__, lower_products),
+)
+"""What is rewritten, in this order, where a graph has such an operator."""
+
+
 def normalise(graph_module: GraphModule) -> None:
     """Rewrite a flat graph in place."""
     graph = graph_module.graph
-    functionalise(graph)
-    erase_dead(graph)  # views that were only written through
-    concatenate_pieces(graph)
-    lower_products(graph)
+    for concerns, rewrite in _REWRITES:
+        if any(node.op == "call_function" and concerns(node.target) for node in graph.nodes):
+            rewrite(graph)
+            erase_dead(graph)  # such as views that were only written through
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is aten.index.Tensor:
             _slice_constant_positions(graph_module, node)

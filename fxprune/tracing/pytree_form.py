@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.core.errors import TraceError
 from fxprune.core.program import Interface, Program
-from fxprune.tracing.trace import pair_cache, plain_graph, symbolic_axes
+from fxprune.tracing.flatten import pair_cache, plain_graph, symbolic_axes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping

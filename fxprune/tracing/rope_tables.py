@@ -24,7 +24,7 @@ from fxprune.core.tensors import same_bits
 from fxprune.models.skeleton import BUILD_ERRORS, build_skeleton, initialize_buffers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -33,9 +33,8 @@ __all__ = ["restore_tables", "stateless_rope"]
 
 
 @contextmanager
-def stateless_rope(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, dynamic RoPE modules compute their table from the positions and keep nothing."""
-    changed = [module for module in model.modules() if _is_dynamic(module)]
+def stateless_rope(changed: Sequence[nn.Module]) -> Iterator[None]:
+    """While the context lasts, these dynamic RoPE modules compute their table from the positions and keep nothing."""
     for module in changed:
         module.forward = _Stateless(module)
     try:
@@ -43,12 +42,6 @@ def stateless_rope(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             del module.forward
-
-
-def _is_dynamic(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    listed = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
-    return "forward" not in vars(module) and any(isinstance(kind, str) and "dynamic" in kind for kind in listed)
 
 
 class _Stateless:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,24 +25,22 @@ from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
 __all__ = [
     "has_masks",
     "hold_masks",
-    "masks_of_model",
     "masks_of_projections",
     "masks_of_state",
-    "masks_of_zeros",
+    "masks_that_hold",
     "read_masks",
     "write_masks",
 ]
 
 _LOGGER = logging.getLogger(__name__)
 _STEM = "weight_masks"
-_MANY_ZEROS = 0.1
-"""From this share of zeros on, a weight was pruned by somebody: what training leaves has hardly any."""
 
 
 def write_masks(directory: Path, masks: Mapping[str, Tensor], part: int | None = None) -> str | None:
@@ -129,48 +126,6 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             parameters[name].mul_(mask.to(parameters[name].device))
 
 
-def masks_of_model(model: nn.Module, path: Path | None = None) -> dict[str, Tensor]:
-    """The masks of the checkpoint that a model was loaded from.
-
-    Args:
-        model: any module, its weights as they are in the checkpoint; on the meta device nothing is known of them.
-        path: the checkpoint's directory; by default the one that the model's configuration names, if it is one.
-
-    Returns:
-        As `read_masks`. Empty, with a warning, where a weight that a mask removes is not zero: the model has learned
-        since without holding them, so it is not what the masks speak of.
-
-    Raises:
-        CheckpointError: the file is damaged, or names a parameter that the model does not have in this shape.
-    """
-    named = getattr(getattr(model, "config", None), "name_or_path", None)
-    directory = path if path is not None else Path(named).expanduser() if isinstance(named, str) and named else None
-    if directory is None or not directory.is_dir() or not has_masks(directory):
-        return {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if any(parameter.is_meta for parameter in parameters.values()):
-        return {}
-    masks = read_masks(directory)
-    for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            kind = type(model).__name__
-            if path is None:  # the directory was only a guess: another model may bear its name
-                _LOGGER.warning("%s: its mask of %s fits no parameter of this %s: not held", directory, name, kind)
-                return {}
-            raise CheckpointError(f"the mask of {name}, {tuple(mask.shape)}, fits no parameter of {kind}")
-        moved = int((parameters[name].detach() != 0)[~mask.to(parameters[name].device)].sum())
-        if moved:
-            _LOGGER.warning(
-                "%s: %d weights of %s that its mask removes are not zero, so its masks are not held; set them to zero "
-                "with fxprune.tracing.weight_masks.hold_masks, or remove weight_masks*.safetensors",
-                directory,
-                moved,
-                name,
-            )
-            return {}
-    return masks
-
-
 def masks_of_projections(
     graph_module: nn.Module, masks: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -194,25 +149,6 @@ def masks_of_projections(
     return found, {name: mask for name, mask in masks.items() if name not in used}
 
 
-def masks_of_zeros(graph_module: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the zeros that projections have where nobody says that they shall stay: another tool's pruning.
-
-    Args:
-        graph_module: a lifted graph; on the meta device nothing is found.
-        known: masks that there are, by qualified name; these projections are left out.
-
-    Returns:
-        Masks of the projections of which a tenth or more is zero.
-    """
-    found: dict[str, Tensor] = {}
-    for name, module in graph_module.named_modules():
-        if is_projection(module) and name not in known:
-            weight = get_attribute(graph_module, name).weight.detach()
-            if not weight.is_meta and weight.numel() - int(weight.count_nonzero()) >= _MANY_ZEROS * weight.numel():
-                found[name] = (weight != 0).cpu()
-    return found
-
-
 def masks_of_state(graph_module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of a lifted graph's projections, named and laid out as the model's class has their weights."""
     found: dict[str, Tensor] = {}
@@ -220,3 +156,35 @@ def masks_of_state(graph_module: nn.Module, masks: Mapping[str, Tensor]) -> dict
         original, turned = parameter_of(get_attribute(graph_module, name), f"{name}.weight")
         found[original] = mask.t() if turned else mask
     return found
+
+
+def masks_that_hold(model: nn.Module, directory: Path, *, named: bool) -> dict[str, Tensor]:
+    """The masks of a checkpoint, where a model still has their zeros; see `fxprune.tracing.found_masks`.
+
+    Args:
+        model: any module.
+        directory: of the checkpoint.
+        named: whether the user named it, so that masks of another model are an error.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return {}
+    masks = read_masks(directory)
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            kind = type(model).__name__
+            if not named:  # the directory was only a guess: another model may bear its name
+                _LOGGER.warning("%s: its mask of %s fits no parameter of this %s: not held", directory, name, kind)
+                return {}
+            raise CheckpointError(f"the mask of {name}, {tuple(mask.shape)}, fits no parameter of {kind}")
+        moved = int((parameters[name].detach() != 0)[~mask.to(parameters[name].device)].sum())
+        if moved:
+            _LOGGER.warning(
+                "%s: %d weights of %s that its mask removes are not zero, so its masks are not held; set them to zero "
+                "with fxprune.tracing.weight_masks.hold_masks, or remove weight_masks*.safetensors",
+                directory,
+                moved,
+                name,
+            )
+            return {}
+    return masks

@@ -6,12 +6,12 @@ Forms are compared as functions from named inputs to named outputs. Values come 
 normal noise for pixels; for a plain module, whose domain nobody knows, those of its example in another order. Outputs
 at positions that the mask hides mean nothing and are left out.
 
-Two graphs that differ in float32 are compared once more in float64, as for language models (see
-`fxprune.verification.ladder`).
+Forms that differ by more than the tolerance are judged by `fxprune.verification.rounding`, as language models are.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,19 +21,27 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxprune.core.errors import VerificationError
-from fxprune.core.precision import Widened, is_low, short_name
+from fxprune.core.precision import coarsest, is_low
+from fxprune.core.program import Form
+from fxprune.core.registry import resolve
 from fxprune.models.loading import max_positions
 from fxprune.tracing.outputs import named_outputs, named_results
-from fxprune.verification.ladder import DOUBLE_TOLERANCE, ROUNDINGS, Rung, first_difference, in_double, tolerance_for
+from fxprune.verification.differences import first_difference
+from fxprune.verification.ladder import Rung, reexported, tolerance_for
+from fxprune.verification.reference import without_units
+from fxprune.verification.rounding import in_wider_precision, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
-    from fxprune.core.program import Form, Interface
+    from fxprune.core.program import Interface, Program
+    from fxprune.core.widened import Widened
 
     Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+    _Cases = list[dict[str, Tensor]]
 
-__all__ = ["PlainLadder", "plain_cases"]
+__all__ = ["PlainLadder", "climb_plain", "plain_cases"]
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 _SIZES = ((1, 2, 1), (2, 1, 1), (2, 2, 0))
@@ -192,55 +200,42 @@ class PlainLadder:
         tolerance = tolerance_for(self.dtype, runtime=runtime)
         rung = self._compare(name, reference, candidate, tolerance)
         graphs = tuple(form for form in forms if isinstance(form.module, GraphModule))
-        if is_low(self.dtype) and graphs and math.isfinite(rung.max_abs_error):
-            rung = self._in_lower_precision(rung, graphs)
-        elif not rung.passed and graphs and self.dtype is torch.float32 and math.isfinite(rung.max_abs_error):
-            rung = self._second_opinion(rung, graphs)
+        if graphs and math.isfinite(rung.max_abs_error) and (is_low(self.dtype) or not rung.passed):
+            rung = in_wider_precision(rung, graphs, self)
         if not rung.passed and len(forms) == 2:
             rung = replace(rung, first_difference=first_difference(forms[0], forms[1], rung.tolerance))
         return rung.require()
 
     def _compare(self, name: str, reference: Function, candidate: Function, tolerance: float) -> Rung:
+        worst = self._largest(reference, candidate, self.cases, self.cases)
+        return Rung(name, worst, tolerance, worst <= tolerance, len(self.cases))
+
+    def _largest(self, reference: Function, candidate: Function, cases: _Cases, own_cases: _Cases) -> float:
+        """The largest difference of any output; the candidate may get the cases in a precision of its own."""
         worst = 0.0
-        for case in self.cases:
+        for case, own in zip(cases, own_cases, strict=True):
             with torch.no_grad():
-                expected, given = reference(case), candidate(case)
+                expected, given = reference(case), candidate(own)
             hidden = [mask == 0 for key, mask in case.items() if key.endswith("attention_mask") and mask.dim() == 2]
             for output in self.interface.outputs:
                 worst = max(worst, _difference(expected[output], given.get(output), hidden))
-        return Rung(name, worst, tolerance, worst <= tolerance, len(self.cases))
+        return worst
 
-    def _in_lower_precision(self, rung: Rung, graphs: tuple[Form, ...]) -> Rung:
-        """Judge forms in half precision as language models are judged (see `fxprune.passes.verify`)."""
-        wide = [self.graph(Widened(form.module)) for form in graphs]  # type: ignore[arg-type]
-        own = self._compare(rung.rung, self.form(graphs[0]), wide[0], 0.0).max_abs_error
-        said = f"the graph's own {short_name(self.dtype)} rounding is {own:.1e}"
-        rung = replace(rung, tolerance=ROUNDINGS * own, passed=rung.max_abs_error <= ROUNDINGS * own, detail=said)
-        if len(graphs) < 2:
-            return rung
-        exact = self._compare(rung.rung, wide[0], wide[1], tolerance_for(torch.float32)).max_abs_error
-        agree = exact <= tolerance_for(torch.float32)
-        rounded = rung.passed and exact <= ROUNDINGS * own
-        return replace(rung, passed=agree or rounded, detail=f"max abs error in float32: {exact:.1e}; {said}")
+    def own_rounding(self, form: Form, wide: torch.dtype) -> float:
+        """See `fxprune.verification.rounding.Measured`."""
+        return self._largest(self.graph(widened(form, wide)[0]), self.form(form), self._cases_in(wide), self.cases)
 
-    def _second_opinion(self, rung: Rung, graphs: tuple[Form, ...]) -> Rung:
-        """Ask whether forms that differ in float32 differ by rounding alone."""
-        double = [self.graph(in_double(form).module) for form in graphs]  # type: ignore[arg-type]  # it is a graph
-        widened = PlainLadder.__new__(PlainLadder)
-        widened.interface, widened.dtype = self.interface, torch.float64
-        widened.cases = [{n: t.double() if t.is_floating_point() else t for n, t in c.items()} for c in self.cases]
-        said = ""
-        if len(graphs) == 2:
-            exact = widened._compare(rung.rung, double[0], double[1], DOUBLE_TOLERANCE)
-            said = f"max abs error in float64: {exact.max_abs_error:.1e}"
-            if exact.passed:
-                return replace(rung, passed=True, detail=f"float32 rounding alone; {said}")
-            said += "; "
-        single = self.form(graphs[0])
-        narrow = {id(wide): case for wide, case in zip(widened.cases, self.cases, strict=True)}
-        own = widened._compare(rung.rung, double[0], lambda case: single(narrow[id(case)]), DOUBLE_TOLERANCE)
-        said += f"the graph's own float32 rounding is {own.max_abs_error:.1e}"
-        return replace(rung, passed=rung.max_abs_error <= ROUNDINGS * own.max_abs_error, detail=said)
+    def exact_difference(self, reference: Form, candidate: Form, wide: torch.dtype) -> float:
+        """See `fxprune.verification.rounding.Measured`."""
+        cases = self._cases_in(wide)
+        graphs = [self.graph(widened(form, wide)[0]) for form in (reference, candidate)]
+        return self._largest(graphs[0], graphs[1], cases, cases)
+
+    def _cases_in(self, wide: torch.dtype) -> _Cases:
+        """The cases, for graphs in float64 in float64; what runs a graph in float32 widens its inputs itself."""
+        if wide is torch.float32:
+            return self.cases
+        return [{n: t.double() if t.is_floating_point() else t for n, t in case.items()} for case in self.cases]
 
 
 def _difference(expected: Tensor, given: Tensor | None, hidden: list[Tensor]) -> float:
@@ -255,3 +250,55 @@ def _difference(expected: Tensor, given: Tensor | None, hidden: list[Tensor]) ->
         return 0.0
     error = (pair[0] - pair[1]).abs().max().item()
     return math.inf if math.isnan(error) else float(error)
+
+
+def climb_plain(
+    program: Program, *, graph: bool, reexport: bool, checkpoint: Path | str | None, onnx: Path | str | None
+) -> list[Rung]:
+    """Climb the ladder of a model without a cache; options as those of `fxprune.passes.verify.Verify`.
+
+    Raises:
+        VerificationError: a rung does not hold.
+    """
+    config = None if program.source is None else program.source.config
+    weights = (*program.graph_module.parameters(), *program.interface.example_inputs.values())
+    ladder = PlainLadder(program.interface, coarsest(weights), config)
+    forms = dict(program.references)
+    current = Form(program.graph_module, program.interface)
+    slim = ladder.form(current)
+    rungs: list[Rung] = []
+    if graph:
+        for name, a, b in (("traced = eager", "eager", "traced"), ("lifted = traced", "traced", "lifted")):
+            if a in forms and b in forms:
+                pair = (forms[a], forms[b])
+                rungs.append(ladder.rung(name, ladder.form(pair[0]), ladder.form(pair[1]), pair))
+        rungs += _plain_masked(program, ladder, current)
+        if reexport:
+            again = Form(reexported(program.graph_module, program.interface), program.interface)
+            rungs.append(ladder.rung("re-exported = slim", slim, ladder.form(again), (current, again)))
+    if checkpoint is not None:
+        load: Any = resolve("fxprune.checkpoints.checkpoint:load")
+        device = next(iter(program.interface.example_inputs.values())).device
+        model = load(checkpoint, device=str(device))
+        rungs.append(ladder.rung("reloaded checkpoint = slim", slim, ladder.eager(model), (current,)))
+        del model
+        gc.collect()
+    if onnx is not None:
+        runner: Any = resolve("fxprune.exporters.ort:OrtFunction")(onnx)
+        rungs.append(ladder.rung("ONNX Runtime = slim", slim, runner, (current,), runtime=True))
+    return rungs
+
+
+def _plain_masked(program: Program, ladder: PlainLadder, current: Form) -> list[Rung]:
+    """The rungs around the masked form."""
+    if "masked" not in program.references:
+        return []
+    masked = program.references["masked"]
+    rungs = []
+    with without_units(program) as eager:
+        if eager is not None:
+            name = "masked = eager without the units"
+            rungs.append(ladder.rung(name, ladder.eager(eager), ladder.form(masked), (masked,)))
+    if current.module is not masked.module:
+        rungs.append(ladder.rung("slim = masked", ladder.form(masked), ladder.form(current), (masked, current)))
+    return rungs

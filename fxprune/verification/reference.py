@@ -21,8 +21,9 @@ from torch.fx import GraphModule
 
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.lifted import origin_of
-from fxprune.tracing.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask
+from fxprune.tracing.masks import ChannelMask, UnitMask
 from fxprune.tracing.nodes import get_attribute
+from fxprune.tracing.unit_masks import ChoiceMask, ExpertChannelMask, LayerGate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -40,8 +40,8 @@ from fxprune.core.progress import track
 from fxprune.models.loading import resolve_dtype
 from fxprune.models.methods import check_method
 from fxprune.runtimes.matmul import multiplies_bfloat16, product_rate
-from fxprune.tracing.graphs import own_projections
 from fxprune.tracing.grouped import GroupedLinear
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 from fxprune.weights.allocation import allocate_by_loss
 from fxprune.weights.distillation import check_distillation, distil_weights

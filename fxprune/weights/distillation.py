@@ -34,7 +34,7 @@ from fxprune.channels.lora_targets import lora_targets
 from fxprune.core.errors import CalibrationError, PreconditionError, UsageError
 from fxprune.core.progress import track
 from fxprune.core.schedule import cosine
-from fxprune.tracing.graphs import own_projections
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 
 if TYPE_CHECKING:

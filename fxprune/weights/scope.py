@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fxprune.channels.accounting import lm_heads
+from fxprune.channels.block_linears import lm_heads
 from fxprune.core.errors import PlanError, UsageError
 from fxprune.core.groups import ExpertGroup
 from fxprune.tracing.grouped import GroupedLinear

@@ -13,9 +13,9 @@ from fxprune.calibration.engine import CalibrationEngine, EngineOptions, Samples
 from fxprune.calibration.stages import cut_stages
 from fxprune.core.errors import CalibrationError, PreconditionError
 from fxprune.runtimes.matmul import fast_products
-from fxprune.tracing.graphs import own_projections
 from fxprune.tracing.grouped import GroupedLinear
 from fxprune.tracing.lifted import is_projection
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 from tests.zoo import located
 

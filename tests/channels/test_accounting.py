@@ -16,18 +16,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from fxprune.channels.accounting import (
     MacCount,
     attention_shapes,
-    block_linear_parameters,
     bytes_of_weights,
     bytes_read_per_step,
     compare_macs,
     compare_parameters,
     count_parameters,
     linear_parameters_by_name,
-    lm_heads,
     macs_per_token,
     mask_sparsity,
     removed_share,
 )
+from fxprune.channels.block_linears import block_linear_parameters, lm_heads
 from fxprune.core.errors import PreconditionError
 from fxprune.passes.lift_linears import LiftLinears
 from fxprune.tracing.trace import trace

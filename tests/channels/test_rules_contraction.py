@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.channels.rules.contraction import ATTENTION
+from fxprune.channels.rules.attention import ATTENTION
 from tests.walked import B, S, Walked, pairs, values
 
 if TYPE_CHECKING:

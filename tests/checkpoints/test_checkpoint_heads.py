@@ -17,6 +17,8 @@ from transformers import (
     CTRLConfig,
     CTRLLMHeadModel,
     DistilBertConfig,
+    HYV4Config,
+    HYV4ForCausalLM,
 )
 from transformers.models.llama import modeling_llama
 
@@ -29,6 +31,7 @@ from fxprune.core.errors import CheckpointError
 from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.plan import Plan
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy
+from tests.proof import slimmed
 from tests.slices import (
     HIDDEN,
     SMALL,
@@ -442,3 +445,47 @@ def test_a_table_that_is_rounded_when_it_is_used(tmp_path: Path) -> None:
     model = CTRLLMHeadModel(config).eval().to(torch.bfloat16)
     loaded = saved(model, {"transformer.h.1.multi_head_attention": [0, 2]}, tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kept", [(3, 3), (4, 3), (3, 2)])
+def test_a_number_of_heads_that_no_shape_says_goes_with_the_one_that_shapes_say(
+    kept: tuple[int, int], tmp_path: Path
+) -> None:
+    """Keys come from a latent: `num_key_value_heads` has no shape, and the class divides the heads by it."""
+    torch.manual_seed(0)
+    config = HYV4Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = HYV4ForCausalLM(config).eval()
+    program = Pipeline([build_pass(name, {}) for name in LOCATE])(fxprune.trace(model)).program
+    groups = [group for group in program.groups if group.kind == "attention"]
+    done = slimmed(program, Plan.of({group.name: range(count) for group, count in zip(groups, kept, strict=True)}))
+    fxprune.save(done, tmp_path / "slim")
+    slim: Any = load(tmp_path / "slim")
+    heads = [(layer.self_attn.num_heads, layer.self_attn.num_key_value_groups) for layer in slim.model.layers]
+    assert heads == [(count, 1) for count in kept]
+    ids = torch.arange(22).reshape(2, 11) % 61
+    positions = torch.arange(11).repeat(2, 1)
+    runners = EagerRunner(slim, cache=False), GraphRunner(done.graph_module, done.interface)
+    got = [runner.step(ids, torch.ones_like(ids), positions, None)[0] for runner in runners]
+    torch.testing.assert_close(*got, atol=1e-5, rtol=0)

@@ -25,7 +25,8 @@ from fxprune.calibration.overflow import find_overflow
 from fxprune.channels.front_end import LOCATE
 from fxprune.core.errors import CalibrationError, NotFiniteError, TrainingError, VerificationError
 from fxprune.core.pipeline import Pipeline, build_pass
-from fxprune.core.precision import Widened, coarsest, is_low, main_dtype
+from fxprune.core.precision import coarsest, is_low, main_dtype
+from fxprune.core.widened import Widened
 from fxprune.flows.steps import prune_program
 from fxprune.flows.streaming_run import prune_streaming
 from fxprune.passes.verify import Verify

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fxprune.channels.accounting import block_linear_parameters, count_parameters
+from fxprune.channels.accounting import count_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.checkpoints.load_model import load_model
 from fxprune.core.groups import AttentionGroup, HiddenGroup, LayerGroup
 from fxprune.core.pipeline import Pipeline
@@ -23,7 +24,8 @@ from fxprune.passes.slim import Slim
 from fxprune.passes.verify import Verify
 from fxprune.runtimes.runners import GraphRunner
 from fxprune.tracing.trace import trace
-from fxprune.verification.ladder import DOUBLE_TOLERANCE, compare_runners, in_double
+from fxprune.verification.compare import compare_runners
+from fxprune.verification.rounding import DOUBLE_TOLERANCE, in_double
 from tests.families import LOCATE
 
 if TYPE_CHECKING:

@@ -309,6 +309,11 @@ def test_an_axis_that_the_graph_fixes(tmp_path: Path) -> None:
         export_onnx(program.replace(interface=interface), tmp_path)
 
 
+class OneBin(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.histc(x, bins=1)
+
+
 class Untranslatable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         upper: Tensor = torch.linalg.qr(x)[1]
@@ -316,6 +321,13 @@ class Untranslatable(nn.Module):
 
 
 def test_an_operator_without_translation(tmp_path: Path) -> None:
-    program = trace(Untranslatable(), example_inputs=(torch.randn(3, 4, 4),))
-    with pytest.raises(ExportError, match="qr"):
+    program = trace(nn.Sequential(Untranslatable()), example_inputs=(torch.randn(3, 4, 4),))
+    with pytest.raises(ExportError, match=r"no translation for aten\.linalg_qr\.default in 0; use"):
         export_onnx(program, tmp_path)
+
+
+def test_a_translation_that_fails_is_told_in_a_sentence_with_its_module(tmp_path: Path) -> None:
+    program = trace(nn.Sequential(OneBin()), example_inputs=(torch.randn(3, 4),))
+    with pytest.raises(ExportError, match=r"aten\.histc\.default in 0 \(.*min == max.*\); use the checkpoint") as found:
+        export_onnx(program, tmp_path)
+    assert "\n" not in str(found.value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxprune.core.errors import ExportError
 from fxprune.exporters import onnx_ops, onnx_passes
 from fxprune.exporters.onnx import export_onnx
 from fxprune.exporters.onnx_graph import prepare_graph
@@ -202,3 +203,60 @@ def test_a_weight_with_another_reader_keeps_its_layout() -> None:
     stored = free.graph.initializers["weight"].const_value
     assert stored is not None
     assert stored.numpy().tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+# ── Complex numbers and constants ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Turned(nn.Module):
+    """Pairs of channels turned by their position, as complex numbers and with a complex table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.polar(torch.rand(4) + 0.5, torch.rand(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        angles = torch.arange(x.shape[1]).unsqueeze(-1) * torch.tensor([1.0, 0.5, 0.25, 0.125])
+        turns = torch.polar(torch.ones_like(angles), angles) * 0.5
+        turned = pairs * turns[:, None, :].to(x.device) * self.table.conj()
+        return torch.view_as_real(turned.transpose(1, 2)).flatten(3)
+
+
+def test_complex_numbers_are_pairs_of_real_ones(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 5, 8)
+    program = trace(Turned(), example_inputs=(x,))
+    prepared, rewrites = prepare_graph(program.graph_module, program.interface.example_inputs)
+    assert rewrites["complex"] > 0
+    values = [node.meta["val"] for node in prepared.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert values
+    assert not any(value.is_complex() for value in values)
+    expected = Turned.forward(program.references["eager"].module, x)  # type: ignore[arg-type]  # it is one
+    torch.testing.assert_close(prepared(x)[0], expected)
+    got = run_onnx(export_onnx(program, tmp_path).path, {"x": x})
+    torch.testing.assert_close(next(iter(got.values())), expected, atol=1e-5, rtol=0)
+
+
+class Powered(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x).pow(2))
+
+
+def test_an_operator_without_a_form_in_real_numbers_is_refused(tmp_path: Path) -> None:
+    program = trace(nn.Sequential(Powered()), example_inputs=(torch.randn(3, 4, 2),))
+    with pytest.raises(ExportError, match=r"aten\.pow.* in 0 works on complex numbers.*use the checkpoint"):
+        export_onnx(program, tmp_path)
+
+
+class Quantile(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        level = torch.distributions.Normal(0, 1).icdf(torch.tensor(0.9))
+        return torch.relu(x - x.mean(-1, keepdim=True) - level * x.std(-1, keepdim=True))
+
+
+def test_what_is_computed_from_constant_numbers_is_a_constant(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, 6)
+    program = trace(Quantile(), example_inputs=(x,))
+    assert any("erfinv" in str(node.target) for node in program.graph_module.graph.nodes)
+    got = run_onnx(export_onnx(program, tmp_path).path, {"x": x})
+    torch.testing.assert_close(next(iter(got.values())), Quantile()(x), atol=1e-6, rtol=0)

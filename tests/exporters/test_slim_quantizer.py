@@ -23,7 +23,7 @@ from fxprune.passes.magnitude_units import MagnitudeUnits
 from fxprune.passes.wanda_sp import WandaSp
 from fxprune.runtimes.runners import GraphRunner
 from fxprune.tracing.pytree_form import program_of_exported
-from fxprune.tracing.trace import sample_inputs
+from fxprune.tracing.sample import sample_inputs
 from tests.families import build, located, steps
 from tests.proof import slimmed
 

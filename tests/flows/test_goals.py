@@ -325,7 +325,7 @@ def test_bad_targets_are_told(run: Run, model: Path, table: Path, tmp_path: Path
         (("--target-speedup", "1.3", "--table", "missing.json"), "cannot be read as a latency table"),
         (("--target-speedup", "0.9", "--table", "missing.json"), "larger than 1"),
         (("--ratio", "0.2", "--table", "t.json"), "--target-speedup and --table go together"),
-        (("--ratio", "0.2", "--option", "mix=decode=1"), "--mix weighs the cases of --target-speedup"),
+        (("--ratio", "0.2", "--option", "mix=decode=1"), "mix weighs the cases of --target-speedup"),
         (("--target-speedup", "1.3", "--table", "t.json", "--option", "mix=decode"), "give mix=PATTERN=VALUE"),
         (("--ratio", "0.2", "--option", "keep=*.mlp"), "give keep=PATTERN=VALUE"),
         (("--ratio", "0.2", "--option", "keep=*.mlp=2"), "must lie in [0, 1]"),

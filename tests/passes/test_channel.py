@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from fxprune.channels.accounting import block_linear_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import PlanError, PreconditionError, UsageError
 from fxprune.core.groups import AttentionGroup, MlpGroup
 from fxprune.core.pipeline import Pipeline

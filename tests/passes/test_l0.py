@@ -299,18 +299,19 @@ def test_the_command_prunes_keeps_its_training_and_says_what_is_wrong(
     assert "How it was learned" in page
     assert "LoRA of rank 2, 5 steps" in page
     assert load(out) is not None
-    again = {"calibration": str(text), "samples": 12, "seq_len": 12, "guard": "none", "restart": True, "out": out}
+    again: dict[str, Any] = {"calibration": str(text), "samples": 12, "seq_len": 12, "steps": 5, "batch": 2}
+    again |= {"held_out": 2, "start_samples": 4, "guard": "none", "restart": True, "out": out}
     with pytest.raises(UsageError, match="before the 0.3"):  # what is wrong costs no training
         fxprune.learn(tiny_llama_dir, ratio=0.3, warm_up=0.9, overwrite=True, **again)
     assert list(state.glob("state*"))
     with pytest.raises(OutputError, match="overwrite"):  # nor does an output that is in the way
-        fxprune.learn(tiny_llama_dir, ratio=0.3, held_out=2, **again)
+        fxprune.learn(tiny_llama_dir, ratio=0.3, **again)
     assert list(state.glob("state*"))
     build_pass("l0", {"ratio": 0.3, "state": str(state)}).forget()
     assert not list(state.glob("state*"))
     for other in ({"state": "none", "out": None}, {"out": None}):
         with pytest.raises(UsageError, match="l0 keeps nothing"):
-            fxprune.learn(tiny_llama_dir, ratio=0.3, held_out=2, **{**again, **other})
+            fxprune.learn(tiny_llama_dir, ratio=0.3, **{**again, **other})
     for wrong, why in (
         (["--option", "warm_up=0.9"], "before the 0.3 that is asked for"),
         (["--ratio", "0.1,0.2"], "one target at a time"),

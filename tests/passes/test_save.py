@@ -16,7 +16,7 @@ from fxprune.core.pipeline import Pipeline
 from fxprune.core.plan import Plan
 from fxprune.runtimes.runners import EagerRunner, GraphRunner
 from fxprune.tracing.trace import trace
-from fxprune.verification.ladder import compare_runners
+from fxprune.verification.compare import compare_runners
 from tests.families import LOCATE, randomise
 from tests.proof import slimmed
 

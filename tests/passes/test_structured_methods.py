@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxprune.calibration.text import CalibrationSpec, calibration_set
-from fxprune.channels.accounting import block_linear_parameters
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import PlanError, PreconditionError, UsageError
 from fxprune.core.groups import AttentionGroup, LayerGroup, MlpGroup
 from fxprune.core.pipeline import Pipeline, build_pass

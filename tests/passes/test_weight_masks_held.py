@@ -379,7 +379,7 @@ class _Fill(Pass):
     name = "fill"
 
     def call(self, program: Program) -> PassResult:
-        from fxprune.tracing.graphs import own_projections
+        from fxprune.tracing.lifted_graphs import own_projections
 
         root = own_projections(program.graph_module, ["model.layers.0.mlp.up_proj"])
         module: Any = root.get_submodule("model.layers.0.mlp.up_proj")

@@ -19,7 +19,7 @@ from fxprune.passes.lift_linears import LiftLinears
 from fxprune.passes.locate_hidden import LocateHidden
 from fxprune.passes.locate_mlp import LocateMlp
 from fxprune.passes.slim import Slim
-from fxprune.slimming.rewrite import Grid, full_grid
+from fxprune.slimming.grid import Grid, full_grid
 from fxprune.tracing.trace import trace
 from tests.families import located_plain
 

@@ -30,8 +30,8 @@ from fxprune.passes.locate_hidden import LocateHidden
 from fxprune.passes.locate_layers import LocateLayers
 from fxprune.passes.locate_mlp import LocateMlp
 from fxprune.passes.slim import Slim
-from fxprune.tracing.masks import ChoiceMask
 from fxprune.tracing.trace import trace
+from fxprune.tracing.unit_masks import ChoiceMask
 from tests.families import randomise
 
 if TYPE_CHECKING:

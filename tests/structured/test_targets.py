@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from fxprune.channels.accounting import block_linear_parameters, bytes_of_weights, count_parameters, macs_per_token
+from fxprune.channels.accounting import bytes_of_weights, count_parameters, macs_per_token
+from fxprune.channels.block_linears import block_linear_parameters
 from fxprune.core.errors import PlanError, PreconditionError, UsageError
 from fxprune.measure.latency_table import save_table
 from fxprune.passes.random_units import RandomUnits

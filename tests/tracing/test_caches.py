@@ -18,7 +18,8 @@ from fxprune.exporters.onnx import onnx_refusal
 from fxprune.exporters.ort import OrtRunner
 from fxprune.flows.steps import prune_program
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, greedy, position_ids_from_mask
-from fxprune.verification.ladder import compare_runners
+from fxprune.verification.compare import compare_runners
+from tests.families import randomise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -204,7 +205,7 @@ def test_what_stops_a_sample_is_told_as_a_trace_error() -> None:
         def forward(self, input_ids: torch.Tensor, images: torch.Tensor, **_: Any) -> Any:
             return images[input_ids]
 
-    with pytest.raises(TraceError, match=r"Broken.*\n.*example_inputs"):
+    with pytest.raises(TraceError, match=r"Broken.*example_inputs"):
         fxprune.trace(Broken(transformers.LlamaConfig(**SIZES)))
 
 
@@ -263,3 +264,69 @@ def test_keys_of_an_indexer_are_cached_by_the_model_alone() -> None:
     assert program.interface.cache == ()
     forms = EagerRunner(model), slim(program)
     assert compare_runners("traced", *forms, vocabulary=61, tolerance=1e-4, device=torch.device("cpu")).passed
+
+
+def test_a_window_that_the_models_own_code_asks_about_limits_a_graph_with_a_cache() -> None:
+    options = dict(SIZES, attention_dropout=0.0, sliding_window=None)
+    within = transformers.DogeConfig(**options, keep_window_size=256)
+    short = transformers.DogeConfig(**options, keep_window_size=9)
+    models = []
+    for config in (within, short):
+        torch.manual_seed(0)
+        models.append(transformers.DogeForCausalLM(config).eval())
+        randomise(models[-1])  # decays that all start alike tie the scores of all tokens
+    free = fxprune.trace(models[0])
+    assert free.interface.cache
+    assert free.interface.fixed_length is None
+    tied = fxprune.trace(models[1], length=24)
+    assert not tied.interface.cache
+    assert tied.interface.fixed_length == 24
+    tokens = torch.arange(24).unsqueeze(0)  # the model's own scores of equal tokens tie
+    for model, program in zip(models, (free, tied), strict=True):
+        runners = EagerRunner(model, cache=False), GraphRunner(program.graph_module, program.interface)
+        for length in (6, 10, 24):
+            ids = tokens[:, :length]
+            expected, got = (runner.step(ids, torch.ones_like(ids), ids, None)[0] for runner in runners)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_a_graph_for_one_length_that_reads_ahead_is_refused_in_a_sentence() -> None:
+    """Its code makes lists as long as the text, so no length is free, and all tokens see each other."""
+    torch.manual_seed(0)
+    config = transformers.CpmAntConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=4,
+        segment_types=4,
+        init_std=0.3,
+    )
+    with pytest.raises(TraceError, match="for 11 tokens only, and it reads tokens ahead.*example_inputs=") as found:
+        fxprune.trace(transformers.CpmAntForCausalLM(config).eval())
+    assert "\n" not in str(found.value)
+
+
+def test_a_model_that_asks_whether_there_is_a_past_is_traced_on_whole_sequences() -> None:
+    """With a past, its code widens the mask by the tokens of an image; a prompt of text starts without one."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.GitConfig(
+        vision_config=vision | {"image_size": 16, "patch_size": 8},
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    model = transformers.GitForCausalLM(config).eval()
+    program = fxprune.trace(model)
+    assert not program.interface.cache
+    assert program.interface.fixed_length is None
+    runners = EagerRunner(model, cache=False), GraphRunner(program.graph_module, program.interface)
+    rung = compare_runners("", *runners, vocabulary=61, tolerance=1e-4, device=torch.device("cpu"), longer=24)
+    assert rung.passed, rung

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.tracing.masks import ChannelMask, ChoiceMask, ExpertChannelMask, LayerGate, UnitMask, has_masks
+from fxprune.tracing.masks import ChannelMask, UnitMask, has_masks
+from fxprune.tracing.unit_masks import ChoiceMask, ExpertChannelMask, LayerGate
 
 
 def test_a_channel_mask_scales_the_channels_of_each_unit() -> None:

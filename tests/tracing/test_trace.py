@@ -7,14 +7,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, FalconH1Config, FalconH1ForCausalLM, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForSequenceClassification,
+    DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxprune.core.errors import TraceError
 from fxprune.models.cache_names import cache_argument, cache_of
 from fxprune.runtimes.compiled import CompiledRunner
 from fxprune.runtimes.runners import EagerRunner, GraphRunner, Past, Runner, greedy
-from fxprune.tracing.trace import _fixed_length, _ListsAsSlices, sample_inputs, trace
+from fxprune.tracing.on_meta import ListsAsSlices
+from fxprune.tracing.sample import sample_inputs
+from fxprune.tracing.trace import trace
+from fxprune.tracing.whole_sequences import fixed_length
 from tests.families import FAMILIES, STEPS, build, located, steps
 
 
@@ -222,7 +237,7 @@ def test_inputs_that_are_handed_back_untouched_are_no_outputs() -> None:
 )
 def test_lists_of_positions_are_slices_where_they_are_runs(index: Any, is_run: bool) -> None:
     x = torch.arange(24).reshape(2, 3, 4) if index != [0, 2] else torch.arange(24).reshape(4, 3, 2)
-    with _ListsAsSlices():
+    with ListsAsSlices():
         found = x[index]
     assert torch.equal(found, x[index])
     assert (found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_run
@@ -274,8 +289,7 @@ def test_a_loop_over_chunks_that_one_length_has_unrolled_is_seen_in_its_equation
 ) -> None:
     axes = dict.fromkeys((0, 1), torch.export.Dim.AUTO)
     exported = torch.export.export(module, (torch.ones(2, 11, dtype=torch.long),), dynamic_shapes=(axes,), strict=False)
-    fixed = _fixed_length(exported)
-    assert (None if fixed is None else fixed.length) == length
+    assert fixed_length(exported) == length
 
 
 def test_a_configuration_that_wants_no_cache_is_traced_with_one() -> None:
@@ -297,3 +311,28 @@ def test_a_number_of_chunks_that_left_no_equation_fixes_the_length() -> None:
     torch.manual_seed(0)
     program = trace(FalconH1ForCausalLM(config).eval())
     assert program.interface.fixed_length == program.interface.example_inputs["input_ids"].shape[1]
+
+
+def test_an_encoder_decoder_that_classifies_makes_its_decoders_tokens_itself() -> None:
+    config = BartConfig(
+        vocab_size=61,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+    )
+    assert "decoder_input_ids" not in sample_inputs(BartForSequenceClassification(config))
+    assert "decoder_input_ids" in sample_inputs(BartForConditionalGeneration(config))
+
+
+def test_the_size_of_images_is_the_vision_parts_or_any() -> None:
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_channels=1)
+    assert sample_inputs(ResNetForImageClassification(resnet))["pixel_values"].shape == (2, 1, 224, 224)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    siglip = SiglipConfig(vision_config=vision | {"image_size": 24, "patch_size": 8}, text_config=vision)
+    model = SiglipForImageClassification(siglip).eval()
+    assert sample_inputs(model)["pixel_values"].shape == (2, 3, 24, 24)
+    assert trace(model).interface.outputs == ("logits",)

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+from fxprune.channels.front_end import LOCATE
 from fxprune.core.errors import PreconditionError, VerificationError
+from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.plan import Plan
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.save import Save
@@ -20,14 +23,10 @@ from fxprune.runtimes.runners import EagerRunner, GraphRunner
 from fxprune.structured.reconstruct_consumers import add_biases
 from fxprune.tracing.graphs import copy_graph_module
 from fxprune.tracing.nodes import get_attribute
-from fxprune.verification.ladder import (
-    Rung,
-    compare_modules,
-    compare_runners,
-    first_difference,
-    reexported,
-    tolerance_for,
-)
+from fxprune.tracing.trace import trace
+from fxprune.verification.compare import compare_modules, compare_runners
+from fxprune.verification.differences import first_difference
+from fxprune.verification.ladder import Rung, reexported, tolerance_for
 from fxprune.verification.reference import without_units
 from fxprune.verification.text import compare_greedy
 from tests.families import FAMILIES, located, located_plain, random_plan
@@ -232,3 +231,35 @@ def test_a_rung_is_json() -> None:
     assert rung.require() is rung
     keys = {"rung", "max_abs_error", "tolerance", "passed", "cases", "first_difference", "detail"}
     assert set(rung.to_json()) == keys
+
+
+def test_a_class_whose_own_cache_forgets_is_held_to_whole_sequences(tmp_path: Path) -> None:
+    """Its cache drops what lies before a window, its mask does not: text after a cache is not what a prefill gives."""
+    torch.manual_seed(0)
+    config = transformers.MoshiConfig(
+        vocab_size=61,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=6,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    program = trace(transformers.MoshiForCausalLM(config).eval())
+    dense = Pipeline([build_pass(name, {}) for name in LOCATE])(program).program
+    masked = InsertMasks()(dense.replace(plan=random_plan(dense.groups))).program
+    checked = Verify()(Slim()(masked).program).program
+    saved = Save(out=tmp_path / "slim")(checked).program
+    done = Verify(checkpoint=tmp_path / "slim", graph=False)(saved).program
+    rungs = {rung["rung"]: rung for rung in done.results["verify"]}
+    for name in ("traced = eager", "masked = eager without the units", "reloaded checkpoint = slim"):
+        assert rungs[name]["passed"]
+        assert "own cache" in rungs[name]["detail"]
+    assert any("own cache" in warning for warning in done.results["warnings"])
+    linear = next(name for name, _ in checked.graph_module.named_modules() if name.endswith("fc2"))
+    wrong = corrupted(checked, linear, 3.0)
+    with pytest.raises(VerificationError, match="slim = masked"):
+        Verify()(wrong)

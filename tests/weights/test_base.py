@@ -29,7 +29,7 @@ from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.plan import Plan
 from fxprune.passes import alps
 from fxprune.passes.magnitude import MagnitudeSolver
-from fxprune.tracing.graphs import own_projections
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 from fxprune.tracing.trace import trace
 from fxprune.tracing.weight_masks import hold_masks, read_masks, write_masks

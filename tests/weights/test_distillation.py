@@ -16,7 +16,7 @@ from fxprune.exporters.report_page import sparsity_facts
 from fxprune.exporters.report_structured import structured_facts
 from fxprune.flows.streaming_run import prune_streaming
 from fxprune.passes.channel import ChannelPrune
-from fxprune.tracing.graphs import own_projections
+from fxprune.tracing.lifted_graphs import own_projections
 from fxprune.tracing.nodes import get_attribute
 from fxprune.tracing.trace import trace
 from fxprune.weights import distillation as weight_distillation

@@ -7,13 +7,20 @@ channels on the way it writes to the ledger. `None` stands for a tensor of zeros
     movement      view, transpose, split, cat, expand, ...   the very same op on the ids
     elementwise   add, mul, where, silu, ...                 ids that meet are one channel, or one shares the other
     linear        call_module Linear                         rows come out, columns meet what comes in
-    contraction   matmul, bmm, attention                     contracted channels form one block: a head
-    reduction     mean, sum, layer_norm, ...                 a norm over the channels it reduces
-    spatial       conv, pooling, batch_norm                  a Linear, or nothing, at every position
-    lookup        embedding, index, topk, scatter, ...       numbers that address channels, or positions
+    attention     fused attention                            query, key, scores and output of a head form one block
+    reduction     mean, sum, ...                             a norm over the channels it reduces
+    lookup        embedding, index                           positions, or channels that numbers address
     pin           everything else                            what it touches must stay
 
-Movement, contraction, reduction, spatial and lookup operators have files of their own.
+Each family has a file of its own. A plain decoder meets no more than these; the rest is for other models:
+
+    contraction   matmul, bmm, dot, outer                    contracted channels form one block, as in attention
+    along_axes    softmax, cumsum, triu, layer_norm, ...     a norm or a choice
+    choices       topk, sort, argmax, histc, ...             numbers that address channels
+    writes        gather, scatter, index_put, ...            positions, or what numbers address
+    padding       pad, view_as_complex                       stays as long as a channel of its axis
+    grouped       GroupedLinear                              a Linear for each expert
+    spatial       conv, pooling, batch_norm                  a Linear, or nothing, at every position
 """
 
 from __future__ import annotations
@@ -26,12 +33,18 @@ from torch import Tensor
 
 from fxprune.channels.call import Ids
 from fxprune.channels.relations import combine, distinct_rows, keep_addresses, meet_columns, pin, reduce_last
+from fxprune.channels.rules.along_axes import ALONG_AXES_RULES
+from fxprune.channels.rules.attention import ATTENTION_RULES
+from fxprune.channels.rules.choices import CHOICE_RULES
 from fxprune.channels.rules.contraction import CONTRACTION_RULES
+from fxprune.channels.rules.grouped import grouped_linear
 from fxprune.channels.rules.lookup import LOOKUP_RULES
 from fxprune.channels.rules.movement import MOVEMENT, MOVEMENT_RULES
-from fxprune.channels.rules.reduction import NORMS, REDUCTION_RULES
+from fxprune.channels.rules.padding import PADDING_RULES
+from fxprune.channels.rules.reduction import REDUCTION_RULES
 from fxprune.channels.rules.spatial import SPATIAL_RULES
-from fxprune.core.channel_ids import ActivationSite, Pin
+from fxprune.channels.rules.writes import WRITE_RULES
+from fxprune.core.channel_ids import ActivationSite
 from fxprune.tracing.nodes import functional_of
 
 if TYPE_CHECKING:
@@ -41,7 +54,7 @@ if TYPE_CHECKING:
 
     Rule = Callable[["Call"], "Ids"]
 
-__all__ = ["CASTS", "MOVEMENT", "NORMS", "Ids", "find_rule"]
+__all__ = ["CASTS", "MOVEMENT", "Ids", "find_rule"]
 
 aten = torch.ops.aten
 
@@ -134,24 +147,6 @@ def _linear(call: Call) -> Ids:
     return out.expand(call.output.shape)
 
 
-def _grouped_linear(call: Call) -> Ids:
-    """Every expert's rows and columns with one index are one channel; each expert may keep its own (see `groups`)."""
-    grouped = call.grouped
-    assert grouped is not None
-    name = call.weight.name
-    rows = call.ledger.axis(name, grouped.out_axis, grouped.out_features, "rows").ids()
-    columns = call.ledger.axis(name, grouped.in_axis, grouped.in_features, "columns").ids()
-    experts = call.ledger.axis(name, 0, grouped.experts, "experts").ids()
-    x, offsets = call.tensor_nodes()
-    meet_columns(call, call.ids_of(x), columns)
-    ends = call.ids_of(offsets)
-    if ends is None:
-        call.ledger.pins.append(Pin(experts, call.op, call.module, "its experts are not chosen by traced channels"))
-    else:
-        call.ledger.merge(ends.numpy(), experts)
-    return torch.from_numpy(rows).expand(call.output.shape)
-
-
 def _copy(call: Call) -> Ids:
     """`copy` and `fill` take the values of the second operand, in the shape of the first."""
     ids = call.ids_of(call.tensor_nodes()[1])
@@ -186,10 +181,15 @@ _RULES: dict[Any, Rule] = (
     | dict.fromkeys(POINTWISE, _elementwise)
     | {aten.copy.default: _copy, aten.glu.default: _gated}
     | MOVEMENT_RULES
+    | PADDING_RULES
+    | ATTENTION_RULES
     | CONTRACTION_RULES
     | REDUCTION_RULES
-    | SPATIAL_RULES
+    | ALONG_AXES_RULES
     | LOOKUP_RULES
+    | CHOICE_RULES
+    | WRITE_RULES
+    | SPATIAL_RULES
 )
 
 
@@ -218,7 +218,7 @@ def find_rule(call: Call) -> Rule:
     if call.is_linear:
         return _linear
     if call.grouped is not None:
-        return _grouped_linear
+        return grouped_linear
     if call.is_elementwise_module:
         return _mask
     return _in_place if functional_of(call.node.target) is not None else _rule_of(call.node.target)
