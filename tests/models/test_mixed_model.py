@@ -490,7 +490,11 @@ def test_layers_that_the_class_tells_apart(kept: dict[str, Any], tmp_path: Path)
     for directory in ("slim", "again"):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / directory)
         assert_same(loaded, model)
-        assert loaded.config.per_layer_config[1].head_dim == 12
+        kinds = enumerate(loaded.config.layer_types)
+        assert {kind: loaded.config.per_layer_config[layer].head_dim for layer, kind in kinds} == {
+            "sliding_attention": 8,
+            "full_attention": 12,
+        }
 
 
 def test_layers_that_the_class_tells_apart_cannot_choose_kernels() -> None:
