@@ -20,6 +20,7 @@ from transformers import (
     HYV4Config,
     HYV4ForCausalLM,
 )
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 from transformers.models.llama import modeling_llama
 
 import fxprune
@@ -143,7 +144,8 @@ CASES: dict[str, Case] = {
         "gptj",
         {"rotary_dim": 4, "n_inner": 24, "n_positions": 64, "head_dim": None},
         separate(r"attn\.[qkv]_proj attn\.out_proj"),
-        {"num_attention_heads"},
+        # Since transformers 5.24 the class takes the number from the width of its projections.
+        {"num_attention_heads"} if hasattr(GPTJAttention, "_split_heads") else set(),
     ),
     "stablelm": Case(
         "stablelm",
