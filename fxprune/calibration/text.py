@@ -120,12 +120,28 @@ def check_records(spec: CalibrationSpec) -> None:
     """
     path = expand_user(spec.source)
     if not path.is_file():
+        if spec.source != "self":
+            _data_set_name(spec)
         return
     if path.suffix.lower() in _RECORDS:
         where, record = next(_records(path))
         record_form(record, where, spec.text_field).read(record, where)
     elif path.suffix.lower() != ".parquet":
         _refuse_field(spec, path)
+
+
+def _data_set_name(spec: CalibrationSpec) -> tuple[str, str, bool]:
+    """Name of a data set, what stands behind it, and whether it is a directory.
+
+    Raises:
+        CalibrationError: the source is neither a file nor could it be a data set.
+    """
+    name, _, rest = spec.source.partition(":")
+    is_directory = expand_user(name).is_dir()
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) and Path(name).suffix not in _FILE_SUFFIXES
+    if not (is_directory or is_hub_id):
+        raise CalibrationError(f"calibration text {spec.source} does not exist; use self, a file or a data set id")
+    return name, rest, is_directory
 
 
 def _refuse_field(spec: CalibrationSpec, path: Path) -> None:
@@ -192,7 +208,9 @@ def calibration_set(
         details = {"kind": "sampled from the model", "start": kind, "temperature": 1.0}
     else:
         if tokenizer is None:
-            raise UsageError(f"calibration text from {spec.source} needs the model's tokenizer; the model has none")
+            raise UsageError(
+                f"calibration text from {spec.source} needs a tokenizer (tokenizer= in Python); the model has none"
+            )
         tokens, details = _windows_of_text(spec, tokenizer)
     vocabulary = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     if vocabulary is not None and int(tokens.max()) >= vocabulary:
@@ -251,7 +269,9 @@ def held_out_windows(
         made = calibration_set(asked, tokenizer=tokenizer, runner=runner, config=config, device=device)
         return made.tokens
     if tokenizer is None:
-        raise UsageError(f"calibration text from {spec.source} needs the model's tokenizer; the model has none")
+        raise UsageError(
+            f"calibration text from {spec.source} needs a tokenizer (tokenizer= in Python); the model has none"
+        )
     pool, order, _ = _pool_of_text(spec, tokenizer)
     return pool[order[spec.samples : spec.samples + windows], :length].contiguous()
 
@@ -394,11 +414,7 @@ def _open(
     if path.is_file():
         _refuse_field(spec, path)
         return [read_text(path)], {"kind": "text file"}
-    name, _, rest = spec.source.partition(":")
-    is_directory = expand_user(name).is_dir()
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) and Path(name).suffix not in _FILE_SUFFIXES
-    if not (is_directory or is_hub_id):
-        raise CalibrationError(f"calibration text {spec.source} does not exist; use self, a file or a data set id")
+    name, rest, is_directory = _data_set_name(spec)
     configuration, _, split = rest.partition(":")
     where = str(expand_user(name)) if is_directory else name
     return _open_data_set(spec, tokenizer, where, configuration or None, split or "train")

@@ -33,7 +33,19 @@ err = Console(stderr=True)
 DEFAULT_THREADS = min(2, os.cpu_count() or 1)
 
 Model = Annotated[str, typer.Argument(help="Hub id or local directory of a model.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Whether figures could be written there is told before the work."""
+    if path is not None and not path.expanduser().absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path}: there is no directory {path.parent}")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures as JSON to this file.", callback=_writable),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Such as bfloat16; as saved by default.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="Where torch models run.")]

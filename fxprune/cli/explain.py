@@ -39,5 +39,5 @@ def explain(
             f"{option.name}\n[dim]{option.kind.replace('[', chr(92) + '[')}[/dim]", option.default, option.meaning
         )
     common.out.print(table)
-    common.say(f"besides, of fxprune {one.verb}: {', '.join(flow.keywords(one.verb))}")
+    common.say(f"what every method takes: fxprune {one.verb} --help; in Python {', '.join(flow.keywords(one.verb))}")
     common.write_json(json, asdict(one))

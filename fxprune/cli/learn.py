@@ -83,7 +83,7 @@ def learn(
         "device": device,
         "dtype": dtype,
     }
-    more = parse_options(verbs.method_of(method, "learn"), option or [], given)
+    more = parse_options(verbs.method_of(method, "learn"), option or [], learn)
     targets = {"ratio": ratio, "target_params": target_params}
     for name in ("target_macs", "target_bytes", "target_speedup"):
         if name in more:

@@ -5,6 +5,7 @@ Texts become values here, with messages that name the option; whether a value is
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fxprune.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["parse_amounts", "parse_options", "several", "targets_of"]
 
@@ -53,6 +54,8 @@ def targets_of(texts: Mapping[str, str | None], *, table: object, mix: Mapping[s
     """
     named = {name: f"--{name.replace('_', '-')}" for name in texts}
     found: dict[str, Any] = {name: parse_amounts(named[name], text) for name, text in texts.items() if text is not None}
+    if not found:
+        raise UsageError(f"say how much goes: {' or '.join(named.values())}, such as --ratio 0.2")
     if len(found) > 1:
         raise UsageError(f"give one target, not {' and '.join(named[name] for name in found)}")
     timed = "target_speedup" in found
@@ -72,7 +75,7 @@ def several(options: Mapping[str, Any]) -> bool:
     return any(isinstance(options.get(name), list) for name in _TARGETS)
 
 
-def parse_options(method: str, texts: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+def parse_options(method: str, texts: Sequence[str], verb: Callable[..., Any]) -> dict[str, Any]:
     """Read `--option NAME=VALUE`: a value is JSON, or else text.
 
     For an option that is a list, text with commas between is one, and repeating it adds to it (`include=*.q_proj`); for
@@ -81,10 +84,10 @@ def parse_options(method: str, texts: Sequence[str], given: Mapping[str, Any]) -
     Args:
         method: whose options they are.
         texts: one each.
-        given: options that were given besides.
+        verb: the command; what it has a flag for is given by that.
 
     Raises:
-        UsageError: one has no `=`, or a name comes twice.
+        UsageError: one has no `=`, a name comes twice, or it is that of a flag.
         RegistryError: there is no such method.
     """
     from fxprune.core.pass_base import constructor_options
@@ -93,14 +96,18 @@ def parse_options(method: str, texts: Sequence[str], given: Mapping[str, Any]) -
     declared = {
         name: str(parameter.annotation) for name, (parameter, _) in constructor_options(get_pass(method)).items()
     }
+    flags = set(inspect.signature(verb).parameters)
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip().removeprefix("--").replace("-", "_")
         if not equals or not name:
             raise UsageError(f"--option {text!r}: give NAME=VALUE, such as round_to=32")
-        if given.get(name) is not None:
-            raise UsageError(f"--option {name}: it is given twice")
+        if name in flags:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--option {text}: write {flag if value == 'true' else f'{flag} {value}'}, which is a flag"
+            )
         kind = declared.get(name, "")
         if "Mapping[" in kind and not value.lstrip().startswith("{"):
             for part in value.split(","):

@@ -88,7 +88,7 @@ def prune(
         "device": device,
         "dtype": dtype,
     }
-    more = parse_options(name, option or [], given)
+    more = parse_options(name, option or [], prune)
     targets = {"ratio": ratio, "target_params": target_params, "target_macs": target_macs}
     targets |= {"target_bytes": target_bytes, "target_speedup": target_speedup}
     given |= targets_of(targets, table=table, mix=more.pop("mix", None))

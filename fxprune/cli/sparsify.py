@@ -16,9 +16,10 @@ def sparsify(
     model: Model,
     out: Out,
     sparsity: Annotated[
-        float | None, typer.Option(metavar="X", help="Share of each projection's weights to set to zero, in [0, 1).")
+        float | None,
+        typer.Option(metavar="X", help="Share of each projection to set to zero; 0.5 by default."),
     ] = None,
-    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Or N:M: keep N of every M, such as 2:4.")] = None,
+    pattern: Annotated[str | None, typer.Option(metavar="N:M", help="Or keep N of every M, such as 2:4.")] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="sparsegpt, wanda, alps, magnitude.")] = "sparsegpt",
     calibration: Calibration = None,
     text_field: TextField = None,
@@ -63,7 +64,7 @@ def sparsify(
         "dtype": dtype,
         "stream": stream,
     }
-    more = parse_options(verbs.method_of(method, "sparsify"), option or [], given)
+    more = parse_options(verbs.method_of(method, "sparsify"), option or [], sparsify)
     result = verbs.sparsify(
         model, out=out, method=method, ppl=ppl or (), overwrite=overwrite, restart=restart, say=say,
         **others, **given, **more,

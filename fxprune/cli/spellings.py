@@ -12,6 +12,9 @@ _LEARN = {
     "mode", "epochs", "batch", "budget", "schedule", "warm-up", "lora-rank", "lora-targets", "distillation", "state",
     "post-steps", "post-data", "restart",
 }  # fmt: skip
+_PRUNE = {
+    "keep", "kinds", "reconstruct", "min-keep", "mix", "windows", "repeats", "hold-zeros", "steps", "round-to", "table",
+}  # fmt: skip
 _FLAGS = {"exclude-lm-head": "exclude_lm_head=true", "include-lm-head": "exclude_lm_head=false"}
 _DIRECT = {
     "sparsify": {"sparsity", "pattern", "include", "exclude", "stream"},
@@ -29,6 +32,8 @@ def hint(command: str | None, option: str) -> str:
     name = option.lstrip("-")
     if command not in {"prune", "sparsify", "learn"}:
         return ""
+    if name not in _SPARSIFY | _LEARN | _PRUNE:
+        return "how much goes is said with --sparsity or --pattern" if (command, name) == ("sparsify", "ratio") else ""
     verb = "sparsify" if name in _SPARSIFY else "learn" if name in _LEARN else command
     if name in _DIRECT.get(verb, set()) and verb != command:
         return f"it is an option of fxprune {verb}: fxprune {verb} MODEL --{name} ..."

@@ -7,12 +7,15 @@ import re
 import sys
 from dataclasses import dataclass
 
+from fxprune.core.errors import UsageError
 from fxprune.core.pass_base import constructor_options
 from fxprune.core.registry import called, get_pass, pass_names
 from fxprune.flows import verbs
+from fxprune.flows.recipe import OF_DRIVER
 
 __all__ = ["Explained", "MethodOption", "explain", "keywords", "methods"]
 
+VERBS = ("prune", "sparsify", "learn")
 _ARGUMENT = re.compile(r"^(\*{0,2}\w+): (.*)$")
 
 
@@ -50,7 +53,7 @@ class Explained:
 def methods() -> list[Explained]:
     """All pruning methods that there are, those of other packages included, by verb and name."""
     found = [explain(name) for name in pass_names() if get_pass(name).prunes]
-    return sorted(found, key=lambda one: (("prune", "sparsify", "learn").index(one.verb), one.name))
+    return sorted(found, key=lambda one: (VERBS.index(one.verb), one.name))
 
 
 def explain(name: str) -> Explained:
@@ -58,7 +61,13 @@ def explain(name: str) -> Explained:
 
     Raises:
         RegistryError: there is none of this name.
+        UsageError: it is a verb, or a step of every run.
     """
+    if name in VERBS:
+        listed = ", ".join(one.name for one in methods() if one.verb == name)
+        raise UsageError(f"{name} is a verb: fxprune {name} --help; its methods are {listed}")
+    if name in OF_DRIVER:
+        raise UsageError(f"{name} is a step of every run, not a method: fxprune explain lists the methods")
     cls = get_pass(name)
     text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or "")
     summary = " ".join(text.partition("\n\n")[0].split())

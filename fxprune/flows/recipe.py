@@ -98,7 +98,7 @@ class Recipe:
 class _Measure:
     """The key `measure` of a YAML recipe; see `Wanted`."""
 
-    ppl: list[str] = field(default_factory=list)
+    ppl: str | list[str] = field(default_factory=list)
     windows: int | None = None
     guard: str = "python"
     speed: bool = False
@@ -122,8 +122,8 @@ class _Yaml:
 
 
 def is_recipe(data: Any) -> bool:
-    """Whether parsed YAML is a recipe, which says where its result goes; a pipeline says so in its pass `save`."""
-    return isinstance(data, dict) and "out" in data
+    """Whether parsed YAML is a recipe, which says where its result goes; a pipeline has passes and a model alone."""
+    return isinstance(data, dict) and bool(set(data) - {"model", "passes"})
 
 
 def recipe_of_yaml(data: Mapping[str, Any], *, where: str, model: str | None = None) -> Recipe:
@@ -147,6 +147,7 @@ def recipe_of_yaml(data: Mapping[str, Any], *, where: str, model: str | None = N
         hint = f"; the keys are passes, {', '.join(one.name for one in fields(_Yaml))}"
         raise UsageError(f"{where}: {key}: {first['msg']}{hint}") from error
     measure = {one.name: getattr(found.measure, one.name) for one in fields(_Measure)}
+    measure["ppl"] = [measure["ppl"]] if isinstance(measure["ppl"], str) else measure["ppl"]
     place = Destination(
         expand_user(found.out), found.device, found.dtype, overwrite=found.overwrite, hold_zeros=found.hold_zeros
     )

@@ -48,7 +48,7 @@ def check_classes(recipe: Recipe) -> None:
     model_class, config = class_of_model(loaded) if isinstance(loaded, str) else (type(loaded.model), loaded.config)
     for step in recipe.passes:
         check_method(step, model_class, config)
-        recipe.wanted.check_class(step, model_class, config)
+        recipe.wanted.check_class(step, model_class, config, recipe.place.dtype)
 
 
 def open_program(recipe: Recipe, watch: Stopwatch, say: Callable[[str], None]) -> Program:

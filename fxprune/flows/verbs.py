@@ -7,6 +7,7 @@ Names and defaults are those of the command line, with underscores for dashes.
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from torch import nn
 
 from fxprune.checkpoints.checkpoint import load
 from fxprune.core.errors import UsageError
@@ -24,11 +26,10 @@ from fxprune.flows.driver import run
 from fxprune.flows.recipe import OF_DRIVER, Destination, Recipe
 from fxprune.flows.wanted import Wanted
 from fxprune.models.loading import LoadedModel, expand_user
+from fxprune.models.savable import require_plain, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
 
     from fxprune.core.program import Program
 
@@ -91,7 +92,9 @@ def method_of(method: str, verb: str) -> str:
     name = pass_of(method, verb)
     if name in OF_DRIVER or name not in pass_names():
         known = sorted(called(one) for one in pass_names() if (cls := get_pass(one)).prunes and cls.verb == verb)
-        raise UsageError(f"{method!r} is no method of {verb}; they are {', '.join(known)} (fxprune explain)")
+        near = difflib.get_close_matches(method, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; they are {', '.join(known)} (fxprune explain)"
+        raise UsageError(f"{method!r} is no method of {verb}{hint}")
     own = get_pass(name).verb
     if own != verb:
         raise UsageError(f"{method} is no method of {verb}: use fxprune {own} --method {method}")
@@ -107,7 +110,9 @@ def _opened(model: Any, tokenizer: Any) -> str | LoadedModel:
     if isinstance(model, LoadedModel):
         return model
     config = getattr(model, "config", None)
-    if config is None:
+    if isinstance(model, nn.Module):
+        require_plain(unwrapped(model))
+    if config is None or not isinstance(model, nn.Module):
         raise UsageError(
             f"{type(model).__name__} is no Hugging Face model: give a hub id, a directory or such a model; any other "
             "module becomes a program with fxprune.trace, on which passes run"
@@ -122,7 +127,15 @@ def _run(
 ) -> Result:
     """Run one method; `common` are the keywords that all three verbs have."""
     name = method_of(method, verb)
-    given = {option: value for option, value in options.items() if value is not None}
+    given = {
+        option: str(value) if isinstance(value, Path) else value
+        for option, value in options.items()
+        if value is not None
+    }
+    if not isinstance(model, (str, Path)) and (common["dtype"] is not None or common["device"] != "cpu"):
+        raise UsageError(
+            "a model that is given as a module is where it is, in its own dtype: leave dtype and device out"
+        )
     _refuse_unread(name, given)
     step = build_pass(name, given)
     out = common["out"]
@@ -134,7 +147,7 @@ def _run(
         hold_zeros=common["hold_zeros"],
     )
     wanted = Wanted(
-        ppl=tuple(str(text) for text in common["ppl"]),
+        ppl=tuple(str(text) for text in _listed(common["ppl"])),
         windows=common["windows"],
         guard=common.get("guard", "python"),
         speed=common["measure_speed"],
@@ -354,7 +367,7 @@ def export(
 
     quantized = None if int4 is False else {} if int4 is True else dict(int4)
     request = ExportRequest(expand_user(out), to, opset, fusions, dtype, quantized, overwrite)
-    return run_export(str(model), request, say or (lambda _: None))
+    return run_export(_form(model), request, say or (lambda _: None))
 
 
 def evaluate(
@@ -383,8 +396,9 @@ def evaluate(
 
     if options.get("data") is not None:
         options["data"] = expand_user(options["data"])
-    what = _fields(Evaluation, {"ppl": [expand_user(text) for text in ppl], "tasks": list(tasks), **options})
-    return run_evaluation(str(model), what, Console(quiet=True), say or (lambda _: None))
+    named = {"ppl": [expand_user(text) for text in _listed(ppl)], "tasks": list(_listed(tasks))}
+    what = _fields(Evaluation, {**named, **options})
+    return run_evaluation(_form(model), what, Console(quiet=True), say or (lambda _: None))
 
 
 def bench(
@@ -421,9 +435,11 @@ def bench(
     for name, value in options.items():
         several = name in {"prefill", "batch", "threads", "runtime"}
         field = {"batch": "batches", "runtime": "runtimes"}.get(name, name)
-        given[field] = (value,) if several and isinstance(value, (int, str)) else value
+        given[field] = _listed(value) if several else value
+        if name in {"prefill", "batch", "threads"} and not all(type(one) is int for one in given[field]):
+            raise UsageError(f"{name} is a whole number, or several, not {value!r}")
     data, _ = run_bench(
-        [str(dense), *(str(form) for form in slim)],
+        [_form(form) for form in (dense, *slim)],
         _fields(Workload, given),
         Console(quiet=True),
         say or (lambda _: None),
@@ -431,6 +447,26 @@ def bench(
         target=target_speedup,
     )
     return data
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Several values; a lone one is one."""
+    return (value,) if isinstance(value, (str, int, Path)) else tuple(value)
+
+
+def _form(model: Any) -> str:
+    """The name of a form: a directory, a hub id, or where a result lies.
+
+    Raises:
+        UsageError: it is a model in memory.
+    """
+    path = model.path if isinstance(model, Result) else model
+    if not isinstance(path, (str, Path)):
+        raise UsageError(
+            f"a {type(model).__name__} has no directory: save it first, and name where (save_pretrained, fxprune.save, "
+            "or the path of a result that was made with out)"
+        )
+    return str(path)
 
 
 def _fields(kind: type[Any], given: Mapping[str, Any]) -> Any:

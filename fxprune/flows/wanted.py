@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fxprune.calibration.text import check_records
 from fxprune.core.errors import UsageError
+from fxprune.core.precision import short_name
+from fxprune.core.registry import resolve
 from fxprune.evaluation.perplexity import read_text
 from fxprune.flows.guard import check_guard
 from fxprune.flows.slim_speed import speed_plan
-from fxprune.models.loading import resolve_device
+from fxprune.models.loading import resolve_device, resolve_dtype
 from fxprune.models.methods import require_language_model
 from fxprune.structured.base import StructuredPass
 from fxprune.weights.base import SparsePass
@@ -66,7 +70,7 @@ class Wanted:
             if resolve_device(device).type != "cpu":
                 raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
 
-    def check_class(self, step: Pass, model_class: type[Any], config: Any) -> None:
+    def check_class(self, step: Pass, model_class: type[Any], config: Any, dtype: str | None = None) -> None:
         """Tell what cannot be measured of a model's class, before it is loaded.
 
         Raises:
@@ -78,6 +82,14 @@ class Wanted:
             "--measure-speed": self.speed,
             "--target-speedup": getattr(step, "target_speedup", None) is not None,
         }
+        held = getattr(config, "dtype", None) if dtype is None else resolve_dtype(dtype)
+        if self.times([step]) and isinstance(held, torch.dtype):
+            lacking = resolve("fxprune.exporters.ort_types:unsupported_operators")(held)
+            if lacking:
+                raise UsageError(
+                    f"speed is measured in ONNX Runtime, which has no {short_name(held)} kernels for "
+                    f"{', '.join(lacking)} on this CPU: give --dtype float32, or leave the speed out"
+                )
         for what in (name for name, given in asked.items() if given):
             require_language_model(
                 what,

@@ -133,3 +133,45 @@ def test_the_other_verbs_are_those_of_the_command(tiny_llama_dir: Path, text: Pa
     assert 50 < figures["perplexity"][0]["perplexity"] < 200  # a random model of 97 tokens
     timed = fxprune.bench(tiny_llama_dir, tiny_llama_dir, prefill=[4], decode=0, repeats=2, footprint=False)
     assert [entry["case"] for entry in timed["speed"]] == ["prefill-4"]
+
+
+class _Adapted(torch.nn.Module):
+    """Stands for a model with an adapter: its parameters are not those of its class."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.config = model.config
+        self.model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))
+
+
+def test_models_in_memory_are_taken_or_refused_by_name(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(fxprune.TraceError, match="cannot be pruned as it is"):  # before the method looks at the class
+        fxprune.prune(_Adapted(tiny_llama), ratio=0.2)
+    with pytest.raises(fxprune.UsageError, match="leave dtype and device out"):
+        fxprune.prune(tiny_llama, ratio=0.2, method="magnitude", dtype="bfloat16")
+    for call in (
+        lambda: fxprune.export(tiny_llama, out=tmp_path / "onnx"),
+        lambda: fxprune.evaluate(tiny_llama, ppl="x.txt"),
+        lambda: fxprune.bench("a", tiny_llama),
+    ):
+        with pytest.raises(fxprune.UsageError, match="LlamaForCausalLM has no directory: save it first"):
+            call()
+    with pytest.raises(fxprune.UsageError, match="prefill is a whole number, or several, not 'x'"):
+        fxprune.bench("a", "b", prefill="x")
+    with pytest.raises(fxprune.FxpruneError, match=r"cannot read missing\.txt"):  # one text, not eleven
+        fxprune.evaluate("nowhere", ppl="missing.txt")
+
+
+def test_speed_in_a_precision_without_kernels_is_refused_before_any_work(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.exporters.ort_types.unsupported_operators", lambda _: ["Mul"])
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    with pytest.raises(fxprune.UsageError, match="no float32 kernels for Mul on this CPU: give --dtype float32"):
+        fxprune.prune(tmp_path / "dense", method="magnitude", ratio=0.2, measure_speed=True, out=tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+
+
+def test_a_calibration_file_that_is_not_there_is_told_before_the_model_is_opened() -> None:
+    with pytest.raises(fxprune.CalibrationError, match=r"missing\.txt does not exist"):
+        fxprune.prune("nowhere", ratio=0.2, calibration="missing.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,7 +26,6 @@ from tests.commands import done
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -143,6 +143,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"  # English that is always there
 PLACES = {"the input": "model", "what holds it": ".", "inside it": "model/slim", "a link to it": "link"}
 
 
@@ -171,7 +172,9 @@ def test_an_output_is_never_an_input(flow: str, place: str, checkpoint: Path) ->
         "prune": lambda: done(str(checkpoint), "magnitude-units", {"ratio": 0.2}, where),
         "sparse": lambda: done(str(checkpoint), "magnitude", {"sparsity": 0.5}, where),
         "budgets": lambda: done(str(checkpoint), "magnitude-units", {"ratio": [0.1, 0.2]}, where, Wanted()),
-        "stream": lambda: done(str(checkpoint), "wanda", {"sparsity": 0.5, "calibration": "x.txt"}, where, stream=True),
+        "stream": lambda: done(
+            str(checkpoint), "wanda", {"sparsity": 0.5, "calibration": str(LICENSE)}, where, stream=True
+        ),
         "export": lambda: run_export(str(checkpoint), ExportRequest(out, overwrite=True), lambda _: None),
         "save": save,
     }

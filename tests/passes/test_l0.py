@@ -317,7 +317,7 @@ def test_the_command_prunes_keeps_its_training_and_says_what_is_wrong(
         (["--ratio", "0.1,0.2"], "one target at a time"),
         (["--option", "nonsense"], "give NAME=VALUE"),
         (["--option", "colour=red"], "unknown option 'colour'"),
-        (["--option", "samples=9"], "given twice"),
+        (["--option", "samples=9"], "write --samples 9"),
         (["--option", "distillation=none", "--post-data", "x.json"], "how many post_steps"),
     ):
         arguments = ["learn", tiny_llama_dir, "--ratio", 0.3, "--out", tmp_path / "no", *fixed]
