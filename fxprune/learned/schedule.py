@@ -58,8 +58,10 @@ class SparsitySchedule:
             reached = self.at(self.steps - 1)
             raise UsageError(
                 f"training ends at step {self.steps} with the target sparsity at {reached:.3f}, before the "
-                f"{self.target:g} that is asked for: the warm-up takes {self.warm_up_steps} steps. Use "
-                f"{self.warm_up_steps + 1} steps or more, or at most {self.steps - 1} warm-up steps"
+                f"{self.target:g} that is asked for: the warm-up takes {self.warm_up_steps} steps, and "
+                f"gates learn in {self.steps}, those before they settle. "
+                f"Use {self.warm_up_steps + 1} steps or more, or at most {self.steps - 1} warm-up steps there "
+                "(options steps, warm_up, settle)"
             )
 
     def at(self, step: int) -> float:

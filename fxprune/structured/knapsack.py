@@ -271,7 +271,7 @@ def _capacity(levels: Sequence[_Levels], budget: float, describe: Callable[[floa
     if capacity < 0:
         raise PlanError(
             f"no plan is within {describe(budget)}; the best reachable is {describe(least)}, with the narrowest level "
-            "of every group (allow narrower levels, or ask for less)"
+            "of every group (allow narrower levels, such as with a smaller min_keep, or ask for less)"
         )
     return capacity
 
