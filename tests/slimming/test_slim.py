@@ -118,7 +118,7 @@ def test_slim_equals_masked_without_groups_and_with_one_kv_head(changes: dict[st
     masked, slim = masked_and_slim(program, plan)
     assert_same_steps(masked, slim)
     assert_same_gradients(masked, slim, plan)
-    kv_heads = {t.shape[1] for name, t in slim.interface.example_inputs.items() if name.startswith("past")}
+    kv_heads = {slim.interface.example_inputs[entry.input].shape[1] for entry in slim.interface.cache}
     assert kv_heads == {3 if changes["num_key_value_heads"] == 6 else 1}
 
 
