@@ -53,13 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Groups that xdist does not see would cost hours and part tests that stand on each other."""
-    wanted = getattr(session.config.option, "loadgroup", False)
-    if wanted and session.items and "@" not in session.items[0].nodeid:
-        raise pytest.UsageError("pytest-xdist does not see the groups of this pytest: use pytest below 9.2")
-
-
 @pytest.fixture(scope="session")
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama with grouped queries, a head_dim of its own and tied embeddings; read-only, copy it to change."""
