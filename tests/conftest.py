@@ -46,6 +46,7 @@ def plans_a_cell(pytestconfig: pytest.Config) -> int:
     return 20 if pytestconfig.getoption("--long") else 5
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file run in one worker, where they share what is traced once; the zoo is split by family."""
     for item in items:
