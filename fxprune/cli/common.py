@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fxprune.flows.verbs import Result
 
 __all__ = [
@@ -61,7 +63,7 @@ def tell(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def summary(report: dict[str, Any]) -> None:
+def summary(report: Mapping[str, Any]) -> None:
     """The short form of a report, on standard output."""
     from fxprune.core.registry import resolve
 
@@ -81,7 +83,7 @@ def finish(result: Result, json: Path | None) -> None:
     from fxprune.flows.assessment import failed_gate, warnings_of
 
     write_json(json, result.report)
-    out.print(Markdown(result.summary))
+    summary(result.report)
     for text in warnings_of(result.report):
         say(f"warning: {text}")
     if failed_gate(result.report):

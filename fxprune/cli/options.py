@@ -15,11 +15,10 @@ from fxprune.core.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["parse_amounts", "parse_options", "several", "targets_of"]
+__all__ = ["parse_amounts", "parse_options", "targets_of"]
 
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))([kmg]?)", re.ASCII | re.IGNORECASE)
-_TARGETS = ("ratio", "target_params", "target_macs", "target_bytes", "target_speedup")
 
 
 def parse_amounts(option: str, text: str) -> float | list[float]:
@@ -68,11 +67,6 @@ def targets_of(texts: Mapping[str, str | None], *, table: object, mix: Mapping[s
     if mix is not None:
         found["mix"] = mix
     return found
-
-
-def several(options: Mapping[str, Any]) -> bool:
-    """Whether a target has several values."""
-    return any(isinstance(options.get(name), list) for name in _TARGETS)
 
 
 def parse_options(method: str, texts: Sequence[str], verb: Callable[..., Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fxprune.core.errors import UsageError
 from fxprune.core.registry import resolve
 from fxprune.flows.guard import Guard
 from fxprune.flows.reporting import report_of
-from fxprune.flows.slim_speed import SpeedRun, speed_plan
+from fxprune.flows.slim_speed import SpeedRun, speed_plan, timed_pass
 from fxprune.flows.workflow import perplexities
 from fxprune.measure.sparse_speed import measure_sparse_speed
 from fxprune.weights.base import NO_SPEED_UP
@@ -56,8 +56,8 @@ class Assessor:
         self._shapes_stay = all(step.keeps_shapes for step in recipe.passes)
         self._speed: SpeedRun | None = None
         if self.wanted.times(recipe.passes) and not self._shapes_stay:
-            cutting = next(step for step in recipe.passes if not step.keeps_shapes)
-            self._speed = SpeedRun(speed_plan(cutting, self.wanted.threads, self.wanted.repeats))
+            plan = speed_plan(timed_pass(recipe.passes), self.wanted.threads, self.wanted.repeats)
+            self._speed = SpeedRun(plan)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:

@@ -48,6 +48,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(f"{several[0]} has several targets, which no other pass can follow: give it one, or it alone")
     if several and recipe.place.out is None:
         raise UsageError(f"{several[0]} has several targets, and each is a checkpoint: say where they go (out)")
+    if several and recipe.restart:
+        raise UsageError(f"{several[0]} goes on at the first target that is not finished: leave restart out")
     if recipe.stream:
         _check_stream(recipe)
     recipe.wanted.check(recipe.passes, recipe.place.device)
@@ -91,9 +93,7 @@ def run(recipe: Recipe, *, say: Callable[[str], None] = lambda _: None) -> Outco
         return run_goals(recipe, say=say)
     place = recipe.place
     if place.out is not None:
-        prepare_output(
-            place.out, overwrite=place.overwrite, inputs=[recipe.model] if isinstance(recipe.model, str) else []
-        )
+        prepare_output(place.out, overwrite=place.overwrite, inputs=recipe.inputs)
     check_classes(recipe)
     if recipe.restart:
         for step in recipe.passes:

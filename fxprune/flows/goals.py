@@ -75,7 +75,7 @@ def run_goals(recipe: Recipe, *, say: Callable[[str], None] = lambda _: None) ->
     (step,) = recipe.passes
     assert recipe.place.out is not None
     out = expand_user(recipe.place.out)
-    require_apart(out, [recipe.model] if isinstance(recipe.model, str) else [])
+    require_apart(out, recipe.inputs)
     wishes = _wishes(step, _facts(recipe))
     todo = _open_output(out, wishes, overwrite=recipe.place.overwrite)
     watch = Stopwatch()

@@ -84,6 +84,13 @@ class Recipe:
         return self.model if isinstance(self.model, str) else self.model.name
 
     @property
+    def inputs(self) -> list[str | Path]:
+        """What is read, which no output may replace."""
+        if isinstance(self.model, str):
+            return [self.model]
+        return [] if self.model.path is None else [self.model.path]
+
+    @property
     def method(self) -> str:
         """What reports call the passes."""
         return " then ".join(step.name for step in self.passes)

@@ -23,7 +23,7 @@ from fxprune.measure.speed import track_repeats
 from fxprune.structured.base import StructuredPass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from fxprune.core.pass_base import Pass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fxprune.measure.ratios import Precision
     from fxprune.measure.speed import Case, SpeedResult
 
-__all__ = ["SpeedPlan", "SpeedRun", "speed_plan"]
+__all__ = ["SpeedPlan", "SpeedRun", "speed_plan", "timed_pass"]
 
 _PREFILL, _DECODE, _PAST = (128, 512), 32, 128
 _REPEATS = 10
@@ -55,6 +55,11 @@ class SpeedPlan:
     repeats: int = _REPEATS
     precision: Precision | None = None
     mix: Mapping[str, float] | None = None
+
+
+def timed_pass(passes: Sequence[Pass]) -> Pass:
+    """The pass whose speed is measured: the one that removes units; the last where none does."""
+    return next((step for step in passes if not step.keeps_shapes), passes[-1])
 
 
 def speed_plan(step: Pass, threads: int, repeats: int | None = None) -> SpeedPlan:

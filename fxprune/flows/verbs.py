@@ -31,6 +31,7 @@ from fxprune.models.savable import require_plain, unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from fxprune.core.pass_base import Pass
     from fxprune.core.program import Program
 
 __all__ = ["Result", "bench", "evaluate", "export", "learn", "method_of", "prune", "sparsify"]
@@ -67,14 +68,9 @@ class Result:
             build_pass("save", {"out": str(Path(scratch) / "model")})(self.program)
             return load(Path(scratch) / "model")
 
-    @property
-    def summary(self) -> str:
-        """The report's summary, Markdown."""
+    def _repr_markdown_(self) -> str:
         text: str = resolve("fxprune.exporters.report:markdown_summary")(self.report)
         return text
-
-    def _repr_markdown_(self) -> str:
-        return self.summary
 
     def __repr__(self) -> str:
         figures = self.report.get("params", {})
@@ -136,8 +132,8 @@ def _run(
         raise UsageError(
             "a model that is given as a module is where it is, in its own dtype: leave dtype and device out"
         )
-    _refuse_unread(name, given)
     step = build_pass(name, given)
+    _refuse_unread(step, given)
     out = common["out"]
     place = Destination(
         None if out is None else expand_user(out),
@@ -159,15 +155,17 @@ def _run(
     return Result(outcome.report, outcome.program, outcome.path)
 
 
-def _refuse_unread(name: str, given: Mapping[str, Any]) -> None:
+def _refuse_unread(step: Pass, given: Mapping[str, Any]) -> None:
     """Calibration options of a method that reads no text would do nothing.
 
     Raises:
         UsageError: there are such.
     """
     texts = [option for option in ("calibration", "text_field", "samples", "seq_len") if option in given]
-    if texts and not build_pass(name, {key: value for key, value in given.items() if key not in texts}).reads_text:
-        raise UsageError(f"{name} reads no calibration text: leave {', '.join(texts)} out, or choose another method")
+    if texts and not step.reads_text:
+        raise UsageError(
+            f"{step.name} reads no calibration text: leave {', '.join(texts)} out, or choose another method"
+        )
 
 
 def prune(

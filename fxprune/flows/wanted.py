@@ -13,7 +13,7 @@ from fxprune.core.precision import short_name
 from fxprune.core.registry import resolve
 from fxprune.evaluation.perplexity import read_text
 from fxprune.flows.guard import check_guard
-from fxprune.flows.slim_speed import speed_plan
+from fxprune.flows.slim_speed import speed_plan, timed_pass
 from fxprune.models.loading import resolve_device, resolve_dtype
 from fxprune.models.methods import require_language_model
 from fxprune.structured.base import StructuredPass
@@ -66,7 +66,7 @@ class Wanted:
                 check_records(step.calibration_spec())
         check_guard(self.guard)
         if self.times(passes):
-            speed_plan(passes[-1], self.threads, self.repeats)
+            speed_plan(timed_pass(passes), self.threads, self.repeats)
             if resolve_device(device).type != "cpu":
                 raise UsageError(f"speed is measured in ONNX Runtime on the CPU; leave --device {device} out")
 

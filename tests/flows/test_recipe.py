@@ -55,6 +55,7 @@ def test_two_passes_in_one_run(order: tuple[Any, ...], tiny_llama_dir: Path, tmp
         (lambda m, out: recipe(m, out, ("random", {"ratio": [0.1, 0.2]}), WEIGHTS), "several targets, which no other"),
         (lambda m, out: recipe(m, out, UNITS, stream=True), "magnitude-units needs the whole model in memory"),
         (lambda m, out: recipe(m, out, UNITS, restart=True), "keeps nothing of an unfinished run"),
+        (lambda m, out: recipe(m, out, ("random", {"ratio": [0.1, 0.2]}), restart=True), "leave restart out"),
         (
             lambda m, out: recipe(m, out, *[("wanda", {"calibration": "t.txt"})] * 2, stream=True),
             "reads the shards once, for one pass",
@@ -100,3 +101,10 @@ def test_a_wrong_recipe_is_told_before_anything_runs(change: dict[str, Any], mes
     data = {"model": "nowhere", "out": "out", "passes": [{"channel": {"ratio": 0.2}}]} | change
     with pytest.raises(fxprune.UsageError, match=message):
         recipe_of_yaml(data, where="r.yaml")
+
+
+def test_the_table_of_a_speed_up_is_asked_for_wherever_its_pass_stands(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    timed = ("magnitude-units", {"target_speedup": 1.3, "table": str(tmp_path / "missing.json")})
+    for passes in ((timed, WEIGHTS), (WEIGHTS, timed)):
+        with pytest.raises(fxprune.UsageError, match="cannot be read as a latency table"):
+            run(recipe(tiny_llama_dir, tmp_path / "out", *passes))

@@ -175,3 +175,19 @@ def test_speed_in_a_precision_without_kernels_is_refused_before_any_work(
 def test_a_calibration_file_that_is_not_there_is_told_before_the_model_is_opened() -> None:
     with pytest.raises(fxprune.CalibrationError, match=r"missing\.txt does not exist"):
         fxprune.prune("nowhere", ratio=0.2, calibration="missing.txt")
+
+
+def test_the_directory_of_a_model_in_memory_is_no_output(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    LlamaForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / "dense")
+    dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    before = digest(tmp_path / "dense")
+    for ratio in (0.2, [0.2, 0.3]):
+        with pytest.raises(fxprune.OutputError):
+            fxprune.prune(dense, method="magnitude", ratio=ratio, out=tmp_path / "dense", overwrite=True)
+    assert digest(tmp_path / "dense") == before
+
+
+def test_options_that_need_each_other_are_taken_together() -> None:
+    """More held-out samples than the method has by default, of more samples."""
+    with pytest.raises(fxprune.CheckpointError, match="nowhere"):
+        fxprune.learn("nowhere", ratio=0.2, samples=4000, held_out=2000)
