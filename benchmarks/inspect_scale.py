@@ -64,7 +64,7 @@ def inspect_once(directory: str) -> dict[str, Any]:
     """Inspect the configuration in a directory in this process; returns seconds, CPU seconds, peak and group counts."""
     from fxprune.channels.inspection import inspect_groups  # noqa: PLC0415 - inside the measured process only
     from fxprune.core.stopwatch import Stopwatch  # noqa: PLC0415 - inside the measured process only
-    from fxprune.flows.workflow import inspect_program  # noqa: PLC0415 - inside the measured process only
+    from fxprune.flows.from_config import inspect_program  # noqa: PLC0415 - inside the measured process only
 
     watch = Stopwatch()
     start, cpu = time.perf_counter(), time.process_time()

@@ -19,9 +19,9 @@ from fxprune.checkpoints.load_model import load_model
 from fxprune.core.output import write_json
 from fxprune.core.pipeline import build_pass
 from fxprune.core.stopwatch import Stopwatch
+from fxprune.flows.quality import perplexities
 from fxprune.flows.reporting import report_of
 from fxprune.flows.steps import prune_program
-from fxprune.flows.workflow import perplexities
 from fxprune.measure.forms import cases_of, export_pair, measure_speed
 from fxprune.measure.speed import machine, peak_rss_bytes
 from fxprune.models.default_model import default_model_path

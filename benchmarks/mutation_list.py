@@ -387,7 +387,7 @@ MUTATIONS: tuple[Mutation, ...] = (
          "            if len(units) < 0:\n"),
     ),
     *_in(
-        "fxprune/flows/workflow.py",
+        "fxprune/flows/from_config.py",
         ("tests/channels/test_inspection.py",),
         ("a slim checkpoint is inspected by its config.json alone",
          "if (own / MANIFEST_NAME).is_file() else",

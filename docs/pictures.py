@@ -19,7 +19,7 @@ from fxprune.channels.inspection import inspect_groups
 from fxprune.cli.tables import show_inspection
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.exporters.group_picture import draw_block
-from fxprune.flows.workflow import inspect_program
+from fxprune.flows.from_config import inspect_program
 from fxprune.models.default_model import default_model_path
 
 images = Path(__file__).parent / "images"

@@ -97,7 +97,7 @@ def inspect(
     from fxprune.cli.tables import show_inspection
     from fxprune.core.registry import resolve
     from fxprune.core.stopwatch import Stopwatch
-    from fxprune.flows.workflow import inspect_program
+    from fxprune.flows.from_config import inspect_program
 
     if picture is not None and picture.suffix.lower() not in {".svg", ".png"}:
         raise UsageError(f"--picture {picture}: the file's name must end in .svg or .png")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fxprune.core.errors import UsageError
 from fxprune.core.registry import resolve
 from fxprune.flows.guard import Guard
+from fxprune.flows.quality import perplexities
 from fxprune.flows.reporting import report_of
 from fxprune.flows.slim_speed import SpeedRun, speed_plan, timed_pass
-from fxprune.flows.workflow import perplexities
 from fxprune.measure.sparse_speed import measure_sparse_speed
 from fxprune.weights.base import NO_SPEED_UP
 

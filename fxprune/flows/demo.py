@@ -18,10 +18,10 @@ from fxprune.core.precision import coarsest, short_name
 from fxprune.core.registry import resolve
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.flows.driver import check_recipe
+from fxprune.flows.quality import perplexities
 from fxprune.flows.recipe import Destination, Recipe
 from fxprune.flows.reporting import report_of
 from fxprune.flows.steps import carry_out, check_classes, open_program
-from fxprune.flows.workflow import perplexities
 from fxprune.measure.forms import cases_of, export_pair, measure_speed
 from fxprune.models.default_model import default_model_path
 

@@ -23,7 +23,7 @@ import torch
 from fxprune.calibration.text import CalibrationSpec, held_out_windows
 from fxprune.core.errors import CalibrationError, UsageError
 from fxprune.evaluation.perplexity import hash_tokens, read_text, tokenise, window_losses
-from fxprune.flows.workflow import text_of_python
+from fxprune.flows.quality import text_of_python
 from fxprune.models.loading import expand_user, max_positions
 from fxprune.runtimes.runners import GraphRunner
 from fxprune.weights.base import dtype_of, forward_precision

@@ -24,8 +24,8 @@ from fxprune.core.program import Event
 from fxprune.core.progress import track
 from fxprune.core.stopwatch import Stopwatch
 from fxprune.evaluation.perplexity import hash_tokens
+from fxprune.flows.from_config import models_of_config, trace_on_meta
 from fxprune.flows.reporting import versions
-from fxprune.flows.workflow import models_of_config, trace_on_meta
 from fxprune.measure.speed import file_size, machine, peak_rss_bytes
 from fxprune.models.loading import check_weights, expand_user, load_tokenizer, local_snapshot, resolve_device
 from fxprune.models.manifest import MANIFEST_NAME, read_manifest

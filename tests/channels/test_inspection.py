@@ -40,7 +40,7 @@ from fxprune.core.groups import AttentionGroup, ExpertMlpGroup, LayerGroup, coll
 from fxprune.core.pipeline import Pipeline, build_pass
 from fxprune.core.plan import Plan
 from fxprune.core.stopwatch import Stopwatch
-from fxprune.flows.workflow import inspect_program
+from fxprune.flows.from_config import inspect_program
 from fxprune.passes.insert_masks import InsertMasks
 from fxprune.passes.slim import Slim
 from fxprune.tracing.trace import trace

@@ -65,7 +65,7 @@ def test_the_demo_ends_with_a_verified_measured_exported_model(
 
 
 def _short(program: Any, texts: list[str], windows: int) -> Any:
-    from fxprune.flows.workflow import perplexities
+    from fxprune.flows.quality import perplexities
 
     return perplexities(program, texts, windows=windows, window=64)
 
