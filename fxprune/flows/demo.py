@@ -90,7 +90,8 @@ def run_demo(
         )
         deployed = _deployable(program, staging / "slim", model or str(default_model_path()), say)
         say("exporting to ONNX and comparing ONNX Runtime with the slim graph")
-        deployed = build_pass("export_onnx", {"out": str(staging / "onnx")})(deployed).program
+        with watch.stage("export"):  # the report is of the program before it, which does not know this pass
+            deployed = build_pass("export_onnx", {"out": str(staging / "onnx")})(deployed).program
         graph = staging / "onnx" / "model.onnx"
         deployed = build_pass("verify", {"onnx": str(graph), "graph": False})(deployed).program
         climbed = deployed.results["verify"]

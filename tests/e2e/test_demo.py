@@ -56,6 +56,7 @@ def test_the_demo_ends_with_a_verified_measured_exported_model(
     assert {entry["case"] for entry in report["speed"]} == {"prefill-8", "prefill-16", "decode-2@8"}
     assert report["params"]["slim"] < report["params"]["dense"]
     assert report["file_bytes"]["slim"] < report["file_bytes"]["dense"]
+    assert report["seconds"]["export"] > 0
     assert ".staging" not in (out / "report.json").read_text()
     from fxprune.exporters.ort import OrtRunner
 
